@@ -1,0 +1,14 @@
+"Detection backbones, necks and detectors behind one contract."
+__version__ = "0.0.1"
+
+_lazy = dict(create_backbone='core.registry', list_backbones='core.registry', summary='core.inspect')
+
+
+def __getattr__(name):
+    "Import `create_backbone`, `list_backbones` and `summary` when first asked for (PEP 562), so that the bare import costs nothing"
+    if name not in _lazy: raise AttributeError(f"module 'backbones_nb' has no attribute '{name}'")
+    from importlib import import_module
+    return getattr(import_module(f'backbones_nb.{_lazy[name]}'), name)
+
+
+def __dir__(): return sorted([*globals(), *_lazy])

@@ -1,0 +1,26 @@
+"Executes notebooks in place, in their own folders, and keeps their outputs: all of them, or those given as arguments."
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ |= dict(HF_HUB_OFFLINE='1', MPLBACKEND='module://matplotlib_inline.backend_inline')
+import nbformat
+from nbclient import NotebookClient
+
+root = Path(__file__).resolve().parent.parent
+files = [Path(o).resolve() for o in sys.argv[1:]] or sorted(o for o in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in o.parts)
+failed = []
+for f in files:
+    start,nb = time.time(),nbformat.read(f, 4)
+    try: NotebookClient(nb, timeout=3600, kernel_name='python3', resources=dict(metadata=dict(path=f.parent))).execute()
+    except Exception as e:
+        print(f'{f.relative_to(root)} failed:\n{e}')
+        failed.append(f)
+        continue
+    for c in nb.cells: c.metadata.pop('execution', None)
+    nbformat.write(nb, f)
+    subprocess.run(['nbdev-clean', '--fname', str(f)], check=True)
+    print(f'{f.relative_to(root)}: {time.time()-start:.0f} s, {f.stat().st_size//1024} KB')
+sys.exit(bool(failed))

@@ -2,9 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-DEMO ?= --data toy --toy-images 800 --backbone vovnet19_slim --size 128 --epochs 8 --bs 8 --lr 1e-3 --lean --seed 0 --cache
+DEMO ?= --data toy --toy-images 1200 --backbone vovnet19_slim --backbone-set "stem=[32,32,64]" "mids=[32,40,48,56]" "outs=[64,128,192,256]" --size 128 --epochs 6 --bs 8 --lr 2e-3 --lean --set neck_norm=gn anchor_scale=4 box_batch_size_per_image=64 --seed 0 --cache
+RUN = PATH="$(abspath $(BIN)):$$PATH" "$(abspath $(BIN))/python"
+READS = settings.ini setup.py pyproject.toml backbones_nb/__init__.py
+READY := $(VENV)/.installed-$(shell cat $(READS) | cksum | cut -d' ' -f1)
+PIP = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test docs readme notebooks clean
+.PHONY: help demo test notebooks readme docs clean
 
 help:
 	@echo "make demo       train a detector on toy pets on the CPU; results in demo/"
@@ -13,39 +17,40 @@ help:
 	@echo "make readme     make README.md from nbs/index.ipynb"
 	@echo "make docs       build the site into _docs (needs quarto)"
 	@echo "make clean      remove what these commands made"
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) DEMO='$(DEMO)'"
 
-# A virtual environment; the stamps make a second run quick and a changed list of dependencies count.
+# A virtual environment. The stamps make a second run quick; they are named after the content of READS, so a change there installs again.
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3,11))' || { echo "Python 3.11 or newer is needed, $(PYTHON) is older: set PYTHON=python3.11"; exit 1; }
-	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv module: run  apt install python3-venv  first"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip
+	@command -v "$(PYTHON)" >/dev/null || { echo "There is no $(PYTHON): run 'apt install python3 python3-venv', or name one, 'make $(MAKECMDGOALS) PYTHON=python3.12'."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3,11))' || { echo "$(PYTHON) is older than 3.11: name a newer one, 'make $(MAKECMDGOALS) PYTHON=python3.12'."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments: run 'apt install python3-venv' first."; exit 1; }
+	$(PYTHON) -m venv "$(VENV)"
 
-$(VENV)/.installed: settings.ini setup.py pyproject.toml | $(BIN)/python
-	@echo "installing (PyTorch and its libraries: several minutes and GB the first time)"
-	$(BIN)/python -m pip install -q -e .
+$(READY): | $(BIN)/python
+	@echo "Installing into $(VENV): PyTorch and its libraries, several minutes and several GB the first time."
+	$(PIP) install -q -e .
 	@touch $@
 
-$(VENV)/.installed-dev: settings.ini setup.py pyproject.toml | $(BIN)/python
-	@echo "installing (PyTorch and its libraries: several minutes and GB the first time)"
-	$(BIN)/python -m pip install -q -e '.[dev,onnx]'
-	@touch $@ $(VENV)/.installed
+$(READY)-dev: | $(BIN)/python
+	@echo "Installing into $(VENV): PyTorch and its libraries, several minutes and several GB the first time."
+	$(PIP) install -q -e '.[dev,onnx]'
+	@touch $(READY) $@
 
-demo: $(VENV)/.installed
-	$(BIN)/backbones-nb finetune $(DEMO) --out demo --png demo.png --force
+demo: $(READY)
+	$(RUN) $(BIN)/backbones-nb finetune $(DEMO) --out demo --png demo.png --force
 
-test: $(VENV)/.installed-dev
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python .ci/test.py
+test: $(READY)-dev
+	$(RUN) .ci/test.py $(ARGS)
 
-notebooks: $(VENV)/.installed-dev
-	$(BIN)/python .ci/notebooks.py $(NB)
+notebooks: $(READY)-dev
+	$(RUN) .ci/notebooks.py $(NB)
 
-readme: $(VENV)/.installed-dev
-	$(BIN)/python .ci/readme.py
+readme: $(READY)-dev
+	$(RUN) .ci/readme.py
 
-docs: $(VENV)/.installed-dev
-	@command -v quarto >/dev/null || { echo "quarto is not on PATH: install it from https://quarto.org"; exit 1; }
-	PATH="$(abspath $(BIN)):$$PATH" nbdev-docs --n-workers 1
+docs: $(READY)-dev
+	@command -v quarto >/dev/null || { echo "quarto is not on PATH: install it from https://quarto.org/docs/get-started first."; exit 1; }
+	$(RUN) $(BIN)/nbdev-docs --n-workers 1
 
 clean:
-	rm -rf $(VENV) demo _docs _proc build dist *.egg-info
+	rm -rf "$(VENV)" demo _docs _proc build dist *.egg-info .pytest_cache

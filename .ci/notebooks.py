@@ -1,14 +1,14 @@
-"Executes notebooks in place, in their own folders, and keeps their outputs: all of them, or those given as arguments."
+"Executes notebooks in place, each in its own folder, and keeps their outputs: all of them, or those given as arguments."
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-os.environ |= dict(HF_HUB_OFFLINE='1', MPLBACKEND='module://matplotlib_inline.backend_inline')
 import nbformat
 from nbclient import NotebookClient
 
+os.environ |= dict(HF_HUB_OFFLINE='1', PYTHONWARNINGS='ignore::FutureWarning', MPLBACKEND='module://matplotlib_inline.backend_inline')
 root = Path(__file__).resolve().parent.parent
 files = [Path(o).resolve() for o in sys.argv[1:]] or sorted(o for o in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in o.parts)
 failed = []
@@ -21,6 +21,6 @@ for f in files:
         continue
     for c in nb.cells: c.metadata.pop('execution', None)
     nbformat.write(nb, f)
-    subprocess.run(['nbdev-clean', '--fname', str(f)], check=True)
-    print(f'{f.relative_to(root)}: {time.time()-start:.0f} s, {f.stat().st_size//1024} KB')
+    subprocess.run([Path(sys.executable).with_name('nbdev-clean'), '--fname', f], check=True)
+    print(f'{f.relative_to(root)}: {time.time()-start:.0f} s, {f.stat().st_size//1024} KB', flush=True)
 sys.exit(bool(failed))

@@ -4,19 +4,23 @@ from pathlib import Path
 import pytest
 
 os.environ |= dict(HF_HUB_OFFLINE='1', MPLBACKEND='Agg')
+os.environ.setdefault('OMP_NUM_THREADS', '1') # read when torch is first imported; the tensors here are too small for more
 
 root = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help='run the tests marked slow')
+    parser.addoption('--cuda', action='store_true', help='run the tests marked cuda, and fail where there is no device')
 
 
 def pytest_collection_modifyitems(config, items):
-    import torch
-    for o in items:
-        if 'slow' in o.keywords and not config.getoption('--slow'): o.add_marker(pytest.mark.skip(reason='slow'))
-        if 'cuda' in o.keywords and not torch.cuda.is_available(): o.add_marker(pytest.mark.skip(reason='no CUDA device'))
+    marked = lambda name: [o for o in items if name in o.keywords]
+    skip = lambda name, reason: [o.add_marker(pytest.mark.skip(reason=reason)) for o in marked(name)]
+    if not config.getoption('--slow'): skip('slow', 'slow')
+    if not config.getoption('--cuda') and marked('cuda'):
+        import torch
+        if not torch.cuda.is_available(): skip('cuda', 'no CUDA device')
 
 
 @pytest.fixture(scope='session')

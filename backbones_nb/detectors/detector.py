@@ -8,11 +8,12 @@ Docs: https://backbones-nb.github.io/backbones-nb/detectors/detector.html.md"""
 __all__ = ['check_images', 'check_targets', 'training_flag', 'Detector', 'param_groups', 'freeze_to', 'mean_std',
            'prepare_backbone', 'describe']
 
-# %% ../../nbs/detectors/30_detector.ipynb #1ee303ed
+# %% ../../nbs/detectors/30_detector.ipynb #a1c2b855
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torchvision.tv_tensors import BoundingBoxes
 
 from ..core.features import IMAGENET_MEAN, IMAGENET_STD
 from ..core.registry import create_backbone
@@ -45,14 +46,14 @@ def check_images(
             'divide bytes by 255, or build the model with normalize=False if the images are normalised already')
     return images
 
-# %% ../../nbs/detectors/30_detector.ipynb #184f797d
+# %% ../../nbs/detectors/30_detector.ipynb #374d3059
 def _check_target(t, i, image, num_classes, keys):
     "One target's tensors without crowd boxes."
     if not isinstance(t, dict) or not {'boxes','labels'}<=set(t): raise TypeError(f"target {i} is "
         f"{'a dict with '+(', '.join(map(str, t)) or 'no keys') if isinstance(t, dict) else type(t).__name__}, "
         "expected a dict with boxes (N,4) and labels (N,)")
     who = f"the target of image {t.get('image_id', i)}"
-    fmt = getattr(getattr(t['boxes'], 'format', None), 'value', 'XYXY')
+    fmt = t['boxes'].format.value if isinstance(t['boxes'], BoundingBoxes) else 'XYXY' # fastai shares attributes among views
     if fmt!='XYXY': raise ValueError(f'{who} has {fmt} boxes, expected XYXY: convert them with torchvision.ops.box_convert')
     for k in keys:
         if not isinstance(t.get(k), Tensor): raise TypeError(f'{who} has {k} of type {type(t.get(k)).__name__}, expected a tensor')

@@ -101,7 +101,7 @@ def save_picture(
     fig = show_side_by_side([dl.create_item(i)[0] for i in at], [targets[i] for i in at], [preds[i] for i in at], learn.dls.class_map)
     fig.savefig(path, dpi=110, bbox_inches='tight')
 
-# %% ../../nbs/cli/60_cli.ipynb #be664b92
+# %% ../../nbs/cli/60_cli.ipynb #293ae136
 def finetune(
     data='toy', # see `open_data`
     out='runs/finetune', # the run's folder
@@ -122,7 +122,8 @@ def finetune(
     workers:int=0, # processes that load images
     cache:bool=False, # keep decoded images in memory
     bf16:bool=False, # bfloat16 mixed precision
-    augment:bool=True,
+    augment:bool=True, # mirror, zoom, shift and recolour training images
+    zoom=(0.7,1.4), # range of the zoom
     model_args:dict=None, # more arguments of the detector's `model`
     png:str='predictions.png', # name of the picture
     force:bool=False, # write over an older run
@@ -132,7 +133,7 @@ def finetune(
     from fastai.callback.progress import CSVLogger
     from fastai.torch_core import set_seed
     from backbones_nb.core.registry import create_backbone
-    from backbones_nb.data.batches import detection_dls
+    from backbones_nb.data.batches import default_augment, detection_dls
     from backbones_nb.learners.detection import detection_learner
     from backbones_nb.learners.metrics import coco_table
     build,out = get_detector(detector),free_run(out, force)
@@ -141,7 +142,8 @@ def finetune(
     train,valid,class_map,report = open_data(data, boxes, classes, valid_pct, seed, toy_images)
     out.mkdir(parents=True, exist_ok=True)
     model = build(num_classes=len(class_map), backbone=body, **(model_args or {}))
-    dls = detection_dls(train, valid, class_map, size=size, bs=bs, num_workers=workers, seed=seed, cache=cache, augment=augment, path=out)
+    dls = detection_dls(train, valid, class_map, size=size, bs=bs, num_workers=workers, seed=seed, cache=cache, path=out,
+        augment=default_augment(size, scale=tuple(zoom)) if augment else None)
     _write(out/'config.json', config | dict(classes_by_id=list(class_map), skipped=str(report), machine=machine(dls.device)))
     for k,rs in (('train',train), ('valid',valid)): (out/f'{k}.txt').write_text('\n'.join(r.image_id for r in rs) + '\n')
     print(f'{len(train)} images to learn from, {len(valid)} to measure on; {report}', flush=True)
@@ -204,7 +206,7 @@ def predict(
     if bad: raise FileNotFoundError('; '.join(bad))
     return res
 
-# %% ../../nbs/cli/60_cli.ipynb #15c12d91
+# %% ../../nbs/cli/60_cli.ipynb #27f1d115
 def _pairs(xs):
     "Turns ['a=1', 'b=x'] into a dict with numbers where they are numbers."
     res = {}
@@ -241,6 +243,7 @@ def parser() -> argparse.ArgumentParser:
     a('--cache', action='store_true', help='keep decoded images in memory')
     a('--bf16', action='store_true', help='bfloat16 mixed precision')
     a('--no-augment', dest='augment', action='store_false', help='train on the images as they are')
+    a('--zoom', nargs=2, type=float, default=(0.7,1.4), metavar=('LOW','HIGH'), help='range of the zoom in augmentation; little for short runs')
     a('--lean', action='store_true', help='narrow neck and heads, few samples: for small images on a CPU')
     a('--set', nargs='+', metavar='NAME=VALUE', help="more arguments of the detector, such as anchor_scale=4")
     a('--backbone-set', nargs='+', metavar='NAME=VALUE', help="more arguments of the backbone, such as ese=false 'mids=[32,40,48,56]'")

@@ -1,0 +1,132 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from backbones_nb.data.records import ClassMap, Record, SkipReport, image_size, load_image, read_voc, voc_records
+
+
+def write_xml(path, objects, size=(60,80)):
+    one = ''.join(f'<object><name>{n}</name><difficult>{d}</difficult><bndbox>' + ''.join(f'<{k}>{v}</{k}>' for k,v in zip(('xmin','ymin','xmax','ymax'), b))
+                  + '</bndbox></object>' for n,b,d in objects)
+    path.write_text('<annotation>' + (f'<size><width>{size[1]}</width><height>{size[0]}</height></size>' if size else '') + one + '</annotation>')
+
+
+@pytest.fixture
+def voc(tmp_path):
+    for o in ('images','xmls'): (tmp_path/o).mkdir()
+    def add(name, objects=None, size=(60,80), image=True):
+        if image: Image.new('RGB', (80,60), 'grey').save(tmp_path/'images'/f'{name}.jpg')
+        if objects is not None: write_xml(tmp_path/'xmls'/f'{name}.xml', objects, size)
+    return tmp_path/'images',tmp_path/'xmls',add
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_exif_orientation(orientation, tmp_path):
+    "Each of the eight ways to store a picture gives the same picture and the same size."
+    want = Image.new('RGB', (40,24), 'white')
+    want.paste('red', (0,0,20,12))
+    want.paste('blue', (20,12,40,24))
+    T = Image.Transpose # how a viewer's turn is undone
+    undo = {2:T.FLIP_LEFT_RIGHT, 3:T.ROTATE_180, 4:T.FLIP_TOP_BOTTOM, 5:T.TRANSPOSE, 6:T.ROTATE_90, 7:T.TRANSVERSE, 8:T.ROTATE_270}
+    stored,exif = want.transpose(undo[orientation]) if orientation>1 else want,Image.Exif()
+    exif[274] = orientation
+    stored.save(tmp_path/'x.png', exif=exif)
+    assert np.array_equal(load_image(tmp_path/'x.png'), want) and image_size(tmp_path/'x.png')==(24,40)
+
+
+def test_values_of_unusual_images(tmp_path):
+    a = Image.new('RGBA', (4,4), (255,0,0,0))
+    a.save(tmp_path/'clear.png')
+    Image.fromarray(np.full((4,4), 128*257, np.uint16)).save(tmp_path/'grey16.png')
+    p = Image.new('P', (4,4), 1)
+    p.putpalette([0,0,0, 10,20,30])
+    p.save(tmp_path/'p.png')
+    for name,want in (('clear',(255,)*3), ('grey16',(128,)*3), ('p',(10,20,30))): assert load_image(tmp_path/f'{name}.png').getpixel((0,0))==want
+
+
+def test_truncated_images_are_named(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64,64,3), np.uint8)).save(tmp_path/'x.jpg')
+    (tmp_path/'x.jpg').write_bytes((tmp_path/'x.jpg').read_bytes()[:2000])
+    assert image_size(tmp_path/'x.jpg')==(64,64)
+    with pytest.raises(ValueError, match='x.jpg'): load_image(tmp_path/'x.jpg')
+
+
+def test_voc_pixels_count_from_one_and_include_the_last(voc):
+    images,xmls,add = voc
+    add('a', [('cat',(1,1,80,60),0), ('cat',(11,21,11,21),0)])
+    (r,),_,report = voc_records(images, xmls)
+    assert r.boxes.tolist()==[[0,0,80,60],[10,20,11,21]] and str(report)=='nothing skipped of 1'
+
+
+def test_boxes_are_mended_and_noted(voc):
+    images,xmls,add = voc
+    add('a', [('cat',(-4,5,100,30),0), ('dog',(90,5,120,30),0), ('dog',(30,30,10,10),0), ('dog',('nan',5,20,30),0), ('dog',(5,5,20,30),0)])
+    (r,),cm,report = voc_records(images, xmls)
+    assert r.boxes.tolist()==[[0,4,80,30],[4,4,20,30]] and r.labels.tolist()==[1,2]
+    assert len(report)==0 and 'without area' in str(report) and 'clipped' in str(report)
+
+
+@pytest.mark.parametrize('difficult,labels,crowd', [('crowd',[1,2],[0,1]), ('keep',[1,2],[0,0]), ('skip',[1],[0])])
+def test_difficult(voc, difficult, labels, crowd):
+    images,xmls,add = voc
+    add('a', [('cat',(1,1,20,20),0), ('dog',(30,30,50,50),1)])
+    (r,),_,_ = voc_records(images, xmls, ClassMap(['cat','dog']), difficult=difficult)
+    assert (r.labels.tolist(), r.target()['iscrowd'].tolist())==(labels, crowd)
+
+
+def test_whatever_is_left_out_is_named(voc):
+    images,xmls,add = voc
+    good = [('cat',(1,1,20,20),0)]
+    for name in ('x_10','x_9'): add(name, good)
+    add('empty', [])
+    add('nosize', good, size=None)
+    add('zero', good, size=(0,0))
+    add('other', good, size=(120,160))
+    add('bare')
+    add('gone', good, image=False)
+    add('bad', good)
+    (xmls/'bad.xml').write_text('<annotation><object>')
+    add('broken', good)
+    (images/'broken.jpg').write_bytes(b'x')
+    Image.new('RGB', (80,60)).save(images/'x_9.png')
+    (images/'notes.txt').write_text('stray')
+    (images/'._x_9.jpg').write_bytes(b'x')
+    recs,cm,report = voc_records(images, xmls)
+    assert [r.image_id for r in recs]==['empty','nosize','x_9','x_10','zero'] and list(cm)==['background','cat']
+    assert recs[0].target()['boxes'].shape==(0,4)
+    assert {o for v in report.reasons.values() for o in v}=={'other','bare','bad','broken','x_9.png'} and report.total==len(recs)+len(report)
+    assert 'gone' in str(report) and all(o in str(report) for o in ('bare','broken','x_9.png'))
+
+
+def test_errors_say_what_to_do(voc, tmp_path):
+    images,xmls,add = voc
+    add('a', [('cat',(1,1,20,20),0)])
+    with pytest.raises(ValueError, match="no class 'cat'.*Did you mean 'cats'"): voc_records(images, xmls, ClassMap(['cats']))
+    with pytest.raises(ValueError, match='difficult'): voc_records(images, xmls, difficult='maybe')
+    with pytest.raises(FileNotFoundError, match='none'): voc_records(tmp_path/'none', xmls)
+    (tmp_path/'e').mkdir()
+    with pytest.raises(ValueError, match='1 without annotation'): voc_records(images, tmp_path/'e')
+    for text in ('', '<annotation><object><name>cat</name></object></annotation>',
+                 '<annotation><object><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></object></annotation>'):
+        (tmp_path/'x.xml').write_text(text)
+        with pytest.raises(ValueError, match='x.xml'): read_voc(tmp_path/'x.xml')
+
+
+def test_records_are_cheap_and_compare_by_identity(tmp_path):
+    a,b = (Record('a', tmp_path/'absent.jpg', (4,4), [[0,0,1,1]], [1], masks=np.ones((1,4,4), np.uint8)) for _ in range(2))
+    assert a in [b,a] and a!=b # no file is opened, and arrays are not compared
+    t = a.target()
+    t['boxes'] += 1
+    t['masks'] *= 0
+    assert a.boxes.tolist()==[[0,0,1,1]] and a.masks.sum()==16
+    with pytest.raises(FileNotFoundError, match='absent.jpg'): a.image()
+
+
+def test_skip_report_adds_up():
+    a,b = SkipReport(5),SkipReport(3)
+    for o in 'abcdefg': a.skip(o, 'odd')
+    b.skip('h', 'odd')
+    b.note('i', 'mended')
+    a.add(b)
+    assert (len(a), a.total, a.reasons['odd'][-1])==(8, 8, 'h')
+    assert str(a)=='skipped 8 of 8: 8 odd (a, b, c, d, e, ...); note: 1 mended (i)'

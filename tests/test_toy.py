@@ -1,0 +1,154 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+
+from backbones_nb.data.pets import pets_records, pets_splits, read_trimap
+from backbones_nb.data.toy import _write_one, breeds, draw_pet, draw_scene, toy_pets
+from backbones_nb.learners.metrics import mean_box_detector
+
+
+@pytest.fixture(scope='module')
+def splits(tmp_path_factory): return pets_splits(toy_pets(tmp_path_factory.mktemp('toy')/'p', n=300, seed=11), masks=True)
+
+
+def coco_api(ids, records, dets):
+    "pycocotools' own evaluation, from plain lists."
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+    anns = [dict(id=i+1, image_id=k, category_id=int(c), bbox=[*map(float, (b[0],b[1],b[2]-b[0],b[3]-b[1]))], area=float((b[2]-b[0])*(b[3]-b[1])), iscrowd=0)
+            for i,(k,b,c) in enumerate((k,b,c) for k,r in zip(ids, records) for b,c in zip(r.boxes, r.labels))]
+    gt = COCO()
+    gt.dataset = dict(images=[dict(id=i) for i in ids], annotations=anns, categories=[dict(id=i) for i in (1,2)])
+    gt.createIndex()
+    e = COCOeval(gt, gt.loadRes(dets), 'bbox')
+    e.evaluate(); e.accumulate(); e.summarize()
+    return e.stats[1]
+
+
+def test_mean_box_stays_below_a_fifth(splits):
+    train,valid,_,_ = splits
+    preds = mean_box_detector(train)(valid)
+    dets = [dict(image_id=i, category_id=int(c), bbox=[*map(float, (b[0],b[1],b[2]-b[0],b[3]-b[1]))], score=float(s))
+            for i,p in enumerate(preds) for b,c,s in zip(p['boxes'], p['labels'], p['scores'])]
+    assert 0<coco_api(range(len(valid)), valid, dets)<.2
+
+
+def test_colour_does_not_tell_the_species(splits):
+    "A classifier that sees the histogram of exactly the pet's pixels, and nothing else."
+    from sklearn.ensemble import RandomForestClassifier
+    def features(recs):
+        X = []
+        for r in recs:
+            q = (np.asarray(r.image())//32)[r.masks().any(0)] @ np.array([64,8,1])
+            X.append(np.sqrt(np.bincount(q, minlength=512)/len(q)))
+        return np.array(X),np.array([r.labels[0] for r in recs])
+    train,valid,_,_ = splits
+    (x,y),(xv,yv) = features(train),features(valid)
+    assert RandomForestClassifier(200, random_state=0).fit(x, y).score(xv, yv)<.72
+
+
+def test_pets_vary(splits):
+    recs = splits[0]+splits[1]
+    sizes = np.array([max(b[2]-b[0], b[3]-b[1])/min(r.size) for r in recs for b in r.boxes])
+    centre = np.array([[(b[0]+b[2])/2/r.size[1], (b[1]+b[3])/2/r.size[0]] for r in recs for b in r.boxes])
+    assert sizes.min()>=.2 and sizes.max()<=.81 and sizes.std()>.1
+    assert np.ptp(centre, 0).min()>.6 and centre.std(0).min()>.12
+    assert set(np.bincount([len(r.labels) for r in recs]).nonzero()[0])=={1,2,3}
+    for c in (1,2): assert abs(np.mean([r.labels[0]==c for r in recs])-.5)<.05
+    assert abs(sizes[[r.labels[0]==1 for r in recs for _ in r.boxes]].mean()-sizes[[r.labels[0]==2 for r in recs for _ in r.boxes]].mean())<.08
+
+
+def test_the_trimap_gives_back_what_was_drawn(monkeypatch, tmp_path):
+    from backbones_nb.data import toy
+    drawn,scene = [],toy.draw_scene
+    monkeypatch.setattr(toy, 'draw_scene', lambda *a, **kw: (drawn.append(scene(*a, **kw)), drawn[-1])[1])
+    recs,_ = pets_records(toy_pets(tmp_path/'p', n=24, seed=6), 'all', masks=True)
+    heads = {r.image_id:r.boxes for r in pets_records(tmp_path/'p', boxes='head')[0]}
+    truth = {frozenset(p['seen'].tobytes() for p in pets):pets for _,pets in drawn}
+    for r in recs:
+        pets = truth[frozenset(m.astype(bool).tobytes() for m in r.masks())] # the very pixels of each pet
+        for b in heads.get(r.image_id, []): # each head lies in the pet that it belongs to
+            x1,y1,x2,y2 = b.astype(int)
+            assert any(p['head'][y1:y2,x1:x2].any(0).all() and p['head'].sum()==p['head'][y1:y2,x1:x2].sum() for p in pets)
+        assert all((p['seen'] | ~p['head']).all() for p in pets)
+
+
+def test_occlusion_hides_a_third_at_most():
+    share = []
+    for i in range(30):
+        free,hid = (draw_scene(np.random.default_rng([3,i]), 'beagle', (120,120), max_hidden=o)[1] for o in (0.,.35))
+        assert len(free)==len(hid)
+        share += [b['seen'].sum()/a['seen'].sum() for a,b in zip(free, hid)]
+    assert min(share)>=.6 and np.mean(np.array(share)<.97)>.15 # it does happen
+
+
+def test_images_do_not_depend_on_their_order(tmp_path):
+    a = toy_pets(tmp_path/'a', n=14, seed=4)
+    b = tmp_path/'b'
+    for o in ('images', 'annotations/trimaps', 'annotations/xmls'): (b/o).mkdir(parents=True)
+    _write_one(b, 9, 4, 144, 'beagle', 2, True)
+    for o in ('images/beagle_2.jpg', 'annotations/trimaps/beagle_2.png'): assert (a/o).read_bytes()==(b/o).read_bytes()
+
+
+def content(path): return {o.relative_to(path):o.read_bytes() for o in path.rglob('*') if o.is_file()}
+
+@pytest.mark.parametrize('quirks', [False, True])
+def test_an_unfinished_folder_is_completed_and_a_finished_one_left_alone(quirks, tmp_path):
+    kw = dict(n=12, seed=1, side=96, quirks=quirks)
+    a,b = toy_pets(tmp_path/'a', **kw),toy_pets(tmp_path/'b', **kw)
+    mark = json.loads((b/'toy.json').read_text())
+    assert mark.pop('complete')
+    (b/'toy.json').write_text(json.dumps(mark))
+    for o in ('images/terrier_1.jpg', 'images/Siamese_2.jpg', 'annotations/test.txt'): (b/o).unlink()
+    assert content(toy_pets(tmp_path/'b', **kw))==content(a)
+    before = {o:o.stat().st_mtime_ns for o in a.rglob('*')}
+    toy_pets(tmp_path/'a', **kw)
+    assert before=={o:o.stat().st_mtime_ns for o in a.rglob('*')}
+
+
+def test_an_older_drawing_is_drawn_anew(tmp_path):
+    a = toy_pets(tmp_path/'a', n=6, side=96)
+    want = content(a)
+    (a/'toy.json').write_text(json.dumps(json.loads((a/'toy.json').read_text()) | dict(version=0)))
+    (a/'images'/'Tabby_1.jpg').write_bytes(b'old')
+    assert content(toy_pets(a, n=6, side=96))==want
+
+
+def test_refused_arguments(tmp_path):
+    (tmp_path/'a').mkdir()
+    (tmp_path/'a'/'letter.txt').write_text('dear')
+    with pytest.raises(ValueError, match='holds other files'): toy_pets(tmp_path/'a', n=6)
+    with pytest.raises(ValueError, match='n=0'): toy_pets(tmp_path/'b', n=0)
+    assert not (tmp_path/'b').exists()
+    toy_pets(tmp_path/'c', n=2, side=96)
+    with pytest.raises(ValueError, match='holds toy pets made with') as e: toy_pets(tmp_path/'c', n=2, side=96, seed=3)
+    assert '\n' not in str(e.value)
+
+
+def test_pets_are_drawn_whole_with_a_head():
+    rng = np.random.default_rng(0)
+    for b in breeds:
+        for _ in range(5):
+            img,head = draw_pet(rng, b)
+            a = np.asarray(img.getchannel('A'))>127
+            assert ndimage.label(a, np.ones((3,3)))[1]==1 and img.size==head.size
+            assert .05<(np.asarray(head)>127).sum()/a.sum()<.7
+
+
+def test_quirks_are_those_of_the_original(tmp_path):
+    p = toy_pets(tmp_path/'q', n=12, side=96, quirks=True)
+    kinds = [(Image.open(o).format, Image.open(o).mode) for o in sorted((p/'images').glob('*.jpg'))]
+    assert kinds.count(('GIF','P'))==1 and kinds.count(('PNG','RGBA'))==1 and kinds.count(('JPEG','RGB'))==10
+    recs,report = pets_records(p, 'all')
+    assert len(recs)==12 and '.mat' in str(report)
+    for r in recs: assert r.image().size==r.size[::-1]==read_trimap(p/'annotations'/'trimaps'/f'{r.image_id}.png').shape[::-1]
+
+
+def test_drawing_loads_neither_torch_nor_fastai():
+    import subprocess
+    code = 'import sys, backbones_nb.data.toy; print([o for o in ("torch","fastai") if o in sys.modules])'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()=='[]'

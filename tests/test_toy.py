@@ -8,7 +8,7 @@ from scipy import ndimage
 
 from backbones_nb.data.pets import pets_records, pets_splits, read_trimap
 from backbones_nb.data.toy import _write_one, breeds, draw_pet, draw_scene, toy_pets
-from backbones_nb.learners.metrics import mean_box_detector
+from backbones_nb.learners.metrics import coco_eval, mean_box_detector
 
 
 @pytest.fixture(scope='module')
@@ -30,11 +30,12 @@ def coco_api(ids, records, dets):
 
 
 def test_mean_box_stays_below_a_fifth(splits):
-    train,valid,_,_ = splits
+    train,valid,cm,_ = splits
     preds = mean_box_detector(train)(valid)
     dets = [dict(image_id=i, category_id=int(c), bbox=[*map(float, (b[0],b[1],b[2]-b[0],b[3]-b[1]))], score=float(s))
             for i,p in enumerate(preds) for b,c,s in zip(p['boxes'], p['labels'], p['scores'])]
-    assert coco_api(range(len(valid)), valid, dets)<.2
+    ap50 = coco_api(range(len(valid)), valid, dets)
+    assert ap50<.2 and coco_eval(preds, [r.target() for r in valid], cm)['AP50']==pytest.approx(ap50, abs=1e-6)
     perfect = [dict(image_id=i, category_id=int(c), bbox=[*map(float, (b[0],b[1],b[2]-b[0],b[3]-b[1]))], score=1.)
                for i,r in enumerate(valid) for b,c in zip(r.boxes, r.labels)]
     assert coco_api(range(len(valid)), valid, perfect)>.999
@@ -54,11 +55,24 @@ def test_colour_does_not_tell_the_species(splits):
     assert RandomForestClassifier(200, random_state=0).fit(x, y).score(xv, yv)<.72
 
 
+def test_layout_and_truth(toy):
+    lists = {k:[l.split() for l in (toy/'annotations'/f'{k}.txt').read_text().splitlines() if l[0]!='#'] for k in ('list','trainval','test')}
+    everything,trainval,test = ({o[0] for o in v} for v in lists.values())
+    assert everything==trainval | test and not trainval & test
+    for name,cid,sid,_ in lists['list']:
+        b = breeds[name.rsplit('_', 1)[0]]
+        assert (int(cid), int(sid))==(b['id'], b['species']) and name[0].isupper()==(sid=='1')
+        tri = np.asarray(Image.open(toy/'annotations'/'trimaps'/f'{name}.png'))
+        assert set(np.unique(tri))=={1,2,3} and Image.open(toy/'images'/f'{name}.jpg').size==tri.shape[::-1]
+        assert 1<=ndimage.label(tri!=2, np.ones((3,3)))[1]<=3
+    assert {o.stem for o in (toy/'annotations'/'xmls').iterdir()} < trainval # the gap of the original: none of test, not all of trainval
+
+
 def test_pets_vary(splits):
     recs = splits[0]+splits[1]
     sizes = np.array([max(b[2]-b[0], b[3]-b[1])/min(r.size) for r in recs for b in r.boxes])
     centre = np.array([[(b[0]+b[2])/2/r.size[1], (b[1]+b[3])/2/r.size[0]] for r in recs for b in r.boxes])
-    assert sizes.min()>=.2 and sizes.max()<=.81 and sizes.std()>.1
+    assert .2<=sizes.min()<.3 and .65<sizes.max()<=.81 and sizes.std()>.1
     assert np.ptp(centre, 0).min()>.6 and centre.std(0).min()>.12
     assert set(np.bincount([len(r.labels) for r in recs]).nonzero()[0])=={1,2,3}
     for c in (1,2): assert abs(np.mean([r.labels[0]==c for r in recs])-.5)<.05
@@ -93,7 +107,7 @@ def test_images_do_not_depend_on_their_order(tmp_path):
     a = toy_pets(tmp_path/'a', n=14, seed=4)
     b = tmp_path/'b'
     for o in ('images', 'annotations/trimaps', 'annotations/xmls'): (b/o).mkdir(parents=True)
-    _write_one(b, 9, 4, 144, 'beagle', 2, True)
+    _write_one((b, 9, 4, 144, 'beagle', 2, True))
     for o in ('images/beagle_2.jpg', 'annotations/trimaps/beagle_2.png'): assert (a/o).read_bytes()==(b/o).read_bytes()
 
 
@@ -111,6 +125,14 @@ def test_an_unfinished_folder_is_completed_and_a_finished_one_left_alone(quirks,
     before = {o:o.stat().st_mtime_ns for o in a.rglob('*')}
     toy_pets(tmp_path/'a', **kw)
     assert before=={o:o.stat().st_mtime_ns for o in a.rglob('*')}
+
+
+def test_the_seed_decides(tmp_path):
+    a,b,c = (toy_pets(tmp_path/k, n=6, seed=s) for k,s in (('a',1), ('b',1), ('c',2)))
+    assert content(a)==content(b)
+    one,other = ({k:v for k,v in content(o).items() if k.suffix=='.jpg'} for o in (a,c))
+    assert one.keys()==other.keys() and all(one[k]!=other[k] for k in one)
+    with pytest.raises(ValueError, match='holds toy pets made with'): toy_pets(tmp_path/'a', n=7, seed=1)
 
 
 def test_an_older_drawing_is_drawn_anew(tmp_path):

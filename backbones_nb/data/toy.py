@@ -7,9 +7,11 @@ Docs: https://backbones-nb.github.io/backbones-nb/data/toy.html.md"""
 # %% auto #0
 __all__ = ['furs', 'eyes', 'noses', 'rose', 'breeds', 'shade', 'draw_pet', 'draw_scene', 'toy_pets']
 
-# %% ../../nbs/data/42_toy.ipynb #adc77fe9
+# %% ../../nbs/data/42_toy.ipynb #0b8c1259
 import json
 import shutil
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from math import cos, pi, sin
 from pathlib import Path
 
@@ -17,18 +19,33 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from scipy import ndimage
 
-# %% ../../nbs/data/42_toy.ipynb #31e6ae64
+# %% ../../nbs/data/42_toy.ipynb #c3d1377d
 furs = ((206,132,60), (150,92,50), (92,66,48), (52,48,50), (128,124,122), (186,182,176), (232,220,196), (222,178,118), (172,70,40))
 eyes = ((196,208,90), (214,150,52), (110,160,196), (122,78,44), (62,48,40))
 noses = ((214,120,120), (22,20,20), (110,70,60))
 rose = (222,130,130) # inside of ears, tongues
 breeds = dict( # name -> id, species, build
-    Tabby=dict(id=1, species=1, ear=1.0, marks='stripes', fluff=0), Siamese=dict(id=2, species=1, ear=1.3, marks='points', fluff=0),
-    Persian=dict(id=3, species=1, ear=0.75, marks=None, fluff=1), beagle=dict(id=4, species=2, ear=1.0, marks='patches', fluff=0, leg=1., body=1.),
-    dachshund=dict(id=5, species=2, ear=1.2, marks=None, fluff=0, leg=.55, body=1.25), terrier=dict(id=6, species=2, ear=.7, marks='patches', fluff=1, leg=1., body=.9))
-_S = 4 # pixels per unit of a pet's own canvas of 120 x 120 units
+    Tabby=dict(id=1, species=1, marks='stripes', fluff=0, ear=1.0), Siamese=dict(id=2, species=1, marks='points', fluff=0, ear=1.3),
+    Persian=dict(id=3, species=1, marks='patches', fluff=1, ear=.8),
+    beagle=dict(id=4, species=2, marks='patches', fluff=0, ear=1.0, leg=1., body=1.),
+    dachshund=dict(id=5, species=2, marks='points', fluff=0, ear=1.2, leg=.55, body=1.25),
+    terrier=dict(id=6, species=2, marks='stripes', fluff=1, ear=.7, leg=1., body=.9))
 
 def shade(c, f): return tuple(int(max(0, min(255, v*f))) for v in c)
+
+def _pick(rng, xs): return xs[rng.integers(len(xs))]
+
+def _coat(rng, marks):
+    "The colour of each part: one rule for both species."
+    base,second = (furs[i] for i in rng.choice(len(furs), 2, replace=False))
+    parts = (second,) if marks=='points' else (base, second, shade(base, .6))
+    return dict(base=base, second=second, far=shade(base, .8), tip=_pick(rng, parts), ear=_pick(rng, parts),
+        face=_pick(rng, (*parts, shade(base, 1.25))), inner=rose if rng.random()<.6 else shade(base, .7),
+        eye=_pick(rng, eyes), nose=_pick(rng, noses), mark=second if marks=='patches' else shade(base, .62),
+        scarf=_pick(rng, (*furs, *eyes, *noses, rose)), look=rng.uniform(.75, 1.2)) # how far the eyes are open
+
+# %% ../../nbs/data/42_toy.ipynb #ac7b33b1
+_S = 4 # pixels per unit of a pet's own canvas of 120 x 120 units
 
 class _Pen:
     "Draws in units on an RGBA canvas, and marks the head on a second one."
@@ -38,117 +55,115 @@ class _Pen:
     def _do(self, kind, xy, fill, **kw):
         if self.on_head: # larger than life, since it tells the species
             pts,(cx,cy) = np.array(xy, float).reshape(-1, 2),self.on_head
-            xy = [tuple(o) for o in ((pts-(cx*_S,cy*_S))*1.25+(cx*_S,cy*_S)).tolist()]
+            xy = [tuple(o) for o in ((pts-(cx*_S,cy*_S))*1.45+(cx*_S,cy*_S)).tolist()]
         getattr(self.draws[0], kind)(xy, fill=(*fill,255), **kw)
         if self.on_head: getattr(self.draws[1], kind)(xy, fill=255, **kw)
     def oval(self, x, y, rx, ry, c, fluff=0, rng=None):
         self._do('ellipse', [(x-rx)*_S, (y-ry)*_S, (x+rx)*_S, (y+ry)*_S], c)
-        if fluff:
-            for a in np.linspace(0, 2*pi, 18, endpoint=False):
-                r,j = 3.2,rng.uniform(.9, 1.08)
-                self._do('ellipse', [(x+rx*j*cos(a)-r)*_S, (y+ry*j*sin(a)-r)*_S, (x+rx*j*cos(a)+r)*_S, (y+ry*j*sin(a)+r)*_S], shade(c, rng.uniform(.9, 1.1)))
+        for a in np.linspace(0, 2*pi, 18, endpoint=False) if fluff else ():
+            j = rng.uniform(.9, 1.08)
+            self.oval(x+rx*j*cos(a), y+ry*j*sin(a), 3.2, 3.2, shade(c, rng.uniform(.9, 1.1)))
     def poly(self, pts, c): self._do('polygon', [(x*_S, y*_S) for x,y in pts], c)
     def path(self, pts, w, c):
         for (x0,y0),(x1,y1) in zip(pts, pts[1:]):
             for t in np.linspace(0, 1, 2+int(4*(abs(x1-x0)+abs(y1-y0))/w)):
-                x,y = x0+(x1-x0)*t,y0+(y1-y0)*t
-                self._do('ellipse', [(x-w/2)*_S, (y-w/2)*_S, (x+w/2)*_S, (y+w/2)*_S], c)
+                self.oval(x0+(x1-x0)*t, y0+(y1-y0)*t, w/2, w/2, c)
     def over(self, layer, c):
         "Paints where `layer` (L) and the pet both are."
         self.img.paste(Image.new('RGBA', self.img.size, (*c,255)), mask=ImageChops.multiply(layer, self.img.getchannel('A')))
 
-def _bezier(p, n=12): return [((1-t)**2*p[0][0]+2*t*(1-t)*p[1][0]+t*t*p[2][0], (1-t)**2*p[0][1]+2*t*(1-t)*p[1][1]+t*t*p[2][1]) for t in np.linspace(0, 1, n)]
+def _bezier(p, n=12):
+    t = np.linspace(0, 1, n)[:,None]
+    return ((1-t)**2*p[0] + 2*t*(1-t)*np.array(p[1]) + t*t*p[2]).tolist()
 
-# %% ../../nbs/data/42_toy.ipynb #feb34002
-def _body(pen, rng, b, pose, base, second):
-    "Draws tail, legs and trunk; returns the head's centre and whether it is seen from the side."
-    cat,fl = b['species']==1,b['fluff']
-    leg,wide = b.get('leg', 1.),b.get('body', 1.)
-    lw = 6 if cat else 8
-    tip = second if b['marks'] in ('points','patches') else base
-    far = shade(base, .8)
-    if pose=='sitting':
-        if cat: pen.path(_bezier([(70,92), (108,98), (92,62+rng.uniform(-8,8))]), 5.5, tip)
-        else: pen.path([(68,90), (88,80)], 9, tip)
-        pen.oval(58, 72, 19*(1 if cat else 1.1), 25, base, fl, rng)
-        for x in (44, 72): pen.oval(x, 92, 10, 8, base)
-        for x in (51, 65): pen.path([(x,72), (x,97)], lw, base)
-        for x in (51, 65): pen.oval(x, 98, lw*.7, 4, tip)
-        return (58,36),False
-    if pose=='standing':
-        y = 62
-        if cat: pen.path(_bezier([(86,58), (112,56), (104,22+rng.uniform(-6,14))]), 5.5, tip)
-        else: pen.path([(80*(.5+wide/2),56), (98,42)], 8.5, tip)
-        for x,c in ((42,far), (78,far), (36,base), (84,base)): pen.path([(x,y), (x,y+(32 if cat else 34)*leg)], lw, c)
-        for x in (36, 84): pen.oval(x-1, y+33*leg, lw*.7, 3.5, tip)
-        if cat: pen.oval(60, y, 29, 14, base, fl, rng)
-        else:
-            pen.oval(60, y, 30*wide, 15, base, fl, rng)
-            pen.oval(40, y-1, 15, 16, base)
-        return (31,42),True
-    if cat: pen.path(_bezier([(90,86), (116,88), (108,66+rng.uniform(-4,14))]), 5.5, tip)
-    else: pen.path([(90,80), (106,68)], 8.5, tip)
-    for x in (22, 36): pen.path([(x+16,92), (x,95)], lw, base)
-    pen.oval(64, 82, 33, 14 if cat else 15, base, fl, rng)
-    pen.oval(82, 86, 13, 11, base)
+# %% ../../nbs/data/42_toy.ipynb #ac7a496f
+def _sitting(pen, rng, b, c):
+    cat,lw = b['species']==1,6 if b['species']==1 else 8
+    if cat: pen.path(_bezier([(70,92), (108,98), (92,62+rng.uniform(-8,8))]), 5.5, c['tip'])
+    else: pen.path([(68,90), (88,80)], 9, c['tip'])
+    pen.oval(58, 72, 19*(1 if cat else 1.1), 25, c['base'], b['fluff'], rng)
+    for x in (44, 72): pen.oval(x, 92, 10, 8, c['base'])
+    for x in (51, 65): pen.path([(x,72), (x,97)], lw, c['base'])
+    for x in (51, 65): pen.oval(x, 98, lw*.7, 4, c['tip'])
+    return (58,36),False
+
+def _standing(pen, rng, b, c, y=62):
+    cat,lw,leg,wide = b['species']==1,6 if b['species']==1 else 8,b.get('leg', 1.),b.get('body', 1.)
+    if cat: pen.path(_bezier([(86,58), (112,56), (104,22+rng.uniform(-6,14))]), 5.5, c['tip'])
+    else: pen.path([(80*(.5+wide/2),56), (98,42)], 8.5, c['tip'])
+    for x,k in ((42,'far'), (78,'far'), (36,'base'), (84,'base')): pen.path([(x,y), (x,y+(32 if cat else 34)*leg)], lw, c[k])
+    for x in (36, 84): pen.oval(x-1, y+33*leg, lw*.7, 3.5, c['tip'])
+    pen.oval(60, y, 29 if cat else 30*wide, 14 if cat else 15, c['base'], b['fluff'], rng)
+    if not cat: pen.oval(40, y-1, 15, 16, c['base'])
+    return (31,42),True
+
+def _lying(pen, rng, b, c):
+    cat = b['species']==1
+    if cat: pen.path(_bezier([(90,86), (116,88), (108,66+rng.uniform(-4,14))]), 5.5, c['tip'])
+    else: pen.path([(90,80), (106,68)], 8.5, c['tip'])
+    for x in (22, 36): pen.path([(x+16,92), (x,95)], 6 if cat else 8, c['base'])
+    pen.oval(64, 82, 33, 14 if cat else 15, c['base'], b['fluff'], rng)
+    pen.oval(82, 86, 13, 11, c['base'])
     return (34,62),True
 
-def _head(pen, rng, b, at, side, base, second):
-    "Draws ears, face and muzzle: what tells the species."
-    (x,y),cat,fl,e = at,b['species']==1,b['fluff'],b['ear']
-    dark,pale = shade(base, .6),shade(base, 1.25)
-    eye,nose,pink = eyes[rng.integers(len(eyes))],noses[rng.integers(len(noses))],rng.random()<.6
-    pen.on_head = at
-    if cat:
-        ear = second if b['marks']=='points' else base
-        for s in (-1, 1):
-            pen.poly([(x+s*3,y-11), (x+s*13*min(e,1.1),y-15-11*e), (x+s*16,y-4)], ear)
-            pen.poly([(x+s*6,y-11), (x+s*11.5*min(e,1.1),y-14-7*e), (x+s*13,y-7)], rose if pink else shade(ear, .75))
-        pen.oval(x, y, 16.5, 14.5, base, fl, rng)
-        if b['marks']=='points': pen.oval(x, y+4, 8.5, 8.5, second)
-        for s in (-1, 1):
-            pen.oval(x+s*6.5, y-2, 3.6, 3.8, eye)
-            pen.oval(x+s*6.5, y-2, 1.2, 3.4, (20,20,20))
-            pen.oval(x+s*3.2, y+7, 3.6, 2.8, pale)
-            for k in (-2,0,2): pen.draws[0].line([((x+s*6)*_S,(y+9)*_S), ((x+s*19)*_S,(y+8+k)*_S)], fill=(245,245,240,255), width=_S//2)
-        pen.poly([(x-2.4,y+3), (x+2.4,y+3), (x,y+6)], nose)
-    else:
-        ear = second if b['marks']=='patches' else dark
-        pen.oval(x, y, 14, 14.5, base, fl, rng)
-        mx = x-13 if side else x
-        pen.oval(mx, y+(5 if side else 8), 11 if side else 8.5, 6.5 if side else 8, pale, fl, rng)
-        if pink: pen.oval(mx+(-3 if side else 0), y+(13 if side else 17), 3, 4.5, rose)
-        pen.oval(mx-(9 if side else 0), y+(2.5 if side else 4), 3.6, 3, nose)
-        for s in ((.2,) if side else (-1,1)):
-            pen.oval(x+s*6-(4 if side else 0), y-3, 3, 3.1, eye)
-            pen.oval(x+s*6-(4 if side else 0), y-3, 1.9, 2, (20,20,20))
-        for s in ((1,) if side else (-1,1)):
-            a = x+s*(7 if side else 14)
-            if e>=1: pen.oval(a, y+3*e, 5.2, 13*e, ear)
-            else: pen.poly([(a-6,y-14), (a+6,y-13), (a+s*6,y+1)], ear)
-    pen.on_head = None
+# %% ../../nbs/data/42_toy.ipynb #642c8f39
+def _eyes(pen, x, y, xs, r, pupil, c):
+    for dx in xs:
+        pen.oval(x+dx, y, r, r*c['look'], c['eye'])
+        pen.oval(x+dx, y, pupil[0], pupil[1]*c['look'], noses[1])
 
-# %% ../../nbs/data/42_toy.ipynb #25a20b1e
+def _scarf(pen, rng, x, y, c):
+    if rng.random()<.7: pen.oval(x, y+14, rng.uniform(8, 13), rng.uniform(3, 6), c['scarf'])
+
+def _cat_head(pen, rng, b, at, side, c):
+    (x,y),e = at,b['ear']
+    for s in (-1, 1):
+        pen.poly([(x+s*3,y-11), (x+s*13*min(e,1.1),y-15-11*e), (x+s*16,y-4)], c['ear'])
+        pen.poly([(x+s*7,y-11), (x+s*11.5*min(e,1.1),y-14-6*e), (x+s*12.5,y-7)], c['inner'])
+    pen.oval(x, y, 16.5, 14.5, c['base'], b['fluff'], rng)
+    pen.oval(x, y+5, 9, 8, c['face'])
+    _eyes(pen, x, y-2, (-6.5,6.5), 3.4, (1.3,3.2), c)
+    for s in (-1, 1): # whiskers, no part of the outline
+        for k in (-2,0,2): pen.draws[0].line([((x+s*6)*_S,(y+9)*_S), ((x+s*19)*_S,(y+8+k)*_S)], fill=(*c['face'],255), width=_S//2)
+    pen.poly([(x-4,y+3), (x+4,y+3), (x,y+8)], c['nose'])
+
+def _dog_head(pen, rng, b, at, side, c):
+    (x,y),e,mx = at,b['ear'],at[0]-13*side
+    pen.oval(x, y, 14, 14.5, c['base'], b['fluff'], rng)
+    if rng.random()<.8: pen.oval(mx-(3 if side else 0), y+(13 if side else 17), 3.4, 6, c['inner']) # the tongue hangs out
+    pen.oval(mx, y+(5 if side else 8), 11 if side else 8.5, 6.5 if side else 8, c['face'], b['fluff'], rng)
+    pen.oval(mx-(9 if side else 0), y+(2.5 if side else 4), 3.2, 2.6, c['nose'])
+    _eyes(pen, x, y-3, (-3,) if side else (-6,6), 4.6 if side else 3.4, (2.9,2.9) if side else (2.1,2.1), c)
+    for s in (1,) if side else (-1,1):
+        a = x+s*(7 if side else 14)
+        if e>=1: pen.oval(a, y+3*e, 5.2, 13*e, c['ear'])
+        else: pen.poly([(a-6,y-14), (a+6,y-13), (a+s*6,y+1)], c['ear'])
+
+# %% ../../nbs/data/42_toy.ipynb #cf025bd0
+def _marks(pen, rng, kind, c):
+    if kind=='points': return
+    layer = Image.new('L', pen.img.size)
+    d = ImageDraw.Draw(layer)
+    if kind=='stripes':
+        for k in np.arange(24, 118, 9.): d.line([(k*_S,40*_S), ((k-6)*_S,104*_S)], fill=255, width=3*_S)
+    else:
+        for _ in range(3):
+            x,y,r = rng.uniform(38, 88),rng.uniform(50, 92),rng.uniform(7, 13)
+            d.ellipse([(x-r)*_S,(y-r*.8)*_S,(x+r)*_S,(y+r*.8)*_S], fill=255)
+    pen.over(layer, c['mark'])
+
 def draw_pet(
     rng, # numpy Generator
     breed:str, # name in `breeds`
 ) -> tuple: # RGBA image cut to the pet, and an L image of the same size that marks its head
     "Returns one pet in a random pose, colour and direction."
     b,pen = breeds[breed],_Pen()
-    base,second = (furs[i] for i in rng.choice(len(furs), 2, replace=False))
-    pose = str(rng.choice(['sitting','standing','lying']))
-    at,side = _body(pen, rng, b, pose, base, second)
-    if b['marks'] in ('stripes','patches'):
-        layer = Image.new('L', pen.img.size)
-        d = ImageDraw.Draw(layer)
-        if b['marks']=='stripes':
-            for k in np.arange(24, 118, 9.): d.line([(k*_S,40*_S), ((k-6)*_S,104*_S)], fill=255, width=3*_S)
-        else:
-            for _ in range(3):
-                x,y,r = rng.uniform(38, 88),rng.uniform(50, 92),rng.uniform(7, 13)
-                d.ellipse([(x-r)*_S,(y-r*.8)*_S,(x+r)*_S,(y+r*.8)*_S], fill=255)
-        pen.over(layer, shade(base, .62) if b['marks']=='stripes' else second)
-    _head(pen, rng, b, at, side, base, second)
+    c = _coat(rng, b['marks'])
+    at,side = _pick(rng, (_sitting,_standing,_lying))(pen, rng, b, c)
+    _marks(pen, rng, b['marks'], c)
+    _scarf(pen, rng, at[0]+5*side, at[1], c)
+    pen.on_head = at
+    (_cat_head if b['species']==1 else _dog_head)(pen, rng, b, at, side, c)
     img,head = pen.img,pen.head
     if rng.random()<.5: img,head = (o.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for o in (img,head))
     return _cut(img, head)
@@ -157,7 +172,7 @@ def _cut(img, head):
     box = img.getchannel('A').point([255*(v>127) for v in range(256)]).getbbox()
     return img.crop(box),head.crop(box)
 
-# %% ../../nbs/data/42_toy.ipynb #1d75eee3
+# %% ../../nbs/data/42_toy.ipynb #39e32985
 _any = lambda rng: furs[rng.integers(len(furs))]
 
 def _shape(d, rng, x, y, r, c):
@@ -174,6 +189,7 @@ def _shape(d, rng, x, y, r, c):
     else:
         for a in rng.uniform(-1., 1., 7): d.line([(x,y+r), (x+r*sin(a),y+r-1.8*r*cos(a))], fill=shade(c, rng.uniform(.7,1.2)), width=max(2, int(r*.14)))
 
+# %% ../../nbs/data/42_toy.ipynb #0447832e
 def _color(rng): return _any(rng) if rng.random()<.6 else tuple(int(v) for v in rng.integers(30, 235, 3))
 
 def _background(rng, w, h):
@@ -188,8 +204,17 @@ def _background(rng, w, h):
     for _ in range(rng.integers(3, 8)): _shape(d, rng, rng.uniform(0,w), rng.uniform(0,h), min(w,h)*rng.uniform(.06,.2), _color(rng))
     return img
 
-# %% ../../nbs/data/42_toy.ipynb #1683d7bb
+# %% ../../nbs/data/42_toy.ipynb #606e9c75
 def _one(mask): return ndimage.label(mask, np.ones((3,3)))[1]==1
+
+def _lit(rng, pet):
+    "The pet under light from one side, with the grain of fur: no part keeps one exact colour."
+    a = np.asarray(pet).astype(float)
+    y,x = np.mgrid[-1:1:a.shape[0]*1j, -1:1:a.shape[1]*1j]
+    turn = rng.uniform(0, 2*pi)
+    light = rng.uniform(.75, 1.15)*(1+rng.uniform(0, .25)*(x*cos(turn)+y*sin(turn))) + rng.normal(0, rng.uniform(.02, .06), x.shape)
+    a[...,:3] *= light[...,None]
+    return Image.fromarray(a.clip(0, 255).astype(np.uint8))
 
 def _place(rng, img, breed, n, taken):
     "Pastes a pet where it touches no other; returns its mask and head mask (float 0-1, scene size), or None."
@@ -206,11 +231,11 @@ def _place(rng, img, breed, n, taken):
     masks = [np.zeros((h,w), bool) for _ in range(2)]
     for m,o in zip(masks, (pet.getchannel('A'), head)): m[y:y+size[1],x:x+size[0]] = np.asarray(o)>127
     if not _one(masks[0]) or (masks[0] & taken).any(): return None
-    light = rng.uniform(.75, 1.15)
-    pet = Image.merge('RGBA', [*(c.point([min(255, int(v*light)) for v in range(256)]) for c in pet.split()[:3]), pet.getchannel('A')])
+    pet = _lit(rng, pet)
     img.paste(pet, (x,y), pet)
     return masks
 
+# %% ../../nbs/data/42_toy.ipynb #29409792
 def _occlude(rng, img, pets, max_hidden):
     "Puts a thing in front of a pet, if every pet stays one piece with enough of it seen."
     w,h = img.size
@@ -228,6 +253,7 @@ def _occlude(rng, img, pets, max_hidden):
         return front
     return img
 
+# %% ../../nbs/data/42_toy.ipynb #6dc1198d
 def draw_scene(
     rng, # numpy Generator
     breed:str, # name in `breeds`: one breed in an image
@@ -251,25 +277,30 @@ def draw_scene(
     a = np.asarray(img, np.float32)*rng.uniform(.85, 1.1) + rng.normal(0, rng.uniform(1, 4), (h//2,w//2,3))
     return Image.fromarray(a.clip(0, 255).astype(np.uint8)),res
 
-def _good(pets):
-    "Whether the pieces can be told apart from the trimap alone."
-    if not pets: return False
-    both = np.logical_or.reduce([p['seen'] for p in pets])
-    return ndimage.label(both, np.ones((3,3)))[1]==len(pets) and all(_one(p['seen']) and max(np.ptp(_box(p['seen'])[0::2]), np.ptp(_box(p['seen'])[1::2]))>=.2*min(both.shape) for p in pets)
-
-# %% ../../nbs/data/42_toy.ipynb #59e9fd7f
+# %% ../../nbs/data/42_toy.ipynb #54ef0f69
 def _box(m):
     ys,xs = np.nonzero(m)
     return [int(xs.min()), int(ys.min()), int(xs.max())+1, int(ys.max())+1]
 
-def _xml(name, size, species, boxes):
-    one = ''.join(f'<object><name>{species}</name><pose>Unspecified</pose><truncated>0</truncated><occluded>0</occluded><bndbox>'
-        f'<xmin>{x1+1}</xmin><ymin>{y1+1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox><difficult>0</difficult></object>' for x1,y1,x2,y2 in boxes)
-    return (f'<annotation><folder>toy_pets</folder><filename>{name}.jpg</filename><size><width>{size[1]}</width><height>{size[0]}</height>'
-            f'<depth>3</depth></size><segmented>0</segmented>{one}</annotation>\n')
+def _good(pets):
+    "Whether the pieces can be told apart from the trimap alone, and none is too small."
+    if not pets: return False
+    both = np.logical_or.reduce([p['seen'] for p in pets])
+    def large(b): return max(b[2]-b[0], b[3]-b[1])>=.2*min(both.shape)
+    return ndimage.label(both, np.ones((3,3)))[1]==len(pets) and all(_one(p['seen']) and large(_box(p['seen'])) for p in pets)
 
-def _write_one(path, i, seed, side, breed, number, head):
-    "Draws image `i` and writes its files."
+# %% ../../nbs/data/42_toy.ipynb #d8238104
+def _xml(name, size, species, boxes):
+    one = ''.join(
+        f'<object><name>{species}</name><pose>Unspecified</pose><truncated>0</truncated><occluded>0</occluded>'
+        f'<bndbox><xmin>{x1+1}</xmin><ymin>{y1+1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox>'
+        '<difficult>0</difficult></object>' for x1,y1,x2,y2 in boxes)
+    return (f'<annotation><folder>toy_pets</folder><filename>{name}.jpg</filename><size><width>{size[1]}</width>'
+            f'<height>{size[0]}</height><depth>3</depth></size><segmented>0</segmented>{one}</annotation>\n')
+
+def _write_one(job):
+    "Draws one image and writes its files; `job` says which."
+    path,i,seed,side,breed,number,head = job
     rng = np.random.default_rng([seed, i])
     while True:
         size = (side, side) if rng.random()<.5 else ((side, side*5//6) if rng.random()<.5 else (side*5//6, side))
@@ -287,8 +318,8 @@ def _write_one(path, i, seed, side, breed, number, head):
     img.save(path/'images'/f'{name}.part', 'JPEG', quality=92)
     (path/'images'/f'{name}.part').replace(path/'images'/f'{name}.jpg') # last, so a picture stands for all its files
 
-# %% ../../nbs/data/42_toy.ipynb #e2ae8ede
-_version = 2 # of the drawing: a folder drawn by another one is drawn anew
+# %% ../../nbs/data/42_toy.ipynb #8cfde76a
+_version = 3 # of the drawing: a folder drawn by another one is drawn anew
 
 def _mark(path, args, **kw): (path/'toy.json').write_text(json.dumps(args | dict(version=_version) | kw))
 
@@ -300,15 +331,41 @@ def _finished(path, args):
         return False
     old = json.loads(f.read_text())
     had = {k:old.get(k) for k in args}
-    if had!=args: raise ValueError(f'{path} holds toy pets made with {had}, but {args} was asked for: give another folder or the same arguments')
+    if had!=args: raise ValueError(f'{path} holds toy pets made with {had}, but {args} was asked for: '
+        'give another folder or the same arguments')
     if old.get('version')!=_version:
         for o in ('images', 'annotations'): shutil.rmtree(path/o, ignore_errors=True)
         return False
     return bool(old.get('complete'))
 
+# %% ../../nbs/data/42_toy.ipynb #582643a6
 _header = ('#Image CLASS-ID SPECIES BREED ID', '#ID: 1:6 Class ids', '#SPECIES: 1:Cat 2:Dog', '#BREED ID: 1-3:Cat 1-3:Dog',
            '#All images with a capital first letter are cats', '#All images with a small first letter are dogs')
 
+def _split(n, seed, test_pct):
+    "Which of `n` pictures are for test, and which have no head box."
+    rng,k = np.random.default_rng([seed]),len(breeds)
+    test = {i for b in range(k) for i in rng.permutation(range(b, n, k))[:round(test_pct*len(range(b, n, k)))]}
+    return test,{int(i) for i in rng.choice([i for i in range(n) if i not in test], max(1, (n-len(test))//60), replace=False)}
+
+def _write_lists(path, rows, order, test):
+    def line(i):
+        b = breeds[rows[i][0]]
+        return f"{rows[i][0]}_{rows[i][1]} {b['id']} {b['species']} {(b['id']-1)%3+1}"
+    lists = dict(list=[*_header, *map(line, order)], trainval=[line(i) for i in order if i not in test],
+                 test=[line(i) for i in order if i in test])
+    for k,v in lists.items(): (path/'annotations'/f'{k}.txt').write_text('\n'.join(v)+'\n')
+
+def _quirks(path, rows, order):
+    "What a reader of the original stumbles over: other formats under the name .jpg, and stray files."
+    a,b = (path/'images'/'{}_{}.jpg'.format(*rows[order[i]]) for i in (0, 1))
+    Image.open(a).convert('P').save(a.with_suffix('.gif'))
+    a.with_suffix('.gif').replace(a)
+    Image.open(b).convert('RGBA').save(b.with_suffix('.png'))
+    b.with_suffix('.png').replace(b)
+    (path/'images'/f'{a.stem}.mat').write_bytes(b'stray')
+
+# %% ../../nbs/data/42_toy.ipynb #c365665c
 def toy_pets(
     dest, # folder to make
     n:int=400, # images
@@ -316,6 +373,7 @@ def toy_pets(
     side:int=144, # the longer side of the images, pixels
     test_pct:float=0.25, # share of the official test list
     quirks:bool=False, # also a GIF and an RGBA PNG named .jpg and stray files, as in the original
+    workers:int=0, # processes that draw; 0: this one does
 ) -> Path: # the folder
     """Draws a data set of toy pets in the layout of Oxford-IIIT Pets; returns its folder.
 
@@ -326,27 +384,14 @@ def toy_pets(
     if _finished(path, args): return path
     for o in ('images', 'annotations/trimaps', 'annotations/xmls'): (path/o).mkdir(parents=True, exist_ok=True)
     _mark(path, args)
-    names,rng = list(breeds),np.random.default_rng([seed])
+    names,(test,bare) = list(breeds),_split(n, seed, test_pct)
     rows = [(names[i%len(names)], i//len(names)+1) for i in range(n)]
-    test = {i for b in range(len(names)) for i in rng.permutation(range(b, n, len(names)))[:round(test_pct*len(range(b, n, len(names))))]}
-    bare = {int(i) for i in rng.choice([i for i in range(n) if i not in test], max(1, (n-len(test))//60), replace=False)}
-    for i,(b,k) in enumerate(rows):
-        if not (path/'images'/f'{b}_{k}.jpg').exists(): _write_one(path, i, seed, side, b, k, i not in test and i not in bare)
+    todo = [(path, i, seed, side, b, k, i not in test|bare) for i,(b,k) in enumerate(rows)
+            if not (path/'images'/f'{b}_{k}.jpg').exists()]
+    with ProcessPoolExecutor(workers) if workers else nullcontext() as pool:
+        for _ in pool.map(_write_one, todo, chunksize=16) if workers else map(_write_one, todo): pass
     order = sorted(range(n), key=lambda i: (rows[i][0].lower(), rows[i][1]))
-    def line(i):
-        b = breeds[rows[i][0]]
-        return f"{rows[i][0]}_{rows[i][1]} {b['id']} {b['species']} {(b['id']-1)%3+1}"
-    lists = dict(list=[*_header, *map(line, order)], trainval=[line(i) for i in order if i not in test], test=[line(i) for i in order if i in test])
-    for k,v in lists.items(): (path/'annotations'/f'{k}.txt').write_text('\n'.join(v)+'\n')
+    _write_lists(path, rows, order, test)
     if quirks: _quirks(path, rows, order)
     _mark(path, args, complete=True)
     return path
-
-def _quirks(path, rows, order):
-    "What a reader of the original stumbles over: other formats under the name .jpg, and stray files."
-    a,b = (path/'images'/'{}_{}.jpg'.format(*rows[order[i]]) for i in (0, 1))
-    Image.open(a).convert('P').save(a.with_suffix('.gif'))
-    a.with_suffix('.gif').replace(a)
-    Image.open(b).convert('RGBA').save(b.with_suffix('.png'))
-    b.with_suffix('.png').replace(b)
-    (path/'images'/f'{a.stem}.mat').write_bytes(b'stray')

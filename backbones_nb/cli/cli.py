@@ -31,7 +31,7 @@ def machine(
     return dict(device=gpu or f'CPU ({platform.machine()})', threads=torch.get_num_threads(), python=platform.python_version(),
                 **{o:version(o) for o in ('torch', 'torchvision', 'timm', 'fastai', 'backbones-nb')})
 
-# %% ../../nbs/cli/60_cli.ipynb #54ffc35a
+# %% ../../nbs/cli/60_cli.ipynb #16004ab4
 def open_data(
     data, # 'toy', 'pets', or a folder in the layout of Oxford-IIIT Pets
     boxes:str='body', # 'body' (from trimaps) or 'head' (from the xml files)
@@ -43,18 +43,19 @@ def open_data(
     "Returns the records of a data set by name or folder; draws or downloads it where needed. Raises what the readers raise."
     from backbones_nb.data.pets import cache_dir, pets_splits, untar_pets
     from backbones_nb.data.toy import toy_pets
-    if data=='toy': path = toy_pets(cache_dir()/f'toy_pets_{toy_images}', n=toy_images)
+    if data=='toy': path = toy_pets(cache_dir()/f'toy_pets_{toy_images}', n=toy_images, workers=min(8, os.cpu_count()))
     elif data=='pets': path = untar_pets()
     elif Path(data).is_dir(): path = Path(data)
     else: raise FileNotFoundError(f"got --data {str(data)!r}, which is no folder: give 'toy', 'pets' or a folder with images/ "
         'and annotations/ in the layout of Oxford-IIIT Pets')
     return pets_splits(path, boxes=boxes, classes=classes, valid_pct=valid_pct, seed=seed)
 
-# %% ../../nbs/cli/60_cli.ipynb #de434408
+# %% ../../nbs/cli/60_cli.ipynb #a5fd2d93
 detectors = ('faster_rcnn',)
 lean = dict(neck_channels=64, head_channels=256, rpn_pre_nms_top_n_train=500, rpn_pre_nms_top_n_test=300,
             rpn_post_nms_top_n_train=100, rpn_post_nms_top_n_test=100, rpn_batch_size_per_image=64,
-            box_batch_size_per_image=32, box_detections_per_img=20) # for small images on a CPU
+            box_batch_size_per_image=64, box_positive_fraction=.5, box_detections_per_img=20,
+            sampling_ratio=1) # for small images on a CPU
 
 def get_detector(
     name:str, # 'faster_rcnn'
@@ -101,7 +102,33 @@ def save_picture(
     fig = show_side_by_side([dl.create_item(i)[0] for i in at], [targets[i] for i in at], [preds[i] for i in at], learn.dls.class_map)
     fig.savefig(path, dpi=110, bbox_inches='tight')
 
-# %% ../../nbs/cli/60_cli.ipynb #293ae136
+# %% ../../nbs/cli/60_cli.ipynb #c4d2bab7
+def _save_results(learn, out, train, valid, png, **facts):
+    "Measures, draws, exports and writes; returns what metrics.json holds."
+    res,base,preds,targets = evaluate_run(learn, train, valid)
+    save_picture(learn, preds, targets, out/png)
+    learn.export('learner.pkl')
+    return dict(metrics=res, mean_box=base, train_images=len(train), valid_images=len(valid),
+                parameters=sum(p.numel() for p in learn.model.parameters()), **facts)
+
+# %% ../../nbs/cli/60_cli.ipynb #b3c5cf6c
+def _train(learn, epochs, lr, pretrained, bf16, validate):
+    "Trains with history.csv as its record; returns the seconds it took."
+    from fastai.callback.progress import CSVLogger
+    from backbones_nb.learners.detection import NoValidation
+    cbs = [CSVLogger(append=False)] + ([] if validate else [NoValidation()])
+    if bf16: learn.to_bf16()
+    start = time.time()
+    with learn.added_cbs(cbs): (learn.fine_tune if pretrained else learn.fit_one_cycle)(epochs, lr)
+    return time.time()-start
+
+def _open_run(out, config, train, valid, **facts):
+    "Makes the run's folder with what is known before training."
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out/'config.json', config | facts)
+    for k,rs in (('train',train), ('valid',valid)): (out/f'{k}.txt').write_text('\n'.join(r.image_id for r in rs) + '\n')
+
+# %% ../../nbs/cli/60_cli.ipynb #d6afa6d1
 def finetune(
     data='toy', # see `open_data`
     out='runs/finetune', # the run's folder
@@ -124,13 +151,15 @@ def finetune(
     bf16:bool=False, # bfloat16 mixed precision
     augment:bool=True, # mirror, zoom, shift and recolour training images
     zoom=(0.7,1.4), # range of the zoom
+    color:float=0.25, # strength of the recolouring
+    loss_weights:dict=None, # name of a loss -> factor
+    validate:bool=True, # after each epoch; the end measures in any case
     model_args:dict=None, # more arguments of the detector's `model`
     png:str='predictions.png', # name of the picture
     force:bool=False, # write over an older run
 ) -> dict: # what metrics.json holds
     "Trains a detector, evaluates it on images that training never saw, leaves everything in `out`; returns the results."
     config,start = dict(locals()),time.time()
-    from fastai.callback.progress import CSVLogger
     from fastai.torch_core import set_seed
     from backbones_nb.core.registry import create_backbone
     from backbones_nb.data.batches import default_augment, detection_dls
@@ -140,31 +169,22 @@ def finetune(
     set_seed(seed)
     body = create_backbone(backbone, pretrained, **(backbone_args or {}))
     train,valid,class_map,report = open_data(data, boxes, classes, valid_pct, seed, toy_images)
-    out.mkdir(parents=True, exist_ok=True)
     model = build(num_classes=len(class_map), backbone=body, **(model_args or {}))
     dls = detection_dls(train, valid, class_map, size=size, bs=bs, num_workers=workers, seed=seed, cache=cache, path=out,
-        augment=default_augment(size, scale=tuple(zoom)) if augment else None)
-    _write(out/'config.json', config | dict(classes_by_id=list(class_map), skipped=str(report), machine=machine(dls.device)))
-    for k,rs in (('train',train), ('valid',valid)): (out/f'{k}.txt').write_text('\n'.join(r.image_id for r in rs) + '\n')
+        augment=default_augment(size, scale=tuple(zoom), color=color) if augment else None)
+    learn = detection_learner(dls, model, lr=lr, wd=wd, loss_weights=loss_weights)
+    facts = dict(skipped=str(report), machine=machine(dls.device))
+    _open_run(out, config, train, valid, classes_by_id=list(class_map), **facts)
     print(f'{len(train)} images to learn from, {len(valid)} to measure on; {report}', flush=True)
-    learn = detection_learner(dls, model, lr=lr, wd=wd, cbs=CSVLogger(append=False))
-    if bf16: learn.to_bf16()
-    t = time.time()
-    (learn.fine_tune if pretrained else learn.fit_one_cycle)(epochs, lr)
-    train_s = time.time()-t
-    learn.remove_cb(CSVLogger)
-    res,base,preds,targets = evaluate_run(learn, train, valid)
-    save_picture(learn, preds, targets, out/png)
-    learn.export('learner.pkl')
-    results = dict(metrics=res, mean_box=base, steps=epochs*len(dls.train), train_images=len(train), valid_images=len(valid),
-        parameters=sum(p.numel() for p in model.parameters()), train_seconds=round(train_s, 1),
-        seconds=round(time.time()-start, 1), skipped=str(report), machine=machine(dls.device), config=config)
-    _write(out/'metrics.json', results)
-    print(coco_table({f'{detector}, {backbone}': res, 'mean box, most frequent class': base}))
-    print(f"{train_s:.0f} s of training, {results['seconds']:.0f} s in all; results in {out}/")
-    return results
+    seconds = _train(learn, epochs, lr, pretrained, bf16, validate)
+    res = _save_results(learn, out, train, valid, png, steps=epochs*len(dls.train), train_seconds=round(seconds, 1), **facts)
+    res |= dict(seconds=round(time.time()-start, 1), config=config)
+    _write(out/'metrics.json', res)
+    print(coco_table({f'{detector}, {backbone}': res['metrics'], 'mean box, most frequent class': res['mean_box']}))
+    print(f"{seconds:.0f} s of training, {res['seconds']:.0f} s in all; results in {out}/")
+    return res
 
-# %% ../../nbs/cli/60_cli.ipynb #21bd4bf9
+# %% ../../nbs/cli/60_cli.ipynb #55500db0
 def load_run(
     run, # folder of a run, or its learner.pkl
 ): # a `DetectionLearner`, on the CPU
@@ -177,16 +197,28 @@ def load_run(
         warnings.simplefilter('ignore')
         return load_learner(f)
 
+def _say(f, found):
+    print(f'{f}:' + (' nothing found' if not found else ''))
+    for o in found: print(f"  {o['name']} {o['score']:.2f} at {', '.join(f'{v:.0f}' for v in o['box'])}")
+
+def _draw(im, p, class_map, path, score_thr):
+    from backbones_nb.core.draw import draw_boxes
+    import matplotlib.pyplot as plt
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig,ax = plt.subplots(figsize=(im.width/100, im.height/100), dpi=100, layout='constrained')
+    draw_boxes(im, p, class_map, ax=ax, score_thr=score_thr)
+    fig.savefig(path)
+    plt.close(fig)
+
+# %% ../../nbs/cli/60_cli.ipynb #f9c54345
 def predict(
     run, # folder of a run
     images, # paths
     out=None, # folder for pictures; None: none are drawn
     score_thr:float=0.5, # lowest score
 ) -> dict: # path -> list of dicts: name, score, box [x1,y1,x2,y2] in pixels
-    "Prints and returns the detections of each image; unreadable images are named, and the others still done. Raises FileNotFoundError."
-    from backbones_nb.core.draw import draw_boxes
+    "Prints and returns the detections; unreadable images are named, and the others still done. Raises FileNotFoundError."
     from backbones_nb.data.records import load_image
-    import matplotlib.pyplot as plt
     learn,res,bad = load_run(run),{},[]
     for f in map(Path, images):
         try: im = load_image(f)
@@ -194,33 +226,25 @@ def predict(
             bad.append(str(e))
             continue
         p = learn.predict(im, score_thr=score_thr)
-        res[str(f)] = [dict(name=n, score=round(float(s), 3), box=[round(v, 1) for v in b.tolist()]) for n,s,b in zip(p['names'], p['scores'], p['boxes'])]
-        print(f'{f}:' + (' nothing found' if not res[str(f)] else ''))
-        for o in res[str(f)]: print(f"  {o['name']} {o['score']:.2f} at {', '.join(f'{v:.0f}' for v in o['box'])}")
-        if out:
-            Path(out).mkdir(parents=True, exist_ok=True)
-            fig,ax = plt.subplots(figsize=(im.width/100, im.height/100), dpi=100, layout='constrained')
-            draw_boxes(im, p, learn.dls.class_map, ax=ax, score_thr=score_thr)
-            fig.savefig(Path(out)/f'{f.stem}.png')
-            plt.close(fig)
+        res[str(f)] = [dict(name=n, score=round(float(s), 3), box=[round(v, 1) for v in b.tolist()])
+                       for n,s,b in zip(p['names'], p['scores'], p['boxes'])]
+        _say(f, res[str(f)])
+        if out: _draw(im, p, learn.dls.class_map, Path(out)/f'{f.stem}.png', score_thr)
     if bad: raise FileNotFoundError('; '.join(bad))
     return res
 
-# %% ../../nbs/cli/60_cli.ipynb #27f1d115
-def _pairs(xs):
+# %% ../../nbs/cli/60_cli.ipynb #9d682d9d
+def _pairs(option, xs):
     "Turns ['a=1', 'b=x'] into a dict with numbers where they are numbers."
     res = {}
     for o in xs or ():
         k,eq,v = o.partition('=')
-        if not eq: raise ValueError(f'got --set {o!r}, expected NAME=VALUE, such as anchor_scale=4')
+        if not eq: raise ValueError(f'got {option} {o!r}, expected NAME=VALUE, such as anchor_scale=4')
         try: res[k] = json.loads(v)
         except ValueError: res[k] = v
     return res
 
-def parser() -> argparse.ArgumentParser:
-    "Returns the parser of the command `backbones-nb`."
-    p = argparse.ArgumentParser('backbones-nb', description='Detection backbones: list them, train a detector on them, use it.')
-    sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
+def _finetune_options(sub):
     f = sub.add_parser('finetune', help='train a detector and evaluate it', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description='Trains a detector, evaluates it with COCO mAP on images that training never saw, and leaves configuration, '
         'lists, history, metrics, a picture and the exported learner in one folder.')
@@ -243,13 +267,23 @@ def parser() -> argparse.ArgumentParser:
     a('--cache', action='store_true', help='keep decoded images in memory')
     a('--bf16', action='store_true', help='bfloat16 mixed precision')
     a('--no-augment', dest='augment', action='store_false', help='train on the images as they are')
-    a('--zoom', nargs=2, type=float, default=(0.7,1.4), metavar=('LOW','HIGH'), help='range of the zoom in augmentation; little for short runs')
+    a('--zoom', nargs=2, type=float, default=(0.7,1.4), metavar=('LOW','HIGH'), help='zoom of training images; 1 1 in short runs')
+    a('--color', type=float, default=0.25, help='strength of the change of brightness, contrast and saturation in training images')
+    a('--loss-weights', nargs='+', metavar='NAME=VALUE', help='factors of the losses, such as loss_classifier=2')
+    a('--no-validate', dest='validate', action='store_false', help='measure after training only, not after each epoch')
     a('--lean', action='store_true', help='narrow neck and heads, few samples: for small images on a CPU')
     a('--set', nargs='+', metavar='NAME=VALUE', help="more arguments of the detector, such as anchor_scale=4")
     a('--backbone-set', nargs='+', metavar='NAME=VALUE', help="more arguments of the backbone, such as ese=false 'mids=[32,40,48,56]'")
     a('--out', default='runs/finetune', metavar='DIR', help='folder of the run')
     a('--png', default='predictions.png', metavar='NAME', help='name of the picture')
     a('--force', action='store_true', help='write over an older run in the same folder')
+
+# %% ../../nbs/cli/60_cli.ipynb #a0dcae36
+def parser() -> argparse.ArgumentParser:
+    "Returns the parser of the command `backbones-nb`."
+    p = argparse.ArgumentParser('backbones-nb', description='Detection backbones: list them, train a detector on them, use it.')
+    sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    _finetune_options(sub)
     l = sub.add_parser('list', help='names of the backbones')
     l.add_argument('pattern', nargs='?', default='*', help="shell wildcards, as in '*vovnet*'")
     d = sub.add_parser('predict', help='use a trained detector on images')
@@ -260,7 +294,7 @@ def parser() -> argparse.ArgumentParser:
     d.add_argument('--json', metavar='FILE', help='write the detections to a file')
     return p
 
-# %% ../../nbs/cli/60_cli.ipynb #0340f164
+# %% ../../nbs/cli/60_cli.ipynb #4b0b524e
 def _list(pattern):
     from backbones_nb.core.registry import list_backbones
     names = list_backbones(pattern)
@@ -276,8 +310,9 @@ def _run(a):
         if a.json: _write(Path(a.json), res)
         return
     kw = vars(a)
-    args,body = (lean if kw.pop('lean') else {}) | _pairs(kw.pop('set')),_pairs(kw.pop('backbone_set'))
-    finetune(**{k:v for k,v in kw.items() if k!='command'}, model_args=args, backbone_args=body)
+    args = (lean if kw.pop('lean') else {}) | _pairs('--set', kw.pop('set'))
+    body,weights = _pairs('--backbone-set', kw.pop('backbone_set')),_pairs('--loss-weights', kw.pop('loss_weights'))
+    finetune(**{k:v for k,v in kw.items() if k!='command'}, model_args=args, backbone_args=body, loss_weights=weights)
 
 def main(
     argv=None, # None: the command line's

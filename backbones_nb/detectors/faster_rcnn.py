@@ -30,9 +30,9 @@ from torchvision.ops.poolers import LevelMapper
 from ..core.registry import did_you_mean
 from .detector import Detector, mean_std, prepare_backbone, training_flag
 
-# %% ../../nbs/detectors/31_faster_rcnn.ipynb #3c93ae0b
+# %% ../../nbs/detectors/31_faster_rcnn.ipynb #0edf698d
 class Resize(GeneralizedRCNNTransform):
-    "torchvision's normalising, resizing and padding, where `img_size` may also keep images as they are or bound both sides."
+    "torchvision's normalising, resizing and padding; `img_size` may also keep images as they are or bound both sides."
     def __init__(self,
         img_size=None, # None: as given; int: longer side, px; (height, width): box to fit into, px
         mean=(0.,0.,0.), # of RGB
@@ -41,8 +41,8 @@ class Resize(GeneralizedRCNNTransform):
         min_size=None, # torchvision's rule instead of `img_size`: shorter side, px
         max_size=None, # its bound of the longer side, px
     ):
-        if img_size is not None and (min_size or max_size): raise ValueError(f'got img_size={img_size} beside min_size or '
-            'max_size, which mean the same thing: give one of them')
+        if img_size is not None and (min_size or max_size): raise ValueError(f'got img_size={img_size} beside min_size '
+            'or max_size, which mean the same thing: give one of them')
         super().__init__(min_size or 800, max_size or 1333, list(mean), list(std), size_divisible)
         self.img_size,self.torchvision_rule = img_size,bool(min_size or max_size)
 
@@ -68,9 +68,9 @@ def anchor_sizes(
     if len(strides)==1: return (tuple(anchor_scale*s for s in (4,8,16,32,64)),)
     return tuple((anchor_scale*s,) for s in strides)
 
-# %% ../../nbs/detectors/31_faster_rcnn.ipynb #6218a513
+# %% ../../nbs/detectors/31_faster_rcnn.ipynb #33e85ec4
 class Levels(LevelMapper):
-    "The FPN paper's equation 1 over the strides there are, which may leave a power of two out; torchvision's mapper may not."
+    "The FPN paper's equation 1 over the strides there are; a power of two may be missing, unlike in torchvision's."
     def __init__(self,
         strides, # of the maps to pool from, ascending
         anchor_scale=8, # the canonical 224 px of the paper belong to 8
@@ -83,9 +83,14 @@ class Levels(LevelMapper):
         k = super().__call__(boxlists)
         return torch.tensor(self.index, device=k.device)[k]
 
-def roi_pool(strides, names, anchor_scale=8):
-    "Returns torchvision's multi-scale RoIAlign whose scales and levels follow from the strides, not from the first image it meets."
-    pool = MultiScaleRoIAlign(list(names), output_size=7, sampling_ratio=2, canonical_scale=28*anchor_scale)
+def roi_pool(
+    strides, # of the maps to pool from, ascending
+    names, # of these maps, in the dict that the pooling is given
+    anchor_scale=8, # see `Levels`
+    sampling_ratio:int=2, # points a side in each of the 7x7 bins
+) -> MultiScaleRoIAlign:
+    "Returns torchvision's multi-scale RoIAlign; scales and levels follow from the strides, not from the first image."
+    pool = MultiScaleRoIAlign(list(names), 7, sampling_ratio, canonical_scale=28*anchor_scale)
     pool.scales,pool.map_levels = [1/s for s in strides],Levels(strides, anchor_scale)
     return pool
 
@@ -109,11 +114,26 @@ class Encoded:
     targets: list # at the batch's scale, or None
     sizes: list # (h,w) of the images as they came, px
 
-# %% ../../nbs/detectors/31_faster_rcnn.ipynb #f9da3c61
-class FasterRCNN(Detector):
-    "torchvision's RPN and RoI heads on any backbone (Ren et al. 2015, arXiv:1506.01497)."
+# %% ../../nbs/detectors/31_faster_rcnn.ipynb #1e42ddde
+class _TwoStages(Detector):
+    "What both modes share with the two modules that tell them apart, `rpn` and `roi_heads`."
     loss_names = 'loss_classifier','loss_box_reg','loss_objectness','loss_rpn_box_reg'
 
+    def losses(self, seen):
+        with training_flag((self.rpn,self.roi_heads), True):
+            proposals,rpn = self.rpn(seen.images, seen.features, seen.targets)
+            _,box = self.roi_heads(seen.features, proposals, seen.images.image_sizes, seen.targets)
+        return box | rpn
+
+    def detections(self, seen):
+        with training_flag((self.rpn,self.roi_heads), False):
+            proposals,_ = self.rpn(seen.images, seen.features)
+            found,_ = self.roi_heads(seen.features, proposals, seen.images.image_sizes)
+        return self.transform.postprocess(found, seen.images.image_sizes, seen.sizes)
+
+# %% ../../nbs/detectors/31_faster_rcnn.ipynb #9c2cfbaa
+class FasterRCNN(_TwoStages):
+    "torchvision's RPN and RoI heads on any backbone (Ren et al. 2015, arXiv:1506.01497)."
     def __init__(self,
         net:nn.Module, # torchvision's detector, whose RPN, heads and transform are taken
         backbone:nn.Module, # gives the maps
@@ -131,23 +151,11 @@ class FasterRCNN(Detector):
         maps = self.backbone(images.tensors)
         return Encoded(images, OrderedDict((str(i), _up(maps[i])) for i in self.levels), targets, sizes)
 
-    def losses(self, seen):
-        with training_flag((self.rpn,self.roi_heads), True):
-            proposals,rpn = self.rpn(seen.images, seen.features, seen.targets)
-            _,box = self.roi_heads(seen.features, proposals, seen.images.image_sizes, seen.targets)
-        return box | rpn
-
-    def detections(self, seen):
-        with training_flag((self.rpn,self.roi_heads), False):
-            proposals,_ = self.rpn(seen.images, seen.features)
-            found,_ = self.roi_heads(seen.features, proposals, seen.images.image_sizes)
-        return self.transform.postprocess(found, seen.images.image_sizes, seen.sizes)
-
-# %% ../../nbs/detectors/31_faster_rcnn.ipynb #c50eccbe
+# %% ../../nbs/detectors/31_faster_rcnn.ipynb #831baca1
 def pick_levels(
     backbone:nn.Module, # knows channels and strides
 ) -> list: # indices of maps
-    "Returns all maps where they have equal channels, else the last alone: the RPN's head is one and the same for all maps."
+    "Returns all maps where they have equal channels, else the last alone: one RPN head serves all maps."
     n = len(backbone.strides)
     return list(range(n)) if len(set(backbone.channels))==1 else [n-1]
 
@@ -155,15 +163,26 @@ def roi_levels(
     backbone:nn.Module,
     levels, # indices of the maps in use
 ) -> list: # indices of maps
-    "Returns the maps that boxes are pooled from: a neck's real levels, without those it added on top; unknown, those up to stride 32."
+    "Returns the maps that boxes are pooled from: a neck's real levels, or those up to stride 32 where unknown."
     neck = getattr(backbone, 'neck', None)
     real = getattr(neck, 'in_strides', None) or [s for s in backbone.strides if s<=32]
     return [i for i in levels if backbone.strides[i] in real] or list(levels)[:1]
 
-# %% ../../nbs/detectors/31_faster_rcnn.ipynb #2c15d923
+# %% ../../nbs/detectors/31_faster_rcnn.ipynb #1fb58982
 _own = {'self','backbone','num_classes','kwargs'}
 _takes = [k for k in inspect.signature(TorchvisionFasterRCNN.__init__).parameters if k not in _own] + ['size_divisible']
 
+def _check_names(kwargs):
+    for k in kwargs:
+        if k not in _takes: raise TypeError(f'faster_rcnn.model takes no argument {k!r}.{did_you_mean(k, _takes)}')
+
+def _stub(channels):
+    "In place of a backbone: torchvision's constructor asks it for its width only."
+    res = nn.Module()
+    res.out_channels = channels
+    return res
+
+# %% ../../nbs/detectors/31_faster_rcnn.ipynb #5fd0ecba
 def rcnn_parts(
     backbone:nn.Module,
     levels, # indices of the maps in use
@@ -171,6 +190,7 @@ def rcnn_parts(
     head_channels=1024,
     anchor_scale=8,
     aspect_ratios=(.5,1.,2.), # height / width
+    sampling_ratio:int=2, # see `roi_pool`
 ) -> dict: # arguments of torchvision's detector
     "Returns anchors, RPN head, RoI pooling and box head as the backbone's strides and channels want them."
     c = backbone.channels[levels[0]]
@@ -178,10 +198,10 @@ def rcnn_parts(
     roi = roi_levels(backbone, levels)
     return dict(rpn_anchor_generator=AnchorGenerator(sizes, (tuple(aspect_ratios),)*len(sizes)),
                 rpn_head=FloatRPNHead(c, len(sizes[0])*len(aspect_ratios)),
-                box_roi_pool=roi_pool([backbone.strides[i] for i in roi], [str(i) for i in roi], anchor_scale),
+                box_roi_pool=roi_pool([backbone.strides[i] for i in roi], map(str, roi), anchor_scale, sampling_ratio),
                 box_head=TwoMLPHead(c*7**2, head_channels), box_predictor=FloatPredictor(head_channels, num_classes))
 
-# %% ../../nbs/detectors/31_faster_rcnn.ipynb #b911f475
+# %% ../../nbs/detectors/31_faster_rcnn.ipynb #86dc37ff
 def model(
     num_classes:int, # background counted, as in len(class_map)
     backbone=None, # None: resnet50; a name; a `Backbone`; any module that returns maps
@@ -193,22 +213,21 @@ def model(
     pretrained_backbone=False, # weights of a backbone given by name
     anchor_scale=8, # base anchor / stride; objects of your images smaller than usual want less
     aspect_ratios=(.5,1.,2.), # height / width of the anchors
+    sampling_ratio:int=2, # points a side that RoIAlign reads in each bin; 1 trains faster on a CPU
     normalize:bool=True, # images come in [0,1] and are normalised inside; False: they come normalised
     **kwargs, # torchvision's: box_detections_per_img, rpn_post_nms_top_n_train, min_size, max_size, ...
 ) -> FasterRCNN: # in training mode
     "Returns Faster R-CNN on any backbone; raises one-sentence errors where the parts do not fit."
-    for k in kwargs:
-        if k not in _takes: raise TypeError(f'faster_rcnn.model takes no argument {k!r}.{did_you_mean(k, _takes)}')
-    bb = prepare_backbone(backbone, 'resnet50', neck, pretrained_backbone, channels=neck_channels, norm=neck_norm, extra='pool')
+    _check_names(kwargs)
+    bb = prepare_backbone(backbone, 'resnet50', neck, pretrained_backbone, channels=neck_channels, norm=neck_norm,
+                          extra='pool')
     levels = pick_levels(bb)
-    parts = rcnn_parts(bb, levels, num_classes, head_channels, anchor_scale, aspect_ratios) | kwargs
+    parts = rcnn_parts(bb, levels, num_classes, head_channels, anchor_scale, aspect_ratios, sampling_ratio) | kwargs
     size = {k:parts.pop(k) for k in ('min_size','max_size') if k in parts}
     mean,std = mean_std(bb, normalize)
     mean,std = parts.pop('image_mean', mean),parts.pop('image_std', std)
     real = max(bb.strides[i] for i in roi_levels(bb, levels))
     transform = Resize(img_size, mean, std, parts.pop('size_divisible', real), **size)
-    stub = nn.Module() # torchvision's constructor asks the backbone for its width only
-    stub.out_channels = bb.channels[levels[0]]
-    net = TorchvisionFasterRCNN(stub, **parts)
+    net = TorchvisionFasterRCNN(_stub(bb.channels[levels[0]]), **parts)
     net.transform = transform
     return FasterRCNN(net, bb, levels, num_classes=num_classes, img_size=img_size, normalize=normalize)

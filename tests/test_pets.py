@@ -1,5 +1,6 @@
 import hashlib
 import io
+import pickle
 import shutil
 import tarfile
 import threading
@@ -9,7 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from backbones_nb.data.pets import breed_of, download, is_pets, mask_boxes, pets_class_map, pets_records, pets_splits, read_list, read_trimap, untar_pets
+from backbones_nb.data.pets import (breed_of, download, instances_of, is_pets, mask_boxes, pets_class_map, pets_records, pets_splits, read_list,
+                                    read_trimap, split_stratified, untar_pets)
+from backbones_nb.data.records import load_image
+from backbones_nb.data.toy import toy_pets
 
 
 @pytest.fixture
@@ -64,6 +68,33 @@ def test_no_image_left_is_an_error(copy):
     with pytest.raises(FileNotFoundError, match='trainval.txt'): pets_records(copy/'images')
 
 
+@pytest.mark.parametrize('kw,words', [(dict(split='test', boxes='head'), 'head boxes exist in trainval only'), (dict(split='val'), 'split'),
+    (dict(boxes='head', masks=True), 'masks are of whole bodies'), (dict(boxes='tail'), 'boxes'), (dict(classes='colour'), 'classes')])
+def test_requests_that_cannot_be_met(toy, kw, words):
+    with pytest.raises(ValueError, match=words) as e: pets_records(toy, **kw)
+    assert '\n' not in str(e.value)
+
+
+def test_the_gap_of_head_boxes_is_named(tmp_path):
+    path = toy_pets(tmp_path/'toy', n=24, seed=0, quirks=True)
+    recs,report = pets_records(path, 'trainval', 'head')
+    assert len(report)>=1 and len(recs)+len(report)==report.total and 'head' in str(report)
+
+
+def test_records_with_masks_travel(toy):
+    r = pets_records(toy, 'test', masks=True)[0][0]
+    a,b = r.target(),pickle.loads(pickle.dumps(r)).target()
+    assert b['masks'].shape==(len(b['boxes']),*r.size) and len(b['boxes'])==len(b['labels']) and (a['masks']==b['masks']).all()
+
+
+def test_instances():
+    tri = np.full((9,9), 2, np.uint8)
+    tri[1:3,1:3],tri[6:8,6:8],tri[3,1] = 1,1,3
+    assert instances_of(tri, 'whole').shape[0]==1 and instances_of(tri, 'components').shape[0]==2
+    assert instances_of(tri, 'components')[0].sum()==5 and instances_of(tri, 'components', border=False)[0].sum()==4
+    assert instances_of(np.full((3,3), 2), 'whole').shape==(0,3,3)
+
+
 @pytest.mark.parametrize('classes', ['species', 'breed'])
 def test_labels_follow_the_lists(toy, classes):
     cm = pets_class_map(toy, classes)
@@ -92,14 +123,26 @@ def test_heads_are_cut_by_breed_with_a_seed(toy):
     assert (set(train), set(valid))==(set(names(toy)), set(names(toy, 'test'))) # bodies: the official lists
 
 
+def test_stratified_split(toy):
+    recs,_ = pets_records(toy, 'trainval')
+    a,b = split_stratified(recs, .25, seed=1)
+    def count(rs): return {k:sum(breed_of(r.image_id)==k for r in rs) for k in {breed_of(r.image_id) for r in recs}}
+    assert all(count(b)[k]==round(.25*v) for k,v in count(recs).items()) and len(a)+len(b)==len(recs)
+    assert [r.image_id for r in b]==[r.image_id for r in split_stratified(recs, .25, seed=1)[1]]
+    for bad in (0, 1, -.5):
+        with pytest.raises(ValueError, match='valid_pct'): split_stratified(recs, bad)
+
+
 class Server(BaseHTTPRequestHandler):
-    blob,asked,cuts,mode = b'',[],0,'range'
+    files,asked,cuts,mode = {},[],0,'range'
     def log_message(self, *a): pass
     def do_GET(self):
         cls,start,want = type(self),0,self.headers.get('Range')
         cls.asked.append(want)
+        blob = cls.files.get(self.path.lstrip('/'))
+        if blob is None: return self.send_error(404)
         if want and cls.mode!='plain': start = int(want[6:-1])
-        n = len(cls.blob)
+        n = len(blob)
         if start>=n:
             self.send_response(416)
             self.send_header('Content-Range', f'bytes */{n}')
@@ -110,17 +153,35 @@ class Server(BaseHTTPRequestHandler):
         self.send_header('Content-Length', str(n-start))
         self.end_headers()
         cls.cuts -= 1
-        self.wfile.write(cls.blob[start:(start+n)//2] if cls.cuts>=0 else cls.blob[start:])
+        self.wfile.write(blob[start:(start+n)//2] if cls.cuts>=0 else blob[start:])
 
 
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr('backbones_nb.data.pets.time.sleep', lambda s: None)
     class S(Server): blob,asked,cuts,mode = np.random.default_rng(0).bytes(300_000),[],0,'range'
+    S.files = {'x.tar.gz':S.blob}
     s = ThreadingHTTPServer(('127.0.0.1', 0), S)
     threading.Thread(target=s.serve_forever, daemon=True).start()
     yield S,f'http://127.0.0.1:{s.server_port}/x.tar.gz',hashlib.md5(S.blob).hexdigest()
     s.shutdown()
+
+
+@pytest.mark.parametrize('mode', ['range', 'plain'])
+def test_a_download_goes_on_after_a_break(server, mode, tmp_path):
+    S,url,md5 = server
+    S.cuts,S.mode = 1,mode
+    assert download(url, tmp_path/'x', md5).read_bytes()==S.blob and S.asked==[None,'bytes=150000-']
+    assert not list(tmp_path.glob('*.part'))
+
+
+def test_wrong_content_and_wrong_addresses(server, tmp_path):
+    S,url,_ = server
+    with pytest.raises(RuntimeError, match='md5'): download(url, tmp_path/'x', '0'*32)
+    assert not list(tmp_path.glob('x*')) # nothing wrong is kept
+    S.asked.clear()
+    with pytest.raises(RuntimeError, match='404'): download(url.replace('x.tar', 'y.tar'), tmp_path/'x')
+    assert len(S.asked)==1 # a second try would not help
 
 
 def test_many_breaks_are_no_failure_while_there_is_progress(server, tmp_path):
@@ -181,6 +242,26 @@ def test_local_archives(toy, tmp_path):
     assert untar_pets(source=tmp_path/'a', files=sums)==path
 
 
+def test_archives_from_a_server(server, toy, tmp_path):
+    S,url,_ = server
+    sums = archives(tmp_path/'a', toy)
+    S.files = {k:(tmp_path/'a'/k).read_bytes() for k in sums}
+    kw = dict(source=url.rsplit('/', 1)[0], files=sums, progress=False)
+    path = untar_pets(tmp_path/'pets', **kw)
+    assert is_pets(path) and sorted(o.name for o in (path/'images').iterdir())==sorted(o.name for o in (toy/'images').iterdir())
+    n = len(S.asked)
+    assert untar_pets(tmp_path/'pets', **kw)==path and len(S.asked)==n==2 # nothing is asked for twice
+
+
+def test_sources_that_are_there_or_are_not(toy, tmp_path):
+    assert untar_pets(source=toy)==toy
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(FileNotFoundError, match='images.tar.gz'): untar_pets(tmp_path/'other', source=tmp_path/'empty')
+    archives(tmp_path/'a', toy)
+    with pytest.raises(RuntimeError, match='md5'): untar_pets(tmp_path/'other', source=tmp_path/'a') # not the original ones
+    assert not (tmp_path/'other').exists()
+
+
 def test_archives_cannot_write_outside(toy, tmp_path):
     sums = archives(tmp_path/'a', toy, extra='../../../evil')
     with pytest.raises(tarfile.FilterError): untar_pets(tmp_path/'deep'/'er'/'p', tmp_path/'a', sums)
@@ -199,6 +280,16 @@ def test_real_images_in_no_list(shared_pets):
     recs,report = pets_records(shared_pets, 'all')
     assert str(report)=='skipped 2 of 491: 2 in no list (Abyssinian_34, Abyssinian_82)' and len(recs)==489
     for r in recs[::40]: assert r.image().size==r.size[::-1]
+
+
+def test_real_splits(shared_pets):
+    train,valid,cm,report = pets_splits(shared_pets, boxes='head')
+    assert (len(train)+len(valid), len(valid), len(report), report.total)==(241, 48, 4, 245)
+    assert set(next(iter(report.reasons.values())))=={'Abyssinian_104','Bengal_111','Bengal_175','american_bulldog_202'}
+    train,valid,cm,_ = pets_splits(shared_pets, classes='breed', masks=True)
+    assert (len(train), len(valid), list(cm))==(245, 244, ['background','Abyssinian','american_bulldog','Bengal'])
+    assert valid[0].target()['masks'].shape==(1,*valid[0].size)
+    for k in ('Abyssinian_34','Abyssinian_5'): assert load_image(shared_pets/'images'/f'{k}.jpg').mode=='RGB'
 
 
 def test_real_borders_belong_to_the_pet(shared_pets):

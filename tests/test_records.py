@@ -1,8 +1,10 @@
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from backbones_nb.data.records import ClassMap, Record, SkipReport, image_size, load_image, read_voc, voc_records
+from backbones_nb.data.records import ClassMap, Record, SkipReport, clean_boxes, image_size, load_image, read_voc, voc_records
 
 
 def write_xml(path, objects, size=(60,80)):
@@ -18,6 +20,27 @@ def voc(tmp_path):
         if image: Image.new('RGB', (80,60), 'grey').save(tmp_path/'images'/f'{name}.jpg')
         if objects is not None: write_xml(tmp_path/'xmls'/f'{name}.xml', objects, size)
     return tmp_path/'images',tmp_path/'xmls',add
+
+
+def test_class_map():
+    cm = ClassMap(['cat','dog'])
+    assert (len(cm), list(cm), cm.get_id('dog'), cm.get_name(1))==(3, ['background','cat','dog'], 2, 'cat')
+    for bad in (lambda: cm.get_name(3), lambda: cm.get_name(-1), lambda: ClassMap(['a','a']), lambda: ClassMap(['background'])):
+        with pytest.raises(ValueError): bad()
+    with pytest.raises(ValueError, match="Did you mean 'dog'"): cm.get_id('dgo')
+
+
+def test_clean_boxes():
+    b,ok = clean_boxes([[-5,-5,3,3],[2,2,2,9],[90,90,200,200]], (100,100))
+    assert ok.tolist()==[True,False,True] and b[0].tolist()==[0,0,3,3] and b[2].tolist()==[90,90,100,100]
+
+
+@pytest.mark.parametrize('mode,fmt', [('P','GIF'), ('RGBA','PNG'), ('L','PNG'), ('CMYK','JPEG'), ('LA','PNG'), ('I;16','PNG')])
+def test_images_of_any_kind_under_any_name(mode, fmt, tmp_path):
+    im = Image.fromarray(np.full((6,8), 300, np.uint16)) if mode=='I;16' else Image.new('RGB', (8,6), 'red').convert(mode)
+    im.save(tmp_path/'x.jpg', format=fmt)
+    got = load_image(tmp_path/'x.jpg')
+    assert (got.mode, got.size, image_size(tmp_path/'x.jpg'))==('RGB', (8,6), (6,8))
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
@@ -44,11 +67,15 @@ def test_values_of_unusual_images(tmp_path):
     for name,want in (('clear',(255,)*3), ('grey16',(128,)*3), ('p',(10,20,30))): assert load_image(tmp_path/f'{name}.png').getpixel((0,0))==want
 
 
-def test_truncated_images_are_named(tmp_path):
+def test_truncated_unreadable_and_missing_images_are_named(tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64,64,3), np.uint8)).save(tmp_path/'x.jpg')
     (tmp_path/'x.jpg').write_bytes((tmp_path/'x.jpg').read_bytes()[:2000])
     assert image_size(tmp_path/'x.jpg')==(64,64)
     with pytest.raises(ValueError, match='x.jpg'): load_image(tmp_path/'x.jpg')
+    (tmp_path/'no.jpg').write_bytes(b'no image')
+    for f in (load_image, image_size):
+        with pytest.raises(ValueError, match='no.jpg'): f(tmp_path/'no.jpg')
+        with pytest.raises(FileNotFoundError, match='y.jpg'): f(tmp_path/'y.jpg')
 
 
 def test_voc_pixels_count_from_one_and_include_the_last(voc):
@@ -56,6 +83,18 @@ def test_voc_pixels_count_from_one_and_include_the_last(voc):
     add('a', [('cat',(1,1,80,60),0), ('cat',(11,21,11,21),0)])
     (r,),_,report = voc_records(images, xmls)
     assert r.boxes.tolist()==[[0,0,80,60],[10,20,11,21]] and str(report)=='nothing skipped of 1'
+
+
+def test_the_toys_heads_as_voc(toy):
+    "The toy's xml files, read as any VOC folder: one record each, numbers as they stand in the file."
+    xmls = toy/'annotations'/'xmls'
+    recs,_,report = voc_records(toy/'images', xmls)
+    assert len(recs)==len(list(xmls.glob('*.xml'))) and len(report)==len(list((toy/'images').glob('*.jpg')))-len(recs)
+    for r in recs:
+        size,objs = read_voc(xmls/f'{r.image_id}.xml')
+        text = (xmls/f'{r.image_id}.xml').read_text()
+        x1,x2 = ([int(o) for o in re.findall(f'<{k}>(\\d+)<', text)] for k in ('xmin','xmax'))
+        assert [(o[1][0], o[1][2]) for o in objs]==[(a-1, b) for a,b in zip(x1, x2)] and tuple(size)==r.size
 
 
 def test_boxes_are_mended_and_noted(voc):
@@ -120,6 +159,7 @@ def test_records_are_cheap_and_compare_by_identity(tmp_path):
     t['masks'] *= 0
     assert a.boxes.tolist()==[[0,0,1,1]] and a.masks.sum()==16
     with pytest.raises(FileNotFoundError, match='absent.jpg'): a.image()
+    with pytest.raises(ValueError, match="'x' has 2 boxes, 1 labels"): Record('x', 'x.jpg', (4,4), np.zeros((2,4)), [1])
 
 
 def test_skip_report_adds_up():

@@ -25,7 +25,7 @@ class eSE(nn.Module):
 
     def forward(self, x): return x * F.hardsigmoid(self.fc(x.mean((2,3), keepdim=True)))
 
-# %% ../../nbs/backbones/13_osa.ipynb #98454643
+# %% ../../nbs/backbones/13_osa.ipynb #388add85
 class OSABlock(nn.Module):
     "One-shot aggregation (arXiv:1904.09730, fig. 1b): a chain of 3x3 layers, concatenated once, at its end."
     def __init__(self,
@@ -46,14 +46,11 @@ class OSABlock(nn.Module):
         self.reduce = ConvNormAct(ni, mid, 1, act=act, norm=norm) if dw and ni!=mid else None
         self.layers = nn.ModuleList([conv(mid if i or dw else ni, mid, act=act, norm=norm) for i in range(layers)])
         self.concat = ConvNormAct(ni + layers*mid, nf, 1, act=act, norm=norm)
-        self.ese = eSE(nf) if ese else None
-        self.residual = residual
+        self.ese,self.residual = eSE(nf) if ese else None,residual
 
     def forward(self, x):
         maps,h = [x],x if self.reduce is None else self.reduce(x)
-        for layer in self.layers:
-            h = layer(h)
-            maps.append(h)
+        for layer in self.layers: maps.append(h := layer(h))
         y = self.concat(torch.cat(maps, 1))
         if self.ese is not None: y = self.ese(y)
         return y + x if self.residual else y

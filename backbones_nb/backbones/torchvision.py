@@ -18,17 +18,18 @@ from torchvision import models
 from ..core.features import Backbone, feature_row
 from ..core.registry import register
 
-# %% ../../nbs/backbones/15_torchvision.ipynb #28bc76f1
+# %% ../../nbs/backbones/15_torchvision.ipynb #4cf1aec3
 def weights_record(
     weights, # a member of one of torchvision's weights enums, such as ResNet50_Weights.IMAGENET1K_V2
 ) -> SimpleNamespace: # what is unknown is None
     "Returns what torchvision states about published weights: source, hash, input, normalisation, accuracy, recipe."
     t,meta = weights.transforms(),weights.meta
-    return SimpleNamespace(name=str(weights), tag=weights.name, url=weights.url, sha256=weights.url.rsplit('-', 1)[-1].split('.')[0],
+    return SimpleNamespace(name=str(weights), tag=weights.name, url=weights.url,
+        sha256=weights.url.rsplit('-', 1)[-1].split('.')[0], # as far as the file's name tells it
         mean=tuple(t.mean), std=tuple(t.std), input_size=t.crop_size[0], resize_size=t.resize_size[0],
         metrics=dict(meta.get('_metrics', {}).get('ImageNet-1K', {})), recipe=meta.get('recipe'), licence=None)
 
-# %% ../../nbs/backbones/15_torchvision.ipynb #1b777822
+# %% ../../nbs/backbones/15_torchvision.ipynb #94f8f710
 def pick_weights(
     name:str, # torchvision's name of the model
     pretrained=True, # True (the ones torchvision deems best), a tag such as 'IMAGENET1K_V1', or a member of the enum
@@ -36,7 +37,7 @@ def pick_weights(
     "Returns the weights that `pretrained` means; raises ValueError naming those that exist."
     enum = models.get_model_weights(name)
     if isinstance(pretrained, enum): return pretrained
-    tag = 'DEFAULT' if pretrained is True else str(pretrained).rsplit('.', 1)[-1] if isinstance(pretrained, str) else None
+    tag = 'DEFAULT' if pretrained is True else pretrained.rsplit('.', 1)[-1] if isinstance(pretrained, str) else None
     if tag in enum.__members__: return enum[tag]
     raise ValueError(f"{name} has no weights {pretrained!r}: give True or one of {', '.join(o.name for o in enum)}")
 
@@ -44,18 +45,20 @@ def load_weights(
     model:nn.Module, # torchvision's model with its classifier, changed in place
     weights, # a member of its weights enum
 ) -> nn.Module: # `model`
-    "Downloads weights into torch's hub cache, verifies the file name's hash and loads strictly; raises RuntimeError saying what to do."
+    "Downloads, verifies the hash in the file's name and loads strictly; raises RuntimeError saying what to do."
     try: sd = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except Exception as e: raise RuntimeError(f'could not get the weights {weights} from {weights.url} ({type(e).__name__}: {e}): '
-        'check the network, or put that file into torch.hub.get_dir()/checkpoints, or build with pretrained=False') from e
+    except Exception as e: raise RuntimeError(
+        f'could not get the weights {weights} from {weights.url} ({type(e).__name__}: {e}): check the network, '
+        'or put that file into torch.hub.get_dir()/checkpoints, or build with pretrained=False') from e
     model.load_state_dict(sd)
     return model
 
-# %% ../../nbs/backbones/15_torchvision.ipynb #1ef7815b
+# %% ../../nbs/backbones/15_torchvision.ipynb #390b8023
 def _width(mods):
     "Channels of what the last of these modules puts out."
-    return next(getattr(m, 'num_features', None) or m.out_channels for o in reversed(mods) for m in reversed(list(o.modules()))
-                if isinstance(m, (nn.Conv2d, nn.BatchNorm2d)))
+    inside = (m for o in reversed(mods) for m in reversed(list(o.modules())))
+    m = next(m for m in inside if isinstance(m, (nn.Conv2d, nn.BatchNorm2d)))
+    return m.num_features if isinstance(m, nn.BatchNorm2d) else m.out_channels
 
 class TorchvisionBackbone(Backbone):
     "A torchvision classifier without its head, behind the contract; the keys of its state dict stay torchvision's."
@@ -73,15 +76,17 @@ class TorchvisionBackbone(Backbone):
         self.pretrained,self.record = (weights.name,weights_record(weights)) if weights else (None,None)
         steps = [o for v in trunk.values() for o in v]
         for o in dict.fromkeys(o.split('.')[0] for o in steps): setattr(self, o, getattr(net, o))
-        rows = [feature_row(_width([self.get_submodule(o) for o in steps[:steps.index(tap)+1]]), s, tap) for s,tap in taps.items()]
+        def width(tap): return _width([self.get_submodule(o) for o in steps[:steps.index(tap)+1]])
+        rows = [feature_row(width(tap), s, tap) for s,tap in taps.items()]
         self.set_trunk(trunk, rows, strides, out_indices)
 
-# %% ../../nbs/backbones/15_torchvision.ipynb #78f764d1
-resnet_trunk = dict(stem=['conv1','bn1','relu'], layer1=['maxpool','layer1'], layer2=['layer2'], layer3=['layer3'], layer4=['layer4'])
+# %% ../../nbs/backbones/15_torchvision.ipynb #315f6f3d
+resnet_trunk = dict(stem=['conv1','bn1','relu'], layer1=['maxpool','layer1'], layer2=['layer2'], layer3=['layer3'],
+                    layer4=['layer4'])
 resnet_taps = {2:'relu', 4:'layer1', 8:'layer2', 16:'layer3', 32:'layer4'} # stride -> module whose output is the map
-resnets = ('resnet18','resnet34','resnet50','resnet101','resnet152','resnext50_32x4d','resnext101_32x8d','resnext101_64x4d',
-           'wide_resnet50_2','wide_resnet101_2')
-ports = {o:(resnet_trunk, resnet_taps) for o in resnets} # torchvision's name -> the way of the data, and the maps along it
+resnets = ('resnet18','resnet34','resnet50','resnet101','resnet152','resnext50_32x4d','resnext101_32x8d',
+           'resnext101_64x4d','wide_resnet50_2','wide_resnet101_2')
+ports = {o:(resnet_trunk, resnet_taps) for o in resnets} # torchvision's name -> the way of the data, the maps along it
 
-(resnet18, resnet34, resnet50, resnet101, resnet152, resnext50_32x4d, resnext101_32x8d, resnext101_64x4d, wide_resnet50_2,
- wide_resnet101_2) = [register(o, TorchvisionBackbone, model=o) for o in resnets]
+(resnet18, resnet34, resnet50, resnet101, resnet152, resnext50_32x4d, resnext101_32x8d, resnext101_64x4d,
+ wide_resnet50_2, wide_resnet101_2) = [register(o, TorchvisionBackbone, model=o) for o in resnets]

@@ -54,12 +54,25 @@ def vov_stage(
         body.append(OSABlock(nf if j else ni, mid, nf, residual=add, ese=gate, **kwargs))
     return nn.Sequential(OrderedDict(([('pool', pool())] if pool else []) + [('blocks', nn.Sequential(*body))]))
 
-# %% ../../nbs/backbones/14_vovnet.ipynb #0ea2a5a8
+# %% ../../nbs/backbones/14_vovnet.ipynb #b07c4131
+def _way(stem, outs, two):
+    "The trunk, and one row per map; `two` is the index of the last stem convolution at stride 2."
+    rows = [feature_row(nf, 4*2**i, f'stages.{i}') for i,nf in enumerate(outs)]
+    trunk = dict(stem=['stem.0','stem.1','stem.2']) | {f'stage{i}':[r['module']] for i,r in enumerate(rows, 2)}
+    return trunk,[feature_row(stem[two], 2, f'stem.{two}'), *rows]
+
+# %% ../../nbs/backbones/14_vovnet.ipynb #3673cb7a
 def _one_of(value, allowed, what):
     if value not in allowed: raise ValueError(f"got {what}={value!r}, expected one of {', '.join(map(repr, allowed))}: "
         'choose one of these')
     return value
 
+def _check_stages(stem, mids, outs, blocks):
+    if not (len(stem)==3 and len(mids)==len(outs)==len(blocks)): raise ValueError(f'got {len(stem)} channels for '
+        f'the stem and {len(mids)} mids, {len(outs)} outs, {len(blocks)} blocks, expected '
+        '3 and one of each a stage: make them agree')
+
+# %% ../../nbs/backbones/14_vovnet.ipynb #6b044524
 class VoVNet(Backbone):
     """VoVNet V1 (arXiv:1904.09730) and V2 (arXiv:1911.06667): a stem of three convolutions, then stages of OSA blocks.
 
@@ -80,19 +93,14 @@ class VoVNet(Backbone):
         out_indices=None, # see `Backbone.select`
     ):
         super().__init__()
-        if not (len(stem)==3 and len(mids)==len(outs)==len(blocks)): raise ValueError(f'got {len(stem)} channels for '
-            f'the stem and {len(mids)} mids, {len(outs)} outs, {len(blocks)} blocks, expected '
-            '3 and one of each a stage: make them agree')
+        _check_stages(stem, mids, outs, blocks)
         _one_of(residual, (True,'same',False), 'residual')
         ese = _one_of('all' if ese is True else ese, ('all','last',False), 'ese')
         early,kw = _one_of(pool, tuple(vov_pools), 'pool')=='vt',dict(act=act, norm=norm)
         self.stem = vov_stem(stem, 1 if early else 2, dw, **kw)
         self.stages = nn.ModuleList([vov_stage(ni, mid, nf, n, vov_pools[pool] if i or early else None, residual, ese,
             layers=layers, dw=dw, **kw) for i,(ni,mid,nf,n) in enumerate(zip((stem[2],*outs), mids, outs, blocks))])
-        two = 2 if early else 1 # the stem's last convolution at stride 2
-        rows = [feature_row(nf, 4*2**i, f'stages.{i}') for i,nf in enumerate(outs)]
-        trunk = dict(stem=['stem.0','stem.1','stem.2']) | {f'stage{i}':[r['module']] for i,r in enumerate(rows, 2)}
-        self.set_trunk(trunk, [feature_row(stem[two], 2, f'stem.{two}'), *rows], strides, out_indices)
+        self.set_trunk(*_way(stem, outs, 2 if early else 1), strides, out_indices)
         init_cnn(self)
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #a84109b6

@@ -7,7 +7,7 @@ Docs: https://backbones-nb.github.io/backbones-nb/core/diagram.html.md"""
 # %% auto #0
 __all__ = ['kinds', 'ways', 'slots', 'text_width', 'measure_grid', 'share', 'corners', 'rounded', 'draw_arrow', 'draw_blocks',
            'NormTracer', 'is_unit', 'UnitTracer', 'Feed', 'Results', 'run_graph', 'describe', 'follows', 'whole_text',
-           'passes', 'add_outputs', 'module_graph', 'layered', 'draw_module_graph']
+           'passes', 'fold', 'new_box', 'add_outputs', 'module_graph', 'layered', 'draw_module_graph']
 
 # %% ../../nbs/core/08_diagram.ipynb #88e3d1df
 from collections import defaultdict
@@ -140,7 +140,22 @@ def draw_arrow(ax, e, arrows, g, k):
     ax.text((xa+xb)/2-.35*g.f*upright, (ya+yb)/2+.3*g.f*(not upright), e['label'], fontsize=64.8*g.f*k, zorder=4,
             ha='right' if upright else 'center', va='center' if upright else 'bottom', color=palette['line'])
 
-# %% ../../nbs/core/08_diagram.ipynb #63095465
+# %% ../../nbs/core/08_diagram.ipynb #17c07295
+def _draw_box(ax, name, text, color, g, size):
+    x,y,w,h = g.at[name]
+    ax.add_patch(FancyBboxPatch((x-w/2, y-h/2), w, h, boxstyle=f'round,pad=0,rounding_size={.5*g.f}', gid=str(name),
+                                lw=1.3, fc=mix(color, .2), ec=mix(color, .9, 'black'), zorder=3))
+    ax.text(x, y-.08*g.f, text, ha='center', va='center', fontsize=size, linespacing=1.25, color=palette['ink'],
+            zorder=4)
+
+def _check_blocks(nodes, edges):
+    lost = {str(o) for e in edges for o in e[:2] if o not in nodes}
+    odd = {str(v[3]) for v in nodes.values() if v[3] not in kinds}
+    if lost: raise ValueError(f'got arrows to or from {_names(sorted(lost))}, expected names among {_names(nodes)}: '
+        'add them to nodes')
+    if odd: raise ValueError(f'got nodes of the kind {_names(sorted(odd))}, expected one of {_names(kinds)}')
+
+# %% ../../nbs/core/08_diagram.ipynb #38cccb47
 def draw_blocks(
     nodes:dict, # name -> (row, column, text, kind): rows from the top, kind in `kinds`
     edges:list, # (source, target), (source, target, label) or (source, target, label, way)
@@ -150,11 +165,7 @@ def draw_blocks(
     width:float=7.6, # inches, at most, as long as the text keeps 6.5 points
 ): # the Axes
     "Draws boxes on a grid with arrows that go round them; returns the Axes. Raises ValueError for unknown names."
-    lost = {str(o) for e in edges for o in e[:2] if o not in nodes}
-    odd = {str(v[3]) for v in nodes.values() if v[3] not in kinds}
-    if lost: raise ValueError(f'got arrows to or from {_names(sorted(lost))}, expected names among {_names(nodes)}: '
-        'add them to nodes')
-    if odd: raise ValueError(f'got nodes of the kind {_names(sorted(odd))}, expected one of {_names(kinds)}')
+    _check_blocks(nodes, edges)
     arrows = ways(nodes, [(*e, *('', None)[len(e)-2:]) for e in edges])
     g = measure_grid(nodes, arrows, fontsize)
     k,head = max(min(1, width/(g.width+.12)), min(1, 6.5/fontsize)),.32 if title else 0
@@ -166,12 +177,7 @@ def draw_blocks(
     ax.axis('off')
     if title: ax.set_title(title, fontsize=11, color=palette['ink'], pad=5)
     for e in arrows: draw_arrow(ax, e, arrows, g, k)
-    for n,(_,_,text,kind) in nodes.items():
-        x,y,w,h = g.at[n]
-        ax.add_patch(FancyBboxPatch((x-w/2, y-h/2), w, h, boxstyle=f'round,pad=0,rounding_size={.5*g.f}', gid=str(n),
-                                    lw=1.3, fc=mix(kinds[kind], .2), ec=mix(kinds[kind], .9, 'black'), zorder=3))
-        ax.text(x, y-.08*g.f, text, ha='center', va='center', fontsize=fontsize*k, linespacing=1.25,
-                color=palette['ink'], zorder=4)
+    for n,(_,_,text,kind) in nodes.items(): _draw_box(ax, n, text, kinds[kind], g, fontsize*k)
     return ax
 
 # %% ../../nbs/core/08_diagram.ipynb #6c593dd5
@@ -266,7 +272,7 @@ def describe(
     if isinstance(m, nn.MaxPool2d): return f'max pool /{m.stride}'
     return 'global mean' if isinstance(m, nn.AdaptiveAvgPool2d) else type(m).__name__
 
-# %% ../../nbs/core/08_diagram.ipynb #fc3e7d7f
+# %% ../../nbs/core/08_diagram.ipynb #e3e21ece
 def follows(n, m, fn):
     "Whether a node is a norm or an activation that alone reads the node before it."
     if not isinstance(m, _acts+_norms) and fn not in ('relu','relu_'): return False
@@ -279,6 +285,17 @@ def passes(n, m, fn):
     return (isinstance(m, _idle) or type(m).__name__=='DropPath' or fn in ('contiguous','clone')
             or fn=='getitem' and isinstance(n.args[0].meta['out'], list))
 
+def fold(box, m):
+    "Adds a norm or an activation (None: a ReLU that is no module) to the text of the box before it."
+    text = describe(m) if m else 'ReLU'
+    box['text'] += (' ' if box['text'].split('\n')[-1] in ('BN','GN','LN') else '\n')+text
+
+def new_box(m, fn, src, whole):
+    "Text and kind of the box of an operation: a module, or a function of the maps `src`."
+    text = whole_text(m, whole) or describe(m) if m else _functions.get(fn, fn)
+    merge = not m and (len(src)>1 or text=='concat')
+    return text,'merge' if merge else 'attention' if type(m).__name__ in whole else 'layer'
+
 def add_outputs(o, told, add):
     "Adds a box for each map that the module returns, under its key."
     outs = o.items() if isinstance(o, Mapping) else enumerate(o) if isinstance(o, (list,tuple)) else [('y', o)]
@@ -286,7 +303,7 @@ def add_outputs(o, told, add):
 
 def _key(letter, k): return f'{letter}{k}' if isinstance(k, int) else str(k)
 
-# %% ../../nbs/core/08_diagram.ipynb #07734ad0
+# %% ../../nbs/core/08_diagram.ipynb #e5e3c9cb
 def module_graph(
     module:nn.Module, # a block that torch.fx can trace
     x, # a map (1,C,H,W); a list or dict of maps for one argument; a tuple for several arguments
@@ -312,14 +329,9 @@ def module_graph(
         elif fn=='interpolate' and not any(u.op=='output' for u in n.users):
             told[n] = src[0][0],f"×{out[-1]/first['shape'][-1]:.3g}"
         elif follows(n, m, fn) and first['kind']!='data':
-            text = describe(m) if m else 'ReLU'
-            first['text'] += (' ' if first['text'].split('\n')[-1] in ('BN','GN','LN') else '\n')+text
+            fold(first, m)
             told[n] = src[0]
-        else:
-            text = whole_text(m, whole) or describe(m) if m else _functions.get(fn, fn)
-            merge = not m and (len(src)>1 or text=='concat')
-            kind = 'merge' if merge else 'attention' if type(m).__name__ in whole else 'layer'
-            told[n] = add(n.name, text, kind, first['shape'] if isinstance(out, list) else out, src)
+        else: told[n] = add(n.name, *new_box(m, fn, src, whole), first['shape'] if isinstance(out, list) else out, src)
     return nodes,edges
 
 # %% ../../nbs/core/08_diagram.ipynb #4431c058

@@ -8,7 +8,7 @@ Docs: https://backbones-nb.github.io/backbones-nb/core/draw.html.md"""
 __all__ = ['palette', 'SLOT', 'TALL', 'mix', 'class_color', 'pet_layer', 'paint_cat', 'paint_dog', 'meadow', 'sample_image',
            'sample_target', 'image_array', 'image_tensor', 'InsideText', 'class_name', 'draw_boxes', 'draw_one',
            'write_label', 'show_side_by_side', 'feature_grid', 'stages_of', 'stride_of', 'block_size', 'cuboid',
-           'arrow', 'caption', 'draw_backbone', 'neck_shapes', 'draw_pyramid']
+           'arrow', 'caption', 'draw_stages', 'neck_shapes', 'draw_pyramid', 'draw_backbone']
 
 # %% ../../nbs/core/06_draw.ipynb #76d5b242
 from math import log2
@@ -357,28 +357,18 @@ def caption(ax, x, y, *lines):
         ax.text(x, y-.19*i, t, ha='center', va='top', fontsize=9.5 if i else 10, weight=None if i else 'bold',
                 color=palette['ink'])
 
-# %% ../../nbs/core/06_draw.ipynb #d52d4447
-def draw_backbone(
-    model:nn.Module, # a `Backbone`, or one that carries a neck (`has_neck`, `body`, `neck`)
-    size=224, # side or (height, width) of the image, pixels
-    ax=None, # axes to draw on; None makes a figure
-): # the Axes
-    "Draws the stages of the live model with measured shapes, selected maps marked, its neck above; returns the Axes."
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    body = model.body if getattr(model, 'has_neck', False) else model
-    if not hasattr(body, 'trunk'): raise TypeError(f'got a {type(body).__name__}, expected a Backbone: '
-        'wrap the module by as_backbone(module)')
-    stages,maps = stages_of(body, size)
-    pyramid = neck_shapes(model.neck, maps) if body is not model else []
-    cols,top = 1+len(stages)+sum(stride_of(p, size)>max(body.strides) for p in pyramid),2.95 if pyramid else 1.25
-    if ax is None: ax = plt.subplots(figsize=(SLOT*cols, top+1.85), dpi=110, layout='constrained')[1]
-    ax.set(xlim=(-.6*SLOT, (cols-.4)*SLOT), ylim=(-1.5, top), aspect='equal')
-    ax.axis('off')
+# %% ../../nbs/core/06_draw.ipynb #8dec7ae9
+def draw_stages(
+    ax, # axes to draw on
+    stages:list, # as `stages_of` returns
+    size, # (height, width) of the image, pixels
+) -> dict: # stride -> point above the selected map's block, where an arrow to the neck starts
+    "Draws the image and a block per stage, from left to right, with captions below."
     cuboid(ax, 0, 0, .05, TALL, palette['data'], .2)
     caption(ax, 0, -.9, 'image', f'3×{size[0]}×{size[1]}')
-    x,end,tips = 0,.025+.2*TALL+.03,{} # middle and end of the block before; where arrows to the neck start
-    for o in stages:
-        x,(w,h) = x+SLOT,block_size(o['shape'], size)
+    end,tips = .025+.2*TALL+.03,{} # where the block before ends
+    for i,o in enumerate(stages, 1):
+        x,(w,h) = i*SLOT,block_size(o['shape'], size)
         cuboid(ax, x, 0, w, h, palette['backbone'] if o['tag'] else mix(palette['backbone'], .45))
         arrow(ax, (end, 0), (x-w/2-.02, 0))
         caption(ax, x, -.9, o['name'], '×'.join(map(str, o['shape'])), f"stride {o['stride']}")
@@ -387,11 +377,7 @@ def draw_backbone(
             tips[o['stride']] = x+.09*h,.68*h+.05
             ax.text(*tips[o['stride']], o['tag'], ha='center', va='bottom', size=10.5, weight='bold',
                     color=palette['backbone'])
-    if pyramid: draw_pyramid(ax, model.neck, pyramid, tips, x, size)
-    n = sum(p.numel() for p in model.parameters())
-    ax.set_title(f"{getattr(model, 'name', None) or type(model).__name__}: {n/1e6:.2f} M parameters", fontsize=11,
-                 color=palette['ink'])
-    return ax
+    return tips
 
 # %% ../../nbs/core/06_draw.ipynb #a0b6658f
 @torch.no_grad()
@@ -419,3 +405,27 @@ def draw_pyramid(ax, neck, pyramid, tips, x, size):
                 color=mix(color, .7, 'black'))
         ax.text(x, y-.65, '×'.join(map(str, p)), ha='center', va='bottom', fontsize=9.5, color=palette['ink'])
         if s in tips: arrow(ax, (tips[s][0], tips[s][1]+.23), (tips[s][0], y-.74))
+
+# %% ../../nbs/core/06_draw.ipynb #433b73a4
+def draw_backbone(
+    model:nn.Module, # a `Backbone`, or one that carries a neck (`has_neck`, `body`, `neck`)
+    size=224, # side or (height, width) of the image, pixels
+    ax=None, # axes to draw on; None makes a figure
+): # the Axes
+    "Draws the stages of the live model with measured shapes, selected maps marked, its neck above; returns the Axes."
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    body = model.body if getattr(model, 'has_neck', False) else model
+    if not hasattr(body, 'trunk'): raise TypeError(f'got a {type(body).__name__}, expected a Backbone: '
+        'wrap the module by as_backbone(module)')
+    stages,maps = stages_of(body, size)
+    pyramid = neck_shapes(model.neck, maps) if body is not model else []
+    cols,top = 1+len(stages)+sum(stride_of(p, size)>max(body.strides) for p in pyramid),2.95 if pyramid else 1.25
+    if ax is None: ax = plt.subplots(figsize=(SLOT*cols, top+1.85), dpi=110, layout='constrained')[1]
+    ax.set(xlim=(-.6*SLOT, (cols-.4)*SLOT), ylim=(-1.5, top), aspect='equal')
+    ax.axis('off')
+    tips = draw_stages(ax, stages, size)
+    if pyramid: draw_pyramid(ax, model.neck, pyramid, tips, len(stages)*SLOT, size)
+    n = sum(p.numel() for p in model.parameters())
+    ax.set_title(f"{getattr(model, 'name', None) or type(model).__name__}: {n/1e6:.2f} M parameters", fontsize=11,
+                 color=palette['ink'])
+    return ax

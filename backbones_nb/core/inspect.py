@@ -14,6 +14,7 @@ from functools import partial
 from math import log2
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -34,7 +35,7 @@ def _module(model):
         'nn.Module: build it first, with create_backbone(name) for a registered name')
     return model
 
-# %% ../../nbs/core/05_inspect.ipynb #07b84ac3
+# %% ../../nbs/core/05_inspect.ipynb #53117cbb
 def _pair(size):
     ok = (size,size) if isinstance(size, int) else tuple(size) if isinstance(size, (tuple,list)) else ()
     if len(ok)!=2 or not all(isinstance(o, int) and o>0 for o in ok): raise ValueError(f'got size={size!r}, expected '
@@ -51,11 +52,15 @@ def _input(model, size, batch=1):
     hw = _pair(size)
     return torch.zeros(batch, 3, *hw, dtype=p.dtype, device=p.device),hw
 
+# %% ../../nbs/core/05_inspect.ipynb #1fd4bac1
 def _twin(model, meta):
-    "A copy to experiment on; on the meta device it has shapes but no values and takes no memory."
-    def f(t): return nn.Parameter(t.detach().to('meta'), t.requires_grad) if isinstance(t, nn.Parameter) \
-        else t.to('meta')
-    return deepcopy(model, {id(t):f(t) for t in (*model.parameters(), *model.buffers())} if meta else {})
+    "A copy to experiment on, on the meta device (shapes, no values, no memory) or with values."
+    def f(t):
+        new = t.detach().to('meta') if meta else _real(t.detach())
+        return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
+    return deepcopy(model, {id(t):f(t) for t in (*model.parameters(), *model.buffers()) if meta or t.is_meta})
+
+def _real(t): return torch.zeros_like(t, device='cpu') if t.is_meta else t # zeros where there are no values
 
 # %% ../../nbs/core/05_inspect.ipynb #2855e28f
 class Ledger(TorchDispatchMode):
@@ -86,7 +91,7 @@ class Ledger(TorchDispatchMode):
         self.add(out)
         return out
 
-# %% ../../nbs/core/05_inspect.ipynb #147585c9
+# %% ../../nbs/core/05_inspect.ipynb #04cc6fa2
 class Trace:
     "One pass through `model`: the MACs, bytes and outputs of every module, and the peak of live memory."
     def __init__(self, model, x, train=False):
@@ -108,25 +113,29 @@ class Trace:
         self.out = {k:[(shape, any(ref() is t for t in res)) for shape,ref in v] for k,v in self.out.items()}
         self.peak = self.ledger.peak
 
-    def _book(self):
-        "Books what happened since the last change of module to the module that was running."
-        now = self.flops.get_total_flops()//2,self.ledger.written
-        was = self.own.get(self._stack[-1], (0,0))
-        self.own[self._stack[-1]] = tuple(w+n-l for w,n,l in zip(was, now, self._last))
-        self._last = now
+# %% ../../nbs/core/05_inspect.ipynb #701d46bd
+@patch
+def _book(self:Trace):
+    "Books what happened since the last change of module to the module that was running."
+    now = self.flops.get_total_flops()//2,self.ledger.written
+    was = self.own.get(self._stack[-1], (0,0))
+    self.own[self._stack[-1]] = tuple(w+n-l for w,n,l in zip(was, now, self._last))
+    self._last = now
 
-    def _enter(self, m, args):
-        self._book()
-        self._stack.append(id(m))
-        self.out.setdefault(id(m), [])
+@patch
+def _enter(self:Trace, m, args):
+    self._book()
+    self._stack.append(id(m))
+    self.out.setdefault(id(m), [])
 
-    def _leave(self, m, args, out):
-        self._book()
-        self._stack.pop()
-        self.out[id(m)] = [(tuple(t.shape), weakref.ref(t)) for t in tree_leaves(out) if isinstance(t, Tensor)]
+@patch
+def _leave(self:Trace, m, args, out):
+    self._book()
+    self._stack.pop()
+    self.out[id(m)] = [(tuple(t.shape), weakref.ref(t)) for t in tree_leaves(out) if isinstance(t, Tensor)]
 
-# %% ../../nbs/core/05_inspect.ipynb #a581ab8d
-_broken = RuntimeError,ValueError,TypeError,IndexError,AssertionError
+# %% ../../nbs/core/05_inspect.ipynb #e3ec2feb
+_broken = RuntimeError,ValueError,TypeError,AttributeError,LookupError,AssertionError # what nets raise
 
 def trace(
     model:nn.Module,
@@ -139,13 +148,14 @@ def trace(
     try:
         twin = _twin(model, meta=True)
         return twin,Trace(twin, tree_map_only(Tensor, lambda t: t.to('meta'), x), train),hw
-    except _broken: twin = _twin(model, meta=False) # needs values: run it for real
+    except _broken: twin,x = _twin(model, meta=False),tree_map_only(Tensor, _real, x) # needs values: run it for real
     twin.zero_grad()
     try: return twin,Trace(twin, x, train),hw
     except _broken as e: raise ValueError(f"{type(model).__name__} does not run on an input of "
         f"{' and '.join(str(tuple(t.shape)) for t in tree_leaves(x))}: {str(e).splitlines()[0].rstrip('.')}; "
         'give a larger size or the kind of input that it takes') from e
 
+# %% ../../nbs/core/05_inspect.ipynb #88b3ee5e
 def count_macs(
     model:nn.Module,
     size=224, # pixels: int or (height, width); or an input
@@ -162,7 +172,7 @@ def peak_memory(
     "Returns the most memory that is alive at once during a pass."
     return trace(model, size, batch, train)[1].peak/1e6
 
-# %% ../../nbs/core/05_inspect.ipynb #9f687322
+# %% ../../nbs/core/05_inspect.ipynb #7519dbbe
 class Table(list):
     "A list of rows (dicts) that shows itself as a Markdown table in a notebook and as plain text in a terminal."
     def __init__(self,
@@ -190,12 +200,14 @@ class Table(list):
         return '\n'.join(lines + [self.note]*bool(self.note))
     __str__ = __repr__
 
-    def _repr_markdown_(self):
-        head,*body = self.cells()
-        if self.foot: body[-1] = [f'**{o}**' if o else o for o in body[-1]]
-        rule = ['---' if not f else '---:' for _,f in self.cols.values()]
-        rows = '\n'.join('| ' + ' | '.join(str(o).replace('|', '\\|') for o in r) + ' |' for r in [head, rule, *body])
-        return rows + f'\n\n{self.note}'*bool(self.note)
+# %% ../../nbs/core/05_inspect.ipynb #c45f2370
+@patch
+def _repr_markdown_(self:Table):
+    head,*body = self.cells()
+    if self.foot: body[-1] = [f'**{o}**' if o else o for o in body[-1]]
+    rule = ['---' if not f else '---:' for _,f in self.cols.values()]
+    rows = '\n'.join('| ' + ' | '.join(str(o).replace('|', '\\|') for o in r) + ' |' for r in [head, rule, *body])
+    return rows + f'\n\n{self.note}'*bool(self.note)
 
 # %% ../../nbs/core/05_inspect.ipynb #faabfe06
 def _parts(model, tr):
@@ -219,7 +231,7 @@ def _row(stage, module, macs=0, mem=0, params=0, shape=None, is_map=False, hw=No
     return dict(stage=stage, module=module, channels=c, stride=s if s and s<=hw[0] else None,
                 height=h, width=w, params=params, gmacs=macs/1e9, act_mb=mem/1e6, map=is_map)
 
-# %% ../../nbs/core/05_inspect.ipynb #6296078c
+# %% ../../nbs/core/05_inspect.ipynb #9254bdc4
 class Summary(Table):
     "The table of a model: `rows`, `total`, and how it shows itself."
     def __init__(self, rows, total, note):
@@ -230,6 +242,7 @@ class Summary(Table):
         super().__init__(rows, cols, dict(total, stage='total'), note)
         self.rows,self.total = list(self),total
 
+# %% ../../nbs/core/05_inspect.ipynb #c4b56937
 def summary(
     model:nn.Module, # a backbone, with or without neck, or any module
     size=224, # pixels: int or (height, width); or the input itself: a tensor, or a list of maps for a neck

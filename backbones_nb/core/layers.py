@@ -12,23 +12,24 @@ from functools import partial
 
 from torch import nn
 
-# %% ../../nbs/core/02_layers.ipynb #83839c01
+# %% ../../nbs/core/02_layers.ipynb #bd5dd354
 acts = dict(relu=partial(nn.ReLU, inplace=True), leaky_relu=partial(nn.LeakyReLU, 0.1, inplace=True), # Darknet's slope
             silu=partial(nn.SiLU, inplace=True), mish=partial(nn.Mish, inplace=True),
             hardswish=partial(nn.Hardswish, inplace=True), gelu=nn.GELU, sigmoid=nn.Sigmoid)
 norms = dict(bn=nn.BatchNorm2d, gn=partial(nn.GroupNorm, 32))
 
 def make_layer(kind, table, what, *args):
-    "Returns a layer from a name in `table`, a callable, or None (identity); raises ValueError with the names there are."
+    "Returns a layer from a name in `table`, a callable, or None (identity); raises ValueError naming those there are."
     if kind is None: return nn.Identity()
     if callable(kind): return kind(*args)
-    if kind not in table: raise ValueError(f"got {what}={kind!r}, expected one of {', '.join(table)}, a callable or None")
+    if kind not in table: raise ValueError(
+        f"got {what}={kind!r}, expected one of {', '.join(table)}, a callable or None")
     return table[kind](*args)
 
 def make_act(act): return make_layer(act, acts, 'act')
 def make_norm(norm, nf): return make_layer(norm, norms, 'norm', nf)
 
-# %% ../../nbs/core/02_layers.ipynb #3a2ff84b
+# %% ../../nbs/core/02_layers.ipynb #bcf42a3c
 class ConvNormAct(nn.Module):
     "Convolution without bias, normalisation, activation; keeps ceil(size/stride) for odd kernels."
     def __init__(self,
@@ -42,15 +43,16 @@ class ConvNormAct(nn.Module):
         bias:bool=None, # None: only where there is no norm
     ):
         super().__init__()
-        self.conv = nn.Conv2d(ni, nf, ks, stride, padding=ks//2, groups=groups, bias=(norm is None) if bias is None else bias)
+        if bias is None: bias = norm is None
+        self.conv = nn.Conv2d(ni, nf, ks, stride, padding=ks//2, groups=groups, bias=bias)
         self.norm = make_norm(norm, nf)
         self.act = make_act(act)
 
     def forward(self, x): return self.act(self.norm(self.conv(x)))
 
-# %% ../../nbs/core/02_layers.ipynb #b115f9ac
+# %% ../../nbs/core/02_layers.ipynb #51b396ca
 class SeparableConvNormAct(nn.Module):
-    "Depth-wise convolution, then point-wise convolution, normalisation, activation (MobileNets' factorisation, arXiv:1704.04861)."
+    "Depth-wise, then point-wise convolution, normalisation, activation (MobileNet's factors, arXiv:1704.04861)."
     def __init__(self, ni:int, nf:int, ks:int=3, stride:int=1, act='relu', norm='bn'):
         super().__init__()
         self.dw = nn.Conv2d(ni, ni, ks, stride, padding=ks//2, groups=ni, bias=False)

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from .features import as_list
 from .inspect import Table
 
-# %% ../../nbs/core/07_parity.ipynb #84232b1b
-_wrong_input = RuntimeError,ValueError,TypeError,IndexError,AssertionError
+# %% ../../nbs/core/07_parity.ipynb #15a75b23
+_wrong_input = RuntimeError,ValueError,TypeError,AttributeError,LookupError,AssertionError # what nets raise
 
 def _norms(model):
     "Modules with running statistics: batch norms, frozen ones included."
     return [m for m in model.modules() if isinstance(getattr(m, 'running_var', None), Tensor)]
 
 def _settle(model, x, rand):
-    "Gives each norm, in the order of execution, the statistics of its input, shaken; later norms see the shaken output."
+    "Gives each norm, in the order of execution, the shaken statistics of its input; later norms see its output."
     def f(m, args):
         var,mean = torch.var_mean(args[0].transpose(0, 1).flatten(1), 1)
         m.running_var.copy_(var.clamp(min=0.1*var.mean().item()+1e-3) * rand(var, .7, 1.4))
@@ -38,6 +38,7 @@ def _settle(model, x, rand):
         for h in hooks: h.remove()
         for m,t in was.items(): m.training = t
 
+# %% ../../nbs/core/07_parity.ipynb #a00eb13f
 @torch.no_grad()
 def randomise_(
     model:nn.Module, # changed in place
@@ -46,8 +47,8 @@ def randomise_(
 ) -> nn.Module: # itself, in the mode it was in
     """Returns `model` with every parameter and running statistic random, the same for the same seed.
 
-    Nothing stays at 0 or 1, and signals neither vanish nor explode: weights get the variance of He et al. 2015
-    (arXiv:1502.01852), batch norms the statistics of what reaches them, shaken. Buffers of other kinds stay."""
+    Weights get the variance of He et al. 2015 (arXiv:1502.01852), batch norms the shaken statistics of what reaches
+    them: nothing stays at 0 or 1, signals neither vanish nor explode. Buffers of other kinds stay."""
     g = torch.Generator().manual_seed(seed)
     def normal(t, std): return (torch.randn(t.shape, generator=g)*std).to(t)
     def rand(t, lo, hi): return (torch.rand(t.shape, generator=g)*(hi-lo)+lo).to(t)
@@ -59,11 +60,12 @@ def randomise_(
         m.running_mean.copy_(normal(m.running_mean, .1))
         m.running_var.copy_(rand(m.running_var, .7, 1.4))
     first = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))), None)
-    if x is None and isinstance(first, nn.Conv2d): x = normal(first.weight.new_empty(2, first.in_channels, 128, 128), 1.)
+    if x is None and isinstance(first, nn.Conv2d):
+        x = normal(first.weight.new_empty(2, first.in_channels, 128, 128), 1.)
     if x is not None: _settle(model, x, rand)
     return model
 
-# %% ../../nbs/core/07_parity.ipynb #5eab8a20
+# %% ../../nbs/core/07_parity.ipynb #dab92132
 def _tensors(m):
     "Parameters and buffers by name, without batch norm's counter of batches, which has no part in the output."
     sd = m.state_dict() if isinstance(m, nn.Module) else m
@@ -74,6 +76,7 @@ def _left(what, keys, sd):
     more = f' and {len(keys)-5} more' if len(keys)>5 else ''
     return f'{len(keys)} of the {what} (' + ', '.join(f'{k} {tuple(sd[k].shape)}' for k in keys[:5]) + more + ')'
 
+# %% ../../nbs/core/07_parity.ipynb #d2069c33
 def match_keys(
     src, # module or state dict that has the weights
     dst:nn.Module, # module that wants them
@@ -95,11 +98,13 @@ def match_keys(
         ks = have[k if renames is not None else name(k), v.shape]
         if ks: res[k] = ks.pop(0)
     over,short = [k for k in a if k not in set(res.values())],[k for k in b if k not in res]
-    if over or short: raise ValueError(f"matched {len(res)} tensors by {'name' if renames is not None else 'order'} and "
-        f"shape, but {_left('source', over, a)} and {_left('target', short, b)} are left over: give renames that map "
+    how = 'order' if renames is None else 'name'
+    if over or short: raise ValueError(f"matched {len(res)} tensors by {how} and shape, but "
+        f"{_left('source', over, a)} and {_left('target', short, b)} are left over: give renames that map "
         'them, or mend the net')
     return res
 
+# %% ../../nbs/core/07_parity.ipynb #74922e6f
 @torch.no_grad()
 def map_weights(
     src, # module or state dict that has the weights
@@ -128,7 +133,7 @@ def _errors(a, b):
     d,m = (a-b).abs().max().item(),b.abs().max().item()
     return d,m,(d/m if m else 0. if d==0 else float('inf'))
 
-# %% ../../nbs/core/07_parity.ipynb #7e0f81c3
+# %% ../../nbs/core/07_parity.ipynb #22b999b5
 def _run(model, x, dtype, f=None):
     "Maps of `model` for `x` in eval mode and `dtype`; the model stays as it was."
     p = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(1, dtype=dtype))
@@ -144,6 +149,7 @@ def _noise(size, batch, seed):
     h,w = (size,size) if isinstance(size, int) else size
     return torch.randn(batch, 3, h, w, generator=torch.Generator().manual_seed(seed))
 
+# %% ../../nbs/core/07_parity.ipynb #d0f450cc
 _cols = dict(shape=('shape',''), max_diff=('max abs(a-b)','.2e'), max_ref=('max abs(b)','.2e'), rel=('relative','.1e'))
 def _bad(rel): return rel if rel==rel else float('inf') # nan counts as the worst
 
@@ -152,6 +158,7 @@ class Errors(Table):
     @property
     def worst(self): return max((_bad(r['rel']) for r in self), default=0.)
 
+# %% ../../nbs/core/07_parity.ipynb #33e2a531
 def compare_maps(
     ours:nn.Module, # gives a map, or a list, tuple or mapping of them
     reference:nn.Module, # gives as many
@@ -175,6 +182,7 @@ def compare_maps(
     note = f'{dtype}, eval mode, seed {seed}'.replace('torch.', '')
     return Errors(rows, dict(size=('input',''), map=('map','')) | _cols, note=note)
 
+# %% ../../nbs/core/07_parity.ipynb #a145c2e2
 def assert_parity(
     ours:nn.Module,
     reference:nn.Module,
@@ -186,11 +194,11 @@ def assert_parity(
     "Returns the errors of the maps; raises AssertionError naming the first map above `tol`."
     res = compare_maps(ours, reference, size, sizes, **kwargs)
     bad = next((r for r in res if not r['rel']<=tol), None)
-    if bad: raise AssertionError(f"map {bad['map']} {bad['shape']} for an input of {bad['size']} has a relative error of "
-        f"{bad['rel']:.1e}, expected at most {tol:.0e}: find the first layer that differs with locate()")
+    if bad: raise AssertionError(f"map {bad['map']} {bad['shape']} for an input of {bad['size']} has a relative error "
+        f"of {bad['rel']:.1e}, expected at most {tol:.0e}: find the first layer that differs with locate()")
     return res
 
-# %% ../../nbs/core/07_parity.ipynb #fd3e1908
+# %% ../../nbs/core/07_parity.ipynb #994483a8
 def _convs(model, x):
     "(name, output) of every convolution and linear layer, in the order of execution."
     res = []
@@ -201,6 +209,7 @@ def _convs(model, x):
         for h in hooks: h.remove()
     return res
 
+# %% ../../nbs/core/07_parity.ipynb #993b4812
 def locate(
     ours:nn.Module,
     reference:nn.Module, # with the same convolutions in the same order

@@ -20,14 +20,14 @@ from torch import nn
 
 from .features import Backbone, as_backbone
 
-# %% ../../nbs/core/03_registry.ipynb #ba164360
+# %% ../../nbs/core/03_registry.ipynb #b3c467ce
 @dataclass(frozen=True)
 class Entry:
     "A row of the registry: a name, what builds it and with which configuration."
     name: str # 'vovnet39'
     build: object # callable returning a `Backbone`
     config: dict # keyword arguments of `build`
-    variants: dict = field(default_factory=dict) # variant name -> configuration laid over `config`; the first is the default
+    variants: dict = field(default_factory=dict) # variant name -> what it lays over `config`; the first is the default
 
 _entries = {}
 _folders = 'backbones_nb.backbones', 'backbones_nb.necks' # modules in these register themselves when imported
@@ -48,7 +48,7 @@ def register(
     f.__doc__ = f'Returns `create_backbone({name!r}, ...)`: {build.__name__} with {config}.'
     return f
 
-# %% ../../nbs/core/03_registry.ipynb #2283f19a
+# %% ../../nbs/core/03_registry.ipynb #b04beee6
 def did_you_mean(
     name:str, # what was given
     known, # the names there are
@@ -58,24 +58,32 @@ def did_you_mean(
     near = get_close_matches(name.lower(), list(known), n=n, cutoff=0.5)
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ''
 
-def _create(entry, pretrained, strides, overrides):
-    name,takes = entry.name,inspect.signature(entry.build).parameters
-    config = dict(entry.config)
-    if 'variant' in overrides and entry.variants:
-        v = overrides.pop('variant') or next(iter(entry.variants))
-        if v not in entry.variants: raise ValueError(f"{name} has no variant {v!r}, only {', '.join(entry.variants)}: choose one of these")
-        config |= entry.variants[v]
-    elif entry.variants: config |= next(iter(entry.variants.values()))
+# %% ../../nbs/core/03_registry.ipynb #0961a99f
+def _stack(entry, overrides):
+    "The configuration of the row, under that of the variant asked for, under the caller's arguments."
+    config,variants,overrides = dict(entry.config),entry.variants,dict(overrides)
+    if variants:
+        v = overrides.pop('variant', None) or next(iter(variants))
+        if v not in variants: raise ValueError(
+            f"{entry.name} has no variant {v!r}, only {', '.join(variants)}: choose one of these")
+        config |= variants[v]
+    takes = inspect.signature(entry.build).parameters
     open_ = any(p.kind==p.VAR_KEYWORD for p in takes.values())
     for k in overrides:
-        if k not in takes and not open_: raise TypeError(f"{name} takes no argument {k!r}, only "
+        if k not in takes and not open_: raise TypeError(f"{entry.name} takes no argument {k!r}, only "
             f"{', '.join(o for o in takes if o!='self')}.{did_you_mean(k, takes)}")
-    if 'pretrained' in takes: config['pretrained'] = pretrained
-    elif pretrained: raise ValueError(f'{name} has no published weights that this version can load: build it with '
-        'pretrained=False and load a state dict of your own')
-    model = entry.build(strides=strides, **config | overrides)
-    model.name = name
-    return model
+    return config | overrides
+
+# %% ../../nbs/core/03_registry.ipynb #29bc3e7e
+def _create(entry, pretrained, strides, overrides):
+    config = _stack(entry, overrides)
+    if 'pretrained' in inspect.signature(entry.build).parameters: config['pretrained'] = pretrained
+    elif pretrained: raise ValueError(f'{entry.name} has no published weights that this version can load: '
+        'build it with pretrained=False and load a state dict of your own')
+    out_indices = config.pop('out_indices', None)
+    model = entry.build(strides=None, **config)
+    model.name = entry.name
+    return model if strides is None and out_indices is None else model.select(strides, out_indices)
 
 # %% ../../nbs/core/03_registry.ipynb #ea683941
 def _discover():
@@ -95,35 +103,6 @@ def list_backbones(
     "Returns the names that `create_backbone` knows."
     _discover()
     return sorted((o for o in _entries if fnmatch(o, pattern)), key=_natural)
-
-# %% ../../nbs/core/03_registry.ipynb #d1f65d83
-def did_you_mean(
-    name:str, # what was given
-    known, # the names there are
-    n:int=3, # how many to suggest at most
-) -> str: # ' Did you mean ...?' or ''
-    "Returns a hint naming the nearest known names, empty where none is near."
-    near = get_close_matches(name.lower(), list(known), n=n, cutoff=0.5)
-    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ''
-
-def _create(entry, pretrained, strides, overrides):
-    name,takes = entry.name,inspect.signature(entry.build).parameters
-    config = dict(entry.config)
-    if 'variant' in overrides and entry.variants:
-        v = overrides.pop('variant') or next(iter(entry.variants))
-        if v not in entry.variants: raise ValueError(f"{name} has no variant {v!r}, only {', '.join(entry.variants)}: choose one of these")
-        config |= entry.variants[v]
-    elif entry.variants: config |= next(iter(entry.variants.values()))
-    open_ = any(p.kind==p.VAR_KEYWORD for p in takes.values())
-    for k in overrides:
-        if k not in takes and not open_: raise TypeError(f"{name} takes no argument {k!r}, only "
-            f"{', '.join(o for o in takes if o!='self')}.{did_you_mean(k, takes)}")
-    if 'pretrained' in takes: config['pretrained'] = pretrained
-    elif pretrained: raise ValueError(f'{name} has no published weights that this version can load: build it with '
-        'pretrained=False and load a state dict of your own')
-    model = entry.build(strides=strides, **config | overrides)
-    model.name = name
-    return model
 
 # %% ../../nbs/core/03_registry.ipynb #35cb7f26
 def create_backbone(

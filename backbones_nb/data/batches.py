@@ -6,8 +6,8 @@ Docs: https://backbones-nb.github.io/backbones-nb/data/batches.html.md"""
 
 # %% auto #0
 __all__ = ['pad_fill', 'on_white', 'open_image', 'as_tv', 'hw', 'fit_size', 'Letterbox', 'unletterbox', 'RandomZoom',
-           'default_augment', 'ToBatch', 'DetectionDataset', 'DetectionDL', 'show_batch', 'Samples', 'show_results',
-           'DetectionDataLoaders', 'detection_dls']
+           'default_augment', 'ToBatch', 'DetectionDataset', 'DetectionDL', 'Samples', 'DetectionDataLoaders',
+           'detection_dls']
 
 # %% ../../nbs/data/43_batches.ipynb #198f5005
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.torch_core import TensorImage, default_device
 from PIL import Image
+from fastcore.basics import patch
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
@@ -28,7 +29,24 @@ from torchvision.transforms.v2 import functional as F
 from ..core.draw import show_side_by_side
 from .records import load_image
 
-# %% ../../nbs/data/43_batches.ipynb #0ec5cc46
+# %% ../../nbs/data/43_batches.ipynb #d9fcb5fc
+def on_white(im):
+    "RGB; transparency is laid on white, as `load_image` does."
+    if im.mode not in ('RGBA','LA','PA') and 'transparency' not in im.info: return im.convert('RGB')
+    im = im.convert('RGBA')
+    return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
+
+def _from_array(a):
+    "PIL image of an array (H,W) or (H,W,C); raises ValueError for shapes and ranges that no image has."
+    if a.ndim not in (2,3) or a.ndim==3 and a.shape[-1] not in (1,3,4):
+        raise ValueError(f'got an array of shape {a.shape}, expected one image (H,W,3)')
+    if a.dtype!=np.uint8:
+        if a.size and (a.min()<0 or a.max()>1): raise ValueError(f'got values from {a.min():.3g} to {a.max():.3g}, '
+            'expected uint8, or floats in [0,1]: divide by 255 or undo the normalisation')
+        a = (a*255).round().astype(np.uint8)
+    return Image.fromarray(a.squeeze(-1) if a.ndim==3 and a.shape[-1]==1 else a)
+
+# %% ../../nbs/data/43_batches.ipynb #7095e039
 def _pil(item):
     "PIL RGB image of a record, path, array, tensor or PIL image."
     if hasattr(item, 'image'): return item.image()
@@ -38,20 +56,7 @@ def _pil(item):
         if item.dim()!=3 or item.shape[0] not in (1,3): raise ValueError(f'got a tensor of shape {tuple(item.shape)}, '
             'expected one image (3,H,W)')
         item = item.detach().cpu().permute(1,2,0)
-    a = np.asarray(item)
-    if a.ndim not in (2,3) or a.ndim==3 and a.shape[-1] not in (1,3,4):
-        raise ValueError(f'got an array of shape {a.shape}, expected one image (H,W,3)')
-    if a.dtype!=np.uint8:
-        if a.size and (a.min()<0 or a.max()>1): raise ValueError(f'got values from {a.min():.3g} to {a.max():.3g}, '
-            'expected uint8, or floats in [0,1]: divide by 255 or undo the normalisation')
-        a = (a*255).round().astype(np.uint8)
-    return on_white(Image.fromarray(a.squeeze(-1) if a.ndim==3 and a.shape[-1]==1 else a))
-
-def on_white(im):
-    "RGB; transparency is laid on white, as `load_image` does."
-    if im.mode not in ('RGBA','LA','PA') and 'transparency' not in im.info: return im.convert('RGB')
-    im = im.convert('RGBA')
-    return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
+    return on_white(_from_array(np.asarray(item)))
 
 def open_image(
     item, # a record, a path, a PIL image, an array (H,W,3) or a tensor (3,H,W), uint8 or float in [0,1]
@@ -75,7 +80,7 @@ def as_tv(
         t['filled'] = torch.as_tensor(t['area']).float()/_area(t['boxes'].as_subclass(Tensor)).clamp(min=1e-6)
     return t
 
-# %% ../../nbs/data/43_batches.ipynb #dd4c87bd
+# %% ../../nbs/data/43_batches.ipynb #ea2d0e27
 pad_fill = (124, 116, 104) # ImageNet's mean colour, uint8 RGB: zero after normalisation
 
 def hw(size):
@@ -92,6 +97,7 @@ def fit_size(
     r = min(box[0]/size[0], box[1]/size[1])
     return tuple(max(1, min(b, round(s*r))) for s,b in zip(size, box))
 
+# %% ../../nbs/data/43_batches.ipynb #56e28e7f
 class Letterbox(v2.Transform):
     "Resizes to fit in a box, aspect kept, and pads on the right and at the bottom."
     def __init__(self,
@@ -125,9 +131,19 @@ def unletterbox(
         res['masks'] = F.resize(m, [h,w], antialias=True) if len(m) else m.new_zeros(0,1,h,w)
     return res
 
-# %% ../../nbs/data/43_batches.ipynb #5381ce2c
+# %% ../../nbs/data/43_batches.ipynb #5a2415e0
 def _area(b): return (b[:,2:]-b[:,:2]).clamp(min=0).prod(1)
 
+def _tighten(boxes, masks, which):
+    "Boxes intersected with the extent of their masks, for the objects in `which`; empty masks give empty boxes."
+    boxes = boxes.as_subclass(Tensor).clone()
+    for i in which.nonzero()[:,0].tolist():
+        if not masks[i].any(): boxes[i] = 0; continue
+        m = masks_to_boxes(masks[i].as_subclass(Tensor)[None])[0]
+        boxes[i] = torch.cat([torch.maximum(boxes[i,:2], m[:2]), torch.minimum(boxes[i,2:], m[2:]+1)])
+    return boxes
+
+# %% ../../nbs/data/43_batches.ipynb #660c8aad
 class RandomZoom(torch.nn.Module):
     """Zooms in by a random crop or out by random padding, and shifts.
 
@@ -151,29 +167,26 @@ class RandomZoom(torch.nn.Module):
         wh,ww = max(1, round(h/s*a)),max(1, round(w/s/a))
         return round((h-wh)*u[2]),round((w-ww)*u[3]),wh,ww
 
-    def forward(self, img, target):
-        if torch.rand(()) >= self.p: return img,target
-        h,w = img.shape[-2:]
-        t,l,wh,ww = self.window(h, w)
-        pad = [max(0,-l), max(0,-t), max(0,l+ww-w), max(0,t+wh-h)]
-        def move(o, fill=0): return F.crop(F.pad(o, pad, fill=fill), t+pad[1], l+pad[0], wh, ww)
-        before,target = target['boxes'],dict(target)
-        target['boxes'] = boxes = move(before)
-        if 'masks' in target: target['masks'] = move(target['masks'])
-        seen = _area(boxes)/_area(before).clamp(min=1e-6)
-        if 'masks' in target: boxes = _tighten(boxes, target['masks'], seen<0.999)
-        boxes = torch.where((seen>=self.min_visible)[:,None], boxes, torch.zeros_like(boxes))
-        target['boxes'] = tv_tensors.wrap(boxes, like=target['boxes'])
-        return move(img, self.fill),target
-
-def _tighten(boxes, masks, which):
-    "Boxes intersected with the extent of their masks, for the objects in `which`; empty masks give empty boxes."
-    boxes = boxes.as_subclass(Tensor).clone()
-    for i in which.nonzero()[:,0].tolist():
-        if not masks[i].any(): boxes[i] = 0; continue
-        m = masks_to_boxes(masks[i].as_subclass(Tensor)[None])[0]
-        boxes[i] = torch.cat([torch.maximum(boxes[i,:2], m[:2]), torch.minimum(boxes[i,2:], m[2:]+1)])
-    return boxes
+# %% ../../nbs/data/43_batches.ipynb #06e9f560
+@patch
+def forward(self:RandomZoom,
+    img, # tv_tensors.Image (3,H,W)
+    target:dict, # as `as_tv` makes it
+) -> tuple: # image and target of the window
+    "Returns the window on image and target, or both as they are where chance says so."
+    if torch.rand(()) >= self.p: return img,target
+    h,w = img.shape[-2:]
+    t,l,wh,ww = self.window(h, w)
+    pad = [max(0,-l), max(0,-t), max(0,l+ww-w), max(0,t+wh-h)]
+    def move(o, fill=0): return F.crop(F.pad(o, pad, fill=fill), t+pad[1], l+pad[0], wh, ww)
+    before,target = target['boxes'],dict(target)
+    target['boxes'] = boxes = move(before)
+    if 'masks' in target: target['masks'] = move(target['masks'])
+    seen = _area(boxes)/_area(before).clamp(min=1e-6)
+    if 'masks' in target: boxes = _tighten(boxes, target['masks'], seen<0.999)
+    boxes = torch.where((seen>=self.min_visible)[:,None], boxes, torch.zeros_like(boxes))
+    target['boxes'] = tv_tensors.wrap(boxes, like=target['boxes'])
+    return move(img, self.fill),target
 
 # %% ../../nbs/data/43_batches.ipynb #b6edc589
 def default_augment(
@@ -231,7 +244,7 @@ class DetectionDataset:
         "Decodes everything now, so that workers inherit it."
         if self.cache: [self[i] for i in range(len(self))]
 
-# %% ../../nbs/data/43_batches.ipynb #f3d05da8
+# %% ../../nbs/data/43_batches.ipynb #9f714102
 class DetectionDL(DataLoader):
     "fastai's `DataLoader` over a `DetectionDataset`: batches of one image tensor and a tuple of targets."
     n_inp = 1
@@ -260,22 +273,31 @@ class DetectionDL(DataLoader):
         self.epoch += 1
         if self.fake_l.num_workers: self.dataset.fill()
 
-    def create_item(self, i):
-        "Draws from torch's generator; with a seed from one that depends on seed, epoch and item alone."
-        item = self.dataset[i or 0]
-        if self.tfm is None or len(item)==1: return self.to_batch(*item)
-        if self.seed is None: return self.to_batch(*self.tfm(*item))
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(hash((self.seed, self.epoch, i)) & (2**63-1))
-            return self.to_batch(*self.tfm(*item))
-
-    def create_batch(self, b):
-        if not self.dataset.targets: return (TensorImage(torch.stack(b)),)
-        return TensorImage(torch.stack([o[0] for o in b])),tuple(o[1] for o in b)
-
     def retain(self, res, b): return res # types are right already
 
-# %% ../../nbs/data/43_batches.ipynb #480c29ac
+# %% ../../nbs/data/43_batches.ipynb #90f1897f
+@patch
+def create_item(self:DetectionDL,
+    i, # number of the item
+) -> tuple: # image and target, or the image alone
+    "Returns one item, augmented; with a seed the random numbers depend on seed, epoch and item alone."
+    item = self.dataset[i or 0]
+    if self.tfm is None or len(item)==1: return self.to_batch(*item)
+    if self.seed is None: return self.to_batch(*self.tfm(*item))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(hash((self.seed, self.epoch, i)) & (2**63-1))
+        return self.to_batch(*self.tfm(*item))
+
+@patch
+def create_batch(self:DetectionDL,
+    b, # list of items
+) -> tuple: # images (B,3,H,W) and a tuple of B targets, or the images alone
+    "Returns a batch: images stacked, targets as they are."
+    if not self.dataset.targets: return (TensorImage(torch.stack(b)),)
+    return TensorImage(torch.stack([o[0] for o in b])),tuple(o[1] for o in b)
+
+# %% ../../nbs/data/43_batches.ipynb #9dcc3ba5
+@patch
 def show_batch(self:DetectionDL,
     b=None, # a batch; None: the first of a new pass
     max_n:int=8, # images
@@ -287,9 +309,11 @@ def show_batch(self:DetectionDL,
     imgs,targs = list(x.as_subclass(Tensor)[:max_n].cpu()),list(y[0][:max_n]) if y else None
     return show_side_by_side(imgs, targs, None, self.class_map, ncols=ncols, **kwargs)
 
+# %% ../../nbs/data/43_batches.ipynb #00a83d0b
 class Samples(list):
     "Pairs of image and target that know their class map."
 
+@patch
 def show_results(self:DetectionDL,
     b, # a batch (images, targets)
     out, # detections, one dict per image
@@ -307,9 +331,7 @@ def show_results(self:DetectionDL,
         return x,tuple(targs or ()),samples,outs
     return show_side_by_side(imgs, targs, outs, self.class_map, ncols=ncols, **kwargs)
 
-DetectionDL.show_batch,DetectionDL.show_results = show_batch,show_results
-
-# %% ../../nbs/data/43_batches.ipynb #fd6aeb52
+# %% ../../nbs/data/43_batches.ipynb #d97cb5f5
 class DetectionDataLoaders(DataLoaders):
     "fastai's `DataLoaders` of detection: knows the class map and makes loaders for new images."
     @property
@@ -332,6 +354,7 @@ def _check_labels(records, class_map):
         if bad: raise ValueError(f"record {getattr(r, 'image_id', '?')!r} has label {bad[0]}, but the class map has "
             f'1 to {len(class_map)-1} (0 is background): read the records with this class map')
 
+# %% ../../nbs/data/43_batches.ipynb #69740797
 def detection_dls(
     train, # records to learn from
     valid, # records to measure on
@@ -348,7 +371,7 @@ def detection_dls(
     drop_last:bool=None, # drop the last, smaller training batch; None: where a full one exists
     **kwargs, # for fastai's DataLoader, such as pin_memory
 ) -> DetectionDataLoaders:
-    "Returns loaders of training (shuffled, augmented) and validation; raises ValueError for labels beyond the class map."
+    "Returns loaders of training and validation; raises ValueError for labels beyond the class map."
     train,valid = list(train),list(valid or [])
     for o in (train, valid): _check_labels(o, class_map)
     if augment is True: augment = default_augment(size)

@@ -30,12 +30,12 @@ from .records import ClassMap, Record, SkipReport, clean_boxes, image_size, natu
 # %% ../../nbs/data/41_pets.ipynb #ffdbe1c0
 species = ('cat', 'dog') # ids 1 and 2 in the lists
 
-# %% ../../nbs/data/41_pets.ipynb #9a885ef1
+# %% ../../nbs/data/41_pets.ipynb #2fd56b3a
 def read_list(
     path, # the data set's folder
     name:str, # 'list', 'trainval' or 'test'
 ) -> dict: # image name -> (class id, species id)
-    "Returns a list of the data set; comment lines are skipped. Raises FileNotFoundError or ValueError naming file and line."
+    "Returns a list of the data set, without comments; raises FileNotFoundError or ValueError naming file and line."
     f = Path(path)/'annotations'/f'{name}.txt'
     if not f.exists(): raise FileNotFoundError(f'there is no {f}: give a folder in the layout of Oxford-IIIT Pets')
     res = {}
@@ -45,8 +45,8 @@ def read_list(
         try:
             res[o[0]] = int(o[1]),int(o[2])
             species[res[o[0]][1]-1]
-        except (ValueError, IndexError): raise ValueError(f'{f}, line {i}: got {l!r}, expected "NAME CLASS-ID SPECIES BREED-ID" with '
-            'species 1 or 2: mend the line') from None
+        except (ValueError, IndexError): raise ValueError(f'{f}, line {i}: got {l!r}, expected "NAME CLASS-ID SPECIES '
+            'BREED-ID" with species 1 or 2: mend the line') from None
     return res
 
 def breed_of(name): return name.rsplit('_', 1)[0]
@@ -62,12 +62,13 @@ def pets_class_map(
     f = 'list' if (Path(path)/'annotations'/'list.txt').exists() else 'trainval'
     return ClassMap(dict(sorted({c:breed_of(n) for n,(c,_) in read_list(path, f).items()}.items())).values())
 
-# %% ../../nbs/data/41_pets.ipynb #81bc3c20
+# %% ../../nbs/data/41_pets.ipynb #4bb7da5a
 def read_trimap(path) -> np.ndarray: # (H,W) uint8: 1 pet, 2 background, 3 border or unclear
     "Returns a trimap; raises ValueError naming the file where it is none."
     try: a = np.asarray(Image.open(path))
     except (OSError, SyntaxError) as e: raise ValueError(f'{path} cannot be read ({e}): replace it') from e
-    if a.ndim!=2 or a.dtype!=np.uint8 or (a-1>2).any(): raise ValueError(f'{path} is no trimap with values 1, 2 and 3: replace it')
+    if a.ndim!=2 or a.dtype!=np.uint8 or (a-1>2).any():
+        raise ValueError(f'{path} is no trimap with values 1, 2 and 3: replace it')
     return a
 
 def instances_of(
@@ -91,9 +92,10 @@ def mask_boxes(masks) -> np.ndarray: # (N,4) float32 xyxy
         return xs[0],ys[0],xs[-1]+1,ys[-1]+1
     return np.array([one(m) for m in masks], np.float32).reshape(-1, 4)
 
-# %% ../../nbs/data/41_pets.ipynb #283847e3
+# %% ../../nbs/data/41_pets.ipynb #affec19a
 pets_url = 'https://www.robots.ox.ac.uk/~vgg/data/pets/data/' # where the data set's authors publish it
-pets_files = {'images.tar.gz': '5c4f3ee8e5d25df40f4fd59a7f44e54c', 'annotations.tar.gz': '95a8c909bbe2e81eed6a22bccdf3f68f'} # md5, as torchvision has them
+pets_files = {'images.tar.gz': '5c4f3ee8e5d25df40f4fd59a7f44e54c', # md5, as torchvision has them
+              'annotations.tar.gz': '95a8c909bbe2e81eed6a22bccdf3f68f'}
 
 def cache_dir() -> Path:
     "Returns where data sets are kept: `$BACKBONES_NB_CACHE`, or ~/.cache/backbones_nb."
@@ -105,9 +107,33 @@ def md5(path, chunk=1<<20):
         while b := f.read(chunk): h.update(b)
     return h.hexdigest()
 
-# %% ../../nbs/data/41_pets.ipynb #0c529145
+# %% ../../nbs/data/41_pets.ipynb #e872e2e1
 def _size(path): return path.stat().st_size if path.exists() else 0
 
+def _fetch(url, part, progress):
+    "Appends what is missing of `url` to `part`; returns whether it is complete."
+    have = _size(part)
+    ask = urllib.request.Request(url, headers={'Range': f'bytes={have}-'} if have else {})
+    try: r = urllib.request.urlopen(ask, timeout=30)
+    except urllib.error.HTTPError as e:
+        if e.code!=416 or not have: raise # 416: there is nothing after `have`
+        if e.headers.get('Content-Range', '').split('/')[-1] in ('', '*', str(have)): return True
+        part.unlink()
+        return False
+    with r:
+        more = r.status==206
+        if more and not r.headers.get('Content-Range', '').startswith(f'bytes {have}-'):
+            raise OSError('the server sent another part than the one asked for')
+        done = have if more else 0
+        total = int(r.headers['Content-Length'])+done if r.headers.get('Content-Length') else None
+        with open(part, 'ab' if more else 'wb') as f:
+            while b := r.read(1<<18):
+                f.write(b)
+                done += len(b)
+                if progress: progress(done, total)
+    return total is None or done>=total
+
+# %% ../../nbs/data/41_pets.ipynb #43ecebcf
 def download(
     url:str,
     dest, # file to write
@@ -115,9 +141,7 @@ def download(
     tries:int=3, # attempts in a row that bring nothing, before it gives up
     progress=None, # called with (bytes so far, bytes in all or None)
 ) -> Path: # dest
-    """Returns `dest`, downloaded, verified and complete: a broken transfer goes on where it stopped, also in a later call.
-
-    Raises RuntimeError where the server cannot be reached or the content is wrong; a wrong file is removed."""
+    "Returns `dest`, whole and verified; raises RuntimeError where there is no answer or the content is wrong."
     dest,part,left = Path(dest),Path(f'{dest}.part'),tries
     if dest.exists() and (md5sum is None or md5(dest)==md5sum): return dest
     dest.parent.mkdir(parents=True, exist_ok=True)
@@ -130,37 +154,20 @@ def download(
             if e.code<500: left = 1
         except (OSError, HTTPException) as e: err = e
         left = tries if _size(part)>had else left-1
-        if not left: raise RuntimeError(f'{url} could not be downloaded ({err}): check address and network and call again, {_size(part)} bytes are kept')
+        if not left: raise RuntimeError(f'{url} could not be downloaded ({err}): check address and network and call '
+            f'again, {_size(part)} bytes are kept')
         if left<tries: time.sleep(tries-left)
     if md5sum and (got := md5(part))!=md5sum:
         part.unlink()
-        raise RuntimeError(f'{url} has md5 {got}, expected {md5sum}: the file was removed, download it again or give another source')
+        raise RuntimeError(f'{url} has md5 {got}, expected {md5sum}: the file was removed, download it again or give '
+            'another source')
     part.replace(dest)
     return dest
 
-def _fetch(url, part, progress):
-    "Appends what is missing of `url` to `part`; returns whether it is complete."
-    have = _size(part)
-    try: r = urllib.request.urlopen(urllib.request.Request(url, headers={'Range': f'bytes={have}-'} if have else {}), timeout=30)
-    except urllib.error.HTTPError as e:
-        if e.code!=416 or not have: raise # 416: there is nothing after `have`
-        if e.headers.get('Content-Range', '').split('/')[-1] in ('', '*', str(have)): return True
-        part.unlink()
-        return False
-    with r:
-        more = r.status==206
-        if more and not r.headers.get('Content-Range', '').startswith(f'bytes {have}-'): raise OSError('the server sent another part than the one asked for')
-        done = have if more else 0
-        total = int(r.headers['Content-Length'])+done if r.headers.get('Content-Length') else None
-        with open(part, 'ab' if more else 'wb') as f:
-            while b := r.read(1<<18):
-                f.write(b)
-                done += len(b)
-                if progress: progress(done, total)
-    return total is None or done>=total
-
-# %% ../../nbs/data/41_pets.ipynb #62ec85cc
-def is_pets(path) -> bool: return all((Path(path)/o).exists() for o in ('images', 'annotations/trainval.txt', 'annotations/test.txt'))
+# %% ../../nbs/data/41_pets.ipynb #9233d76e
+def is_pets(path) -> bool:
+    "Says whether a folder is laid out as Oxford-IIIT Pets."
+    return all((Path(path)/o).exists() for o in ('images', 'annotations/trainval.txt', 'annotations/test.txt'))
 
 def _progress(name):
     from tqdm.auto import tqdm
@@ -171,20 +178,31 @@ def _progress(name):
         if done==total: bar.close()
     return f
 
+def _archive(name, md5sum, source, local, work, progress):
+    "Returns the path of an archive, from the local folder or downloaded into `work`, with the right checksum."
+    if not local:
+        bar = _progress(name) if progress else None
+        return download(f"{str(source or pets_url).rstrip('/')}/{name}", work/name, md5sum, progress=bar)
+    tar = local/name
+    if md5sum and (got := md5(tar))!=md5sum:
+        raise RuntimeError(f'{tar} has md5 {got}, expected {md5sum}: download it again')
+    return tar
+
+# %% ../../nbs/data/41_pets.ipynb #18140bc9
 def untar_pets(
     dest=None, # folder to make; None: in `cache_dir()`, or beside the archives of a local source
     source=None, # None: the authors' server; a URL; or a local folder, unpacked or with the two archives
     files=None, # name of archive -> md5; None: those of the original
     progress:bool=True, # show progress bars
 ) -> Path: # folder with images/ and annotations/
-    "Returns the data set, downloaded, verified and unpacked where it is not there yet. Raises RuntimeError, FileNotFoundError or ValueError."
+    "Returns the data set, fetched, verified and unpacked where it is not there; raises an error naming what fails."
     files,local = files or pets_files,None
     if source is not None and '://' not in str(source):
         local = Path(source)
         if is_pets(local): return local
         lost = [o for o in files if not (local/o).exists()]
-        if lost: raise FileNotFoundError(f"{local} is neither in the layout of Oxford-IIIT Pets nor has it {' and '.join(lost)}: "
-            'give the folder that holds images/ and annotations/, or the archives')
+        if lost: raise FileNotFoundError(f'{local} is neither in the layout of Oxford-IIIT Pets nor has it '
+            f"{' and '.join(lost)}: give the folder that holds images/ and annotations/, or the archives")
     dest = Path(dest or (local or cache_dir())/'oxford-iiit-pet')
     if is_pets(dest): return dest
     if dest.exists() and any(dest.iterdir()): raise ValueError(f'{dest} holds other files: give a new or empty folder')
@@ -192,10 +210,10 @@ def untar_pets(
     shutil.rmtree(work/'data', ignore_errors=True)
     (work/'data').mkdir(parents=True)
     for name,h in files.items():
-        tar = local/name if local else download(f"{str(source or pets_url).rstrip('/')}/{name}", work/name, h, progress=_progress(name) if progress else None)
-        if local and h and md5(tar)!=h: raise RuntimeError(f'{tar} has md5 {md5(tar)}, expected {h}: download it again')
+        tar = _archive(name, h, source, local, work, progress)
         with tarfile.open(tar) as t: t.extractall(work/'data', filter='data')
-    if not is_pets(work/'data'): raise RuntimeError(f"{' and '.join(files)} hold no images/ and annotations/ with lists: give the original archives")
+    if not is_pets(work/'data'): raise RuntimeError(f"{' and '.join(files)} hold no images/ and annotations/ with "
+        'lists: give the original archives')
     if dest.exists(): dest.rmdir()
     (work/'data').replace(dest)
     shutil.rmtree(work)
@@ -229,13 +247,15 @@ def _body(path, name, real, report, instances, border, masks):
     if not len(m): return report.skip(name, 'with an empty trimap')
     return mask_boxes(m),TrimapMasks(tri, instances, border) if masks else None
 
-# %% ../../nbs/data/41_pets.ipynb #24fc3528
+# %% ../../nbs/data/41_pets.ipynb #263e8850
 def _check(path, split, boxes, masks, instances):
-    for k,v,ok in (('split', split, ('trainval','test','all')), ('boxes', boxes, ('body','head')), ('instances', instances, (None,'whole','components'))):
+    known = dict(split=('trainval','test','all'), boxes=('body','head'), instances=(None,'whole','components'))
+    for (k,ok),v in zip(known.items(), (split, boxes, instances)):
         if v not in ok: raise ValueError(f"got {k}={v!r}, expected one of {', '.join(map(repr, ok))}")
-    if boxes=='head' and split!='trainval': raise ValueError(f'got head boxes on split {split!r}, but head boxes exist in trainval only: '
-        "use split='trainval' and hold a part of it out (split_stratified), or boxes='body'")
-    if boxes=='head' and masks: raise ValueError("got head boxes with masks, but the masks are of whole bodies: use boxes='body'")
+    if boxes=='head' and split!='trainval': raise ValueError(f'got head boxes on split {split!r}, but head boxes exist '
+        "in trainval only: use split='trainval' and hold a part of it out (split_stratified), or boxes='body'")
+    if boxes=='head' and masks:
+        raise ValueError("got head boxes with masks, but the masks are of whole bodies: use boxes='body'")
 
 def _unlisted(path, rows, report):
     "Reports what lies in images/ and is in no list."
@@ -245,6 +265,7 @@ def _unlisted(path, rows, report):
             report.skip(f.stem, 'in no list')
             report.total += 1
 
+# %% ../../nbs/data/41_pets.ipynb #9a8b19b2
 def pets_records(
     path, # the data set's folder
     split:str='trainval', # 'trainval', 'test' or 'all'
@@ -254,7 +275,7 @@ def pets_records(
     instances:str=None, # 'whole', 'components'; None: components for toy pets, else whole
     border:bool=True, # whether the trimap's border belongs to the body
 ) -> tuple: # list of `Record`s, `SkipReport`
-    "Returns the records of a split, and what was skipped and why. Raises ValueError or FileNotFoundError for requests that the data cannot meet."
+    "Returns the records of a split and what was skipped; raises ValueError where the data cannot meet the request."
     path = Path(path)
     _check(path, split, boxes, masks, instances)
     if instances is None: instances = 'components' if (path/'toy.json').exists() else 'whole'
@@ -265,7 +286,8 @@ def pets_records(
         try: real = image_size(img)
         except FileNotFoundError: report.skip(name, 'without image'); continue
         except ValueError: report.skip(name, 'with an unreadable image'); continue
-        got = _head(path, name, real, report) if boxes=='head' else _body(path, name, real, report, instances, border, masks)
+        if boxes=='head': got = _head(path, name, real, report)
+        else: got = _body(path, name, real, report, instances, border, masks)
         if got is None: continue
         label = cm.get_id(species[sid-1] if classes=='species' else breed_of(name))
         res.append(Record(name, img, real, got[0], [label]*len(got[0]), got[1]))
@@ -273,20 +295,21 @@ def pets_records(
     if rows and not res: raise ValueError(f'no image of {path} can be used: {report}')
     return res,report
 
-# %% ../../nbs/data/41_pets.ipynb #d14b7953
+# %% ../../nbs/data/41_pets.ipynb #c6ad34e0
 def split_stratified(
     records, # to be split
     valid_pct:float=0.2, # the part that is held out
     seed:int=42,
     key=None, # function of a record: what must be alike in both parts; None: the breed
 ) -> tuple: # train records, valid records, in the order they came
-    "Returns a random split in which each breed has the same share; the same seed gives the same split. Raises ValueError for shares outside (0,1)."
+    "Returns a random split with the same share of each breed; raises ValueError for a share that is none."
     if not 0<valid_pct<1: raise ValueError(f'got valid_pct={valid_pct}, expected a share between 0 and 1, such as 0.2')
     rng,groups,out = np.random.default_rng(seed),defaultdict(list),set()
     for i,r in enumerate(records): groups[key(r) if key else breed_of(r.image_id)].append(i)
     for k in sorted(groups): out |= set(rng.permutation(groups[k])[:round(valid_pct*len(groups[k]))].tolist())
     return [r for i,r in enumerate(records) if i not in out],[r for i,r in enumerate(records) if i in out]
 
+# %% ../../nbs/data/41_pets.ipynb #a5b1fd20
 def pets_splits(
     path, # the data set's folder
     boxes:str='body', # 'body': the official lists; 'head': trainval, cut by `split_stratified`

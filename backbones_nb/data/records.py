@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from fastcore.basics import patch
 
 from ..core.registry import did_you_mean
 
-# %% ../../nbs/data/40_records.ipynb #aa9b59ba
+# %% ../../nbs/data/40_records.ipynb #7431c010
 class ClassMap:
     "Class names and ids: id 0 is the background, classes count from 1, as torchvision's detectors want it."
     def __init__(self,
@@ -28,45 +29,49 @@ class ClassMap:
         background='background', # name of id 0
     ):
         names = list(names)
-        twice = sorted({o for o in names if names.count(o)>1})
-        if twice: raise ValueError(f"got class names with {', '.join(map(repr, twice))} more than once, expected each once: remove the repetition")
-        if background in names: raise ValueError(f'got {background!r} among the classes, which is the name of id 0: leave it out')
+        if twice := sorted({o for o in names if names.count(o)>1}): raise ValueError(f"got class names with "
+            f"{', '.join(map(repr, twice))} more than once, expected each once: remove the repetition")
+        if background in names: raise ValueError(f'got {background!r} among the classes, which is the name of id 0: '
+            'leave it out')
         self.names = [background, *names]
         self._ids = {o:i for i,o in enumerate(self.names)}
 
     def get_id(self, name):
         "Returns the id of a name; raises ValueError suggesting the nearest names."
-        if name not in self._ids: raise ValueError(f"there is no class {name!r}.{did_you_mean(str(name), self.names[1:])} "
+        if name in self._ids: return self._ids[name]
+        raise ValueError(f"there is no class {name!r}.{did_you_mean(str(name), self.names[1:])} "
             f"The class map has {', '.join(self.names[1:6])}{', ...' if len(self.names)>6 else ''}")
-        return self._ids[name]
 
     def get_name(self, id):
         "Returns the name of an id; raises ValueError outside of the range."
-        if not 0<=id<len(self.names): raise ValueError(f'there is no class id {id}: ids go from 0 (background) to {len(self.names)-1}')
-        return self.names[id]
+        if 0<=id<len(self.names): return self.names[id]
+        raise ValueError(f'there is no class id {id}: ids go from 0 (background) to {len(self.names)-1}')
 
     def __len__(self): return len(self.names)
     def __iter__(self): return iter(self.names)
     def __eq__(self, o): return isinstance(o, ClassMap) and o.names==self.names
     def __repr__(self): return f"ClassMap({', '.join(f'{i}: {o}' for i,o in enumerate(self.names))})"
 
-# %% ../../nbs/data/40_records.ipynb #3adb44aa
-_turned,_orientation = (5,6,7,8),274 # EXIF orientations that swap width and height, and their tag
-
+# %% ../../nbs/data/40_records.ipynb #a8942609
 def load_image(
     path, # file of any format that PIL reads, whatever its name says
 ) -> Image.Image: # RGB, upright
-    "Returns the image as RGB with its EXIF rotation applied; transparency is laid on white. Raises FileNotFoundError or ValueError naming the file."
+    "Returns the image as RGB, turned by its EXIF data, on white; raises an error that names the file."
     try:
         with Image.open(path) as im:
             im = ImageOps.exif_transpose(im)
             if im.mode in ('RGBA','LA','PA') or 'transparency' in im.info:
                 im = im.convert('RGBA')
                 im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
-            if im.mode.startswith('I'): im = Image.fromarray((np.asarray(im, np.int64)>>8).clip(0, 255).astype(np.uint8))
+            if im.mode.startswith('I'): # 16 bits
+                im = Image.fromarray((np.asarray(im, np.int64)>>8).clip(0, 255).astype(np.uint8))
             return im.convert('RGB')
     except FileNotFoundError: raise FileNotFoundError(f'there is no image {path}: check the path') from None
-    except (OSError, SyntaxError, ValueError) as e: raise ValueError(f'{path} cannot be read as an image ({e}): remove or replace it') from e
+    except (OSError, SyntaxError, ValueError) as e:
+        raise ValueError(f'{path} cannot be read as an image ({e}): remove or replace it') from e
+
+# %% ../../nbs/data/40_records.ipynb #cf7c0631
+_turned,_orientation = (5,6,7,8),274 # EXIF orientations that swap width and height, and their tag
 
 def image_size(
     path, # as for `load_image`
@@ -77,9 +82,10 @@ def image_size(
             w,h = im.size
             return (w,h) if im.getexif().get(_orientation) in _turned else (h,w)
     except FileNotFoundError: raise FileNotFoundError(f'there is no image {path}: check the path') from None
-    except (OSError, SyntaxError, ValueError) as e: raise ValueError(f'{path} cannot be read as an image ({e}): remove or replace it') from e
+    except (OSError, SyntaxError, ValueError) as e:
+        raise ValueError(f'{path} cannot be read as an image ({e}): remove or replace it') from e
 
-# %% ../../nbs/data/40_records.ipynb #57ec5f57
+# %% ../../nbs/data/40_records.ipynb #fdd0faee
 @dataclass(eq=False)
 class Record:
     "One image with its annotations; the image and the masks are read when asked for."
@@ -95,23 +101,27 @@ class Record:
         self.path = Path(self.path)
         self.boxes = np.asarray(self.boxes, np.float32).reshape(-1, 4)
         self.labels = np.asarray(self.labels, np.int64).reshape(-1)
-        self.iscrowd = np.zeros(len(self.labels), np.int64) if self.iscrowd is None else np.asarray(self.iscrowd, np.int64).reshape(-1)
-        if not len(self.boxes)==len(self.labels)==len(self.iscrowd): raise ValueError(f'record {self.image_id!r} has {len(self.boxes)} '
-            f'boxes, {len(self.labels)} labels and {len(self.iscrowd)} crowd flags, expected equal numbers')
+        crowd = np.zeros(len(self.labels)) if self.iscrowd is None else self.iscrowd
+        self.iscrowd = np.asarray(crowd, np.int64).reshape(-1)
+        b,l,c = map(len, (self.boxes, self.labels, self.iscrowd))
+        if not b==l==c: raise ValueError(f'record {self.image_id!r} has {b} boxes, {l} labels and {c} crowd flags, '
+            'expected equal numbers')
 
     def image(self) -> Image.Image: return load_image(self.path)
 
-    def target(self) -> dict:
-        "Returns the annotations as tensors, in torchvision's form."
-        t = dict(boxes=torch.from_numpy(self.boxes.copy()), labels=torch.from_numpy(self.labels.copy()), image_id=self.image_id,
-                 iscrowd=torch.from_numpy(self.iscrowd.copy()))
-        t['area'] = (t['boxes'][:,2:]-t['boxes'][:,:2]).prod(1)
-        if self.masks is not None:
-            t['masks'] = torch.from_numpy(np.array(self.masks() if callable(self.masks) else self.masks, np.uint8))
-            t['area'] = t['masks'].flatten(1).sum(1).float()
-        return t
+# %% ../../nbs/data/40_records.ipynb #91b83686
+@patch
+def target(self:Record) -> dict:
+    "Returns the annotations as tensors, in torchvision's form."
+    t = dict(boxes=torch.from_numpy(self.boxes.copy()), labels=torch.from_numpy(self.labels.copy()),
+             image_id=self.image_id, iscrowd=torch.from_numpy(self.iscrowd.copy()))
+    t['area'] = (t['boxes'][:,2:]-t['boxes'][:,:2]).prod(1)
+    if self.masks is not None:
+        t['masks'] = torch.from_numpy(np.array(self.masks() if callable(self.masks) else self.masks, np.uint8))
+        t['area'] = t['masks'].flatten(1).sum(1).float()
+    return t
 
-# %% ../../nbs/data/40_records.ipynb #c0c2929a
+# %% ../../nbs/data/40_records.ipynb #c7d06444
 class SkipReport:
     "What a reader left out (`skip`) or mended (`note`), by reason, with names."
     def __init__(self, total=0): self.total,self.reasons,self.notes = total,defaultdict(list),defaultdict(list)
@@ -127,9 +137,10 @@ class SkipReport:
         return self
 
     def __str__(self):
-        def each(d): return '; '.join(f"{len(v)} {r} ({', '.join(v[:5])}{', ...' if len(v)>5 else ''})" for r,v in d.items())
-        s = f'skipped {len(self)} of {self.total}: {each(self.reasons)}' if self.reasons else f'nothing skipped of {self.total}'
-        return s + (f'; note: {each(self.notes)}' if self.notes else '')
+        def some(v): return f"{', '.join(v[:5])}{', ...' if len(v)>5 else ''}"
+        def each(d): return '; '.join(f'{len(v)} {r} ({some(v)})' for r,v in d.items())
+        head = f'skipped {len(self)} of {self.total}: ' if self.reasons else f'nothing skipped of {self.total}'
+        return head + each(self.reasons) + (f'; note: {each(self.notes)}' if self.notes else '')
     __repr__ = __str__
 
 # %% ../../nbs/data/40_records.ipynb #9c3b6ca3
@@ -143,7 +154,7 @@ def clean_boxes(
     b[:,1::2] = b[:,1::2].clip(0, size[0])
     return b,((b[:,2]>b[:,0]) & (b[:,3]>b[:,1]))
 
-# %% ../../nbs/data/40_records.ipynb #55621c68
+# %% ../../nbs/data/40_records.ipynb #0a8f611b
 def read_voc(
     xml, # path of an annotation in Pascal VOC's format
 ) -> tuple: # (height, width) or None, [(name, [x1,y1,x2,y2], difficult)]
@@ -158,37 +169,14 @@ def read_voc(
         def box(o):
             x1,y1,x2,y2 = (float(o.findtext(f'bndbox/{k}')) for k in ('xmin','ymin','xmax','ymax'))
             return [x1-1, y1-1, x2, y2]
-        return size if size and all(size) else None,[(o.findtext('name').strip(), box(o), o.findtext('difficult')=='1') for o in root.iter('object')]
+        def one(o): return o.findtext('name').strip(),box(o),o.findtext('difficult')=='1'
+        return size if size and all(size) else None,[one(o) for o in root.iter('object')]
     except (ET.ParseError, TypeError, ValueError, AttributeError) as e:
         raise ValueError(f'{xml} is no VOC annotation ({e}): mend or remove it') from e
 
 def natural(s): return [int(o) if o.isdigit() else o for o in re.split(r'(\d+)', str(s))]
 
-# %% ../../nbs/data/40_records.ipynb #f2dfbf5b
-_formats = {'.jpg','.jpeg','.png','.bmp','.gif','.webp','.tif','.tiff'}
-
-def voc_records(
-    images, # folder of images
-    xmls, # folder of VOC annotations, named like the images
-    class_map=None, # `ClassMap`; None: all names found, sorted
-    difficult:str='crowd', # objects flagged difficult: 'crowd' (neither learned nor counted), 'keep', or 'skip'
-) -> tuple: # records, ClassMap, SkipReport
-    "Returns the records of a VOC folder; what cannot be read is skipped and named. Raises ValueError for unknown classes or where nothing is left."
-    if difficult not in ('crowd','keep','skip'): raise ValueError(f"got difficult={difficult!r}, expected 'crowd', 'keep' or 'skip'")
-    images,xmls = Path(images),Path(xmls)
-    for p in (images, xmls):
-        if not p.is_dir(): raise FileNotFoundError(f'there is no folder {p}: check the path')
-    found = {o.stem:o for o in xmls.glob('*.xml') if not o.name.startswith('.')}
-    files = sorted((o for o in images.iterdir() if o.suffix.lower() in _formats and not o.name.startswith('.')), key=lambda o: natural(o.name))
-    parsed,report,seen = [],SkipReport(len(files)),set()
-    for f in files:
-        got = _voc_file(f, found.get(f.stem), seen, report)
-        if got: parsed.append((f, *got))
-    for o in sorted(found.keys()-{f.stem for f in files}, key=natural): report.note(o, 'annotated, but there is no image')
-    if not parsed: raise ValueError(f'no image in {images} can be used with the annotations in {xmls}: {report}')
-    if class_map is None: class_map = ClassMap(sorted({n for *_,objs in parsed for n,_,_ in objs}))
-    return [_voc_record(*o, class_map, difficult, report) for o in parsed],class_map,report
-
+# %% ../../nbs/data/40_records.ipynb #7a37f90d
 def _voc_file(f, xml, seen, report):
     "Returns (size, objects) of an image, or None where it has to be skipped."
     if f.stem in seen: return report.skip(f.name, 'named like another image')
@@ -206,7 +194,36 @@ def _voc_record(path, size, objs, class_map, difficult, report):
     raw = [o[1] for o in objs]
     boxes,ok = clean_boxes(raw, size)
     if not ok.all(): report.note(path.stem, 'with a box without area, left out')
-    if (boxes[ok]!=np.array(raw, np.float32).reshape(-1,4)[ok]).any(): report.note(path.stem, 'with a box clipped to the image')
+    if (boxes[ok]!=np.array(raw, np.float32).reshape(-1,4)[ok]).any():
+        report.note(path.stem, 'with a box clipped to the image')
     objs = [o for o,k in zip(objs, ok) if k]
     return Record(path.stem, path, size, boxes[ok], [class_map.get_id(o[0]) for o in objs],
                   iscrowd=[int(o[2] and difficult=='crowd') for o in objs])
+
+# %% ../../nbs/data/40_records.ipynb #be4fb749
+_formats = {'.jpg','.jpeg','.png','.bmp','.gif','.webp','.tif','.tiff'}
+
+def voc_records(
+    images, # folder of images
+    xmls, # folder of VOC annotations, named like the images
+    class_map=None, # `ClassMap`; None: all names found, sorted
+    difficult:str='crowd', # objects flagged difficult: 'crowd' (neither learned nor counted), 'keep', or 'skip'
+) -> tuple: # records, ClassMap, SkipReport
+    "Returns the records of a VOC folder, all else skipped and named; raises ValueError where nothing is left."
+    if difficult not in ('crowd','keep','skip'): raise ValueError(f"got difficult={difficult!r}, expected 'crowd', "
+        "'keep' or 'skip'")
+    images,xmls = Path(images),Path(xmls)
+    for p in (images, xmls):
+        if not p.is_dir(): raise FileNotFoundError(f'there is no folder {p}: check the path')
+    found = {o.stem:o for o in xmls.glob('*.xml') if not o.name.startswith('.')}
+    files = [o for o in images.iterdir() if o.suffix.lower() in _formats and not o.name.startswith('.')]
+    files.sort(key=lambda o: natural(o.name))
+    parsed,report,seen = [],SkipReport(len(files)),set()
+    for f in files:
+        got = _voc_file(f, found.get(f.stem), seen, report)
+        if got: parsed.append((f, *got))
+    for o in sorted(found.keys()-{f.stem for f in files}, key=natural):
+        report.note(o, 'annotated, but there is no image')
+    if not parsed: raise ValueError(f'no image in {images} can be used with the annotations in {xmls}: {report}')
+    if class_map is None: class_map = ClassMap(sorted({n for *_,objs in parsed for n,_,_ in objs}))
+    return [_voc_record(*o, class_map, difficult, report) for o in parsed],class_map,report

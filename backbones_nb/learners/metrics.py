@@ -36,12 +36,12 @@ def _check(i, d, need, what):
         'add 1 to the labels')
     return b,l
 
-# %% ../../nbs/learners/50_metrics.ipynb #1fc94180
+# %% ../../nbs/learners/50_metrics.ipynb #07e2dee2
 def _rle(mask):
     return mask_api.encode(np.asfortranarray(_numpy(mask)>=0.5, dtype=np.uint8))
 
 def coco_anns(
-    dicts:list, # one per image: boxes (N,4) xyxy px, labels (N,), in predictions scores (N,); maybe masks, area, iscrowd
+    dicts:list, # one per image: boxes (N,4) xyxy px, labels (N,), predictions' scores (N,); maybe masks, area, iscrowd
     what:str='target', # 'target' or 'prediction'
     masks:bool=False, # also masks (N,H,W) or (N,1,H,W), as run lengths
 ) -> list: # dicts as in COCO's annotation files; `image_id` is the position in `dicts`, from 1
@@ -62,7 +62,7 @@ def coco_anns(
             anns.append(a)
     return anns
 
-# %% ../../nbs/learners/50_metrics.ipynb #4d548966
+# %% ../../nbs/learners/50_metrics.ipynb #b6c7732d
 def _names(preds, targets, class_map):
     if class_map is not None: return {i:class_map.get_name(i) for i in range(1, len(class_map))}
     ids = {int(o) for d in [*targets,*preds] for o in d['labels']}
@@ -75,6 +75,7 @@ def _coco(anns, n, names, sizes):
     res.createIndex()
     return res
 
+# %% ../../nbs/learners/50_metrics.ipynb #5a461d3f
 def coco_eval(
     preds:list, # one dict per image: boxes (N,4) xyxy px, labels (N,) from 1, scores (N,); masks for `iou_type='segm'`
     targets:list, # one dict per image, in the same order: boxes, labels; maybe masks, area, iscrowd; N may be 0
@@ -127,7 +128,7 @@ def coco_table(
     cell = lambda v: '-' if v is None or v<0 else f'{v:.{digits}f}'
     return _table(['']+list(keys), [[str(n)] + [cell(r.get(k)) for k in keys] for n,r in results.items()])
 
-# %% ../../nbs/learners/50_metrics.ipynb #e742d513
+# %% ../../nbs/learners/50_metrics.ipynb #84025191
 class MeanBoxDetector:
     "Predicts the same box in relative coordinates and the same class for every image: what a detector must beat."
     def __init__(self,
@@ -147,6 +148,7 @@ class MeanBoxDetector:
 
     def __repr__(self): return f'MeanBoxDetector(box={[round(o, 3) for o in self.box.tolist()]}, label={self.label})'
 
+# %% ../../nbs/learners/50_metrics.ipynb #82ebbed3
 def mean_box_detector(
     train, # records: `size` (height, width), `boxes` (N,4) xyxy px, `labels` (N,)
 ) -> MeanBoxDetector:
@@ -159,8 +161,32 @@ def mean_box_detector(
     if not labels: raise ValueError(f'got {len(boxes)} records without a single box: give records that have some')
     return MeanBoxDetector(torch.cat(boxes).mean(0), int(np.bincount(labels).argmax()))
 
-# %% ../../nbs/learners/50_metrics.ipynb #f5d5b970
-class COCOMetric(Metric):
+# %% ../../nbs/learners/50_metrics.ipynb #c052b330
+class _Gathered(Metric):
+    "Detections and targets of a validation, gathered and evaluated once for all metrics of one kind on a learner."
+    def reset(self): self.preds,self.targets,self.class_map,self._res,self.leader = [],[],None,None,self
+
+    def accumulate(self, learn):
+        "Stores the batch, on the first metric of its kind only; skips training batches, which have no detections."
+        if not isinstance(learn.pred, (list,tuple)): return
+        same = [m for m in learn.metrics if isinstance(m, _Gathered) and m.iou_type==self.iou_type]
+        self.leader = same[0] if same else self
+        if self.leader is not self: return
+        cpu = lambda ds: [{k:v.detach().cpu() if isinstance(v, Tensor) else v for k,v in d.items()} for d in ds]
+        self.preds += cpu(learn.pred)
+        self.targets += cpu(learn.yb[0])
+        self.class_map,self._res = getattr(learn.dls, 'class_map', None),None
+
+    @property
+    def results(self):
+        "All twelve numbers, evaluated once."
+        if self.leader is not self: return self.leader.results
+        if self._res is None:
+            self._res = coco_eval(self.preds, self.targets, self.class_map, self.iou_type, per_class=True)
+        return self._res
+
+# %% ../../nbs/learners/50_metrics.ipynb #9f3ffe73
+class COCOMetric(_Gathered):
     """One of COCO's numbers as a fastai metric, over `learn.pred` (detections) and the targets of the batch.
 
     Several of them on one learner gather and evaluate once."""
@@ -178,26 +204,6 @@ class COCOMetric(Metric):
     def __setstate__(self, state):
         self.__dict__.update(state)
         self.reset()
-    def reset(self): self.preds,self.targets,self.class_map,self._res,self.leader = [],[],None,None,self
-
-    def accumulate(self, learn):
-        "Stores the batch, on the first metric of its kind only; skips training batches, which have no detections."
-        if not isinstance(learn.pred, (list,tuple)): return
-        same = [m for m in learn.metrics if isinstance(m, COCOMetric) and m.iou_type==self.iou_type]
-        self.leader = same[0] if same else self
-        if self.leader is not self: return
-        cpu = lambda ds: [{k:v.detach().cpu() if isinstance(v, Tensor) else v for k,v in d.items()} for d in ds]
-        self.preds += cpu(learn.pred)
-        self.targets += cpu(learn.yb[0])
-        self.class_map,self._res = getattr(learn.dls, 'class_map', None),None
-
-    @property
-    def results(self):
-        "All twelve numbers, evaluated once."
-        if self.leader is not self: return self.leader.results
-        if self._res is None:
-            self._res = coco_eval(self.preds, self.targets, self.class_map, self.iou_type, per_class=True)
-        return self._res
 
     @property
     def value(self): return self.results[self.key]

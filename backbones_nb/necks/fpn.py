@@ -9,16 +9,19 @@ __all__ = ['extras', 'FPN']
 
 # %% ../../nbs/necks/20_fpn.ipynb #5e43df6c
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 
 from ..core.layers import make_norm
 from .neck import Neck
 
-# %% ../../nbs/necks/20_fpn.ipynb #67db737d
-def _conv(ni, nf, ks, norm): return nn.Sequential(nn.Conv2d(ni, nf, ks, padding=ks//2, bias=norm is None), make_norm(norm, nf))
-
+# %% ../../nbs/necks/20_fpn.ipynb #977ec7c2
 extras = {None:0, 'pool':1, 'p6p7':2} # name -> how many coarser levels it adds
 
+def _conv(ni, nf, ks, norm):
+    return nn.Sequential(nn.Conv2d(ni, nf, ks, padding=ks//2, bias=norm is None), make_norm(norm, nf))
+
+# %% ../../nbs/necks/20_fpn.ipynb #dc9174bb
 class FPN(Neck):
     "Feature pyramid network (Lin et al. 2017, arXiv:1612.03144): lateral 1x1, top-down sum, 3x3 smoothing."
     def __init__(self,
@@ -26,12 +29,12 @@ class FPN(Neck):
         in_strides, # their strides
         channels:int=256, # of every outgoing map
         extra=None, # coarser levels: 'pool' (P6, subsampled from the last), 'p6p7' (two convolutions of stride 2), None
-        norm=None, # after each lateral and smoothing convolution: name in `norms`, a callable taking the channels, or None
+        norm=None, # after each lateral and smoothing: a name in `norms`, a callable taking the channels, or None
         from_c5:bool=False, # 'p6p7' starts from the last incoming map; False: from the last outgoing one
     ):
         if extra not in extras: raise ValueError(f"got extra={extra!r}, expected 'pool', 'p6p7' or None")
-        last = in_strides[-1]
-        super().__init__(in_channels, in_strides, channels, [*in_strides, *(last*2**(i+1) for i in range(extras[extra]))])
+        coarse = [in_strides[-1]*2**(i+1) for i in range(extras[extra])]
+        super().__init__(in_channels, in_strides, channels, [*in_strides, *coarse])
         self.lateral = nn.ModuleList([_conv(c, channels, 1, norm) for c in in_channels])
         self.smooth = nn.ModuleList([_conv(channels, channels, 3, norm) for _ in in_channels])
         self.extra,self.from_c5 = extra,from_c5
@@ -47,22 +50,25 @@ class FPN(Neck):
                 nn.init.kaiming_uniform_(m.weight, a=1)
                 if m.bias is not None: nn.init.zeros_(m.bias)
 
-    def forward(self,
-        maps:list, # (B,in_channels[i],H_i,W_i), finest first
-    ) -> list: # (B,channels,H_i,W_i), finest first, then the extra levels
-        "Returns the pyramid; raises ValueError for maps that it was not made for."
-        maps = self.check(maps)
-        sums = [f(c) for f,c in zip(self.lateral, maps)]
-        for i in range(len(sums)-1, 0, -1):
-            sums[i-1] = sums[i-1] + F.interpolate(sums[i], size=sums[i-1].shape[-2:], mode='nearest')
-        return self.coarser([f(m) for f,m in zip(self.smooth, sums)], maps[-1])
+# %% ../../nbs/necks/20_fpn.ipynb #8711de8d
+@patch
+def coarser(self:FPN,
+    pyramid:list, # P2 to P5
+    c5, # the last incoming map
+) -> list: # with the extra levels
+    "Returns the pyramid with its extra levels."
+    if self.extra=='pool': return pyramid + [F.max_pool2d(pyramid[-1], 1, 2)]
+    if self.extra is None: return pyramid
+    p6 = self.p6(c5 if self.from_c5 else pyramid[-1])
+    return pyramid + [p6, self.p7(F.relu(p6))]
 
-    def coarser(self,
-        pyramid:list, # P2 to P5
-        c5, # the last incoming map
-    ) -> list: # with the extra levels
-        "Returns the pyramid with its extra levels."
-        if self.extra=='pool': return pyramid + [F.max_pool2d(pyramid[-1], 1, 2)]
-        if self.extra is None: return pyramid
-        p6 = self.p6(c5 if self.from_c5 else pyramid[-1])
-        return pyramid + [p6, self.p7(F.relu(p6))]
+@patch
+def forward(self:FPN,
+    maps:list, # (B,in_channels[i],H_i,W_i), finest first
+) -> list: # (B,channels,H_i,W_i), finest first, then the extra levels
+    "Returns the pyramid; raises ValueError for maps that it was not made for."
+    maps = self.check(maps)
+    sums = [f(c) for f,c in zip(self.lateral, maps)]
+    for i in range(len(sums)-1, 0, -1):
+        sums[i-1] = sums[i-1] + F.interpolate(sums[i], size=sums[i-1].shape[-2:], mode='nearest')
+    return self.coarser([f(m) for f,m in zip(self.smooth, sums)], maps[-1])

@@ -76,7 +76,7 @@ def free_run(
 
 def _write(path, o): path.write_text(json.dumps(o, indent=1, default=str) + '\n', encoding='utf-8')
 
-# %% ../../nbs/cli/60_cli.ipynb #0ef89ddf
+# %% ../../nbs/cli/60_cli.ipynb #b1ba7afa
 def evaluate_run(
     learn, # a `DetectionLearner`
     train, # records that it learned from
@@ -96,11 +96,14 @@ def save_picture(
     n:int=8, # images
 ):
     "Draws predictions beside ground truth."
+    import matplotlib.pyplot as plt
     from backbones_nb.core.draw import show_side_by_side
     ds,dl = learn.dls.valid.dataset,learn.dls.valid
     at = [round(i*(len(ds)-1)/max(1, n-1)) for i in range(min(n, len(ds)))] # spread over the classes
-    fig = show_side_by_side([dl.create_item(i)[0] for i in at], [targets[i] for i in at], [preds[i] for i in at], learn.dls.class_map)
+    images,truth,found = [dl.create_item(i)[0] for i in at],[targets[i] for i in at],[preds[i] for i in at]
+    fig = show_side_by_side(images, truth, found, learn.dls.class_map)
     fig.savefig(path, dpi=110, bbox_inches='tight')
+    plt.close(fig)
 
 # %% ../../nbs/cli/60_cli.ipynb #c4d2bab7
 def _save_results(learn, out, train, valid, png, **facts):

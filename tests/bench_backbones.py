@@ -14,11 +14,15 @@ from time import perf_counter, process_time
 import timm
 import torch
 
+from backbones_nb.backbones.cspdarknet import timm_renames as cspdarknet_renames
+from backbones_nb.backbones.darknet import timm_renames as darknet_renames
 from backbones_nb.backbones.vovnet import timm_renames as vovnet_renames
 from backbones_nb.core.parity import map_weights, rel_error
 from backbones_nb.core.registry import create_backbone
 
-rows = dict( # ours -> timm's name, our arguments, key renames from timm's to ours
+rows = dict( # ours -> timm's name, our arguments, key renames from timm's to ours; timm's own arguments
+    darknet53=('darknet53', dict(variant='timm'), darknet_renames, dict(out_indices=(2,3,4,5))),
+    cspdarknet53=('cspdarknet53', dict(variant='timm', split='slice'), cspdarknet_renames, dict(out_indices=(2,3,4,5))),
     vovnet39=('ese_vovnet39b', dict(variant='timm'), vovnet_renames),
     vovnet57=('ese_vovnet57b', dict(variant='timm'), vovnet_renames),
     vovnet99=('ese_vovnet99b', dict(variant='timm'), vovnet_renames),
@@ -73,8 +77,8 @@ def main():
     print(f'torch {torch.__version__}, timm {timm.__version__}, {a.device}, {a.threads} threads, batch {a.batch}, {a.size} px, '
           f'float32, {a.clock} time, medians of {a.repeats} alternating runs')
     for n in names:
-        ref_name,kw,renames = rows[n]
-        ref = timm.create_model(ref_name, features_only=True, out_indices=(1,2,3,4)).to(a.device)
+        ref_name,kw,renames,*theirs = rows[n]
+        ref = timm.create_model(ref_name, features_only=True, **dict(out_indices=(1,2,3,4)) | dict(*theirs)).to(a.device)
         ours = map_weights(ref, create_backbone(n, strides=(4,8,16,32), **kw), renames).to(a.device)
         with torch.no_grad(): same = max(rel_error(p, q) for p,q in zip(ours.eval()(x), ref.eval()(x)))
         if not same<=1e-4: sys.exit(f'{n} and {ref_name} differ by {same:.1e}: timing nets that do different things says nothing')

@@ -14,8 +14,9 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from backbones_nb.core.features import Backbone, as_backbone, check_contract, feature_row
 from backbones_nb.core.inspect import count_params, summary
 from backbones_nb.core.layers import ConvNormAct
-from backbones_nb.core.parity import map_weights, randomise_, rel_error
+from backbones_nb.core.parity import compare_maps, map_weights, randomise_, rel_error
 from backbones_nb.core.registry import create_backbone
+from backbones_nb.necks import resnet_fpn
 from backbones_nb.necks.fpn import FPN
 from backbones_nb.necks.neck import Neck, WithNeck, attach_neck, carries_neck, create_neck
 
@@ -341,3 +342,22 @@ def test_wrong_maps_are_named():
 @pytest.mark.parametrize('args', [((4,8), (4,), 8, (4,)), ((4,), (4,), (8,8), (4,)), ((), (), 8, ())])
 def test_channels_and_strides_go_together(args):
     with pytest.raises(ValueError, match='expected one of each'): Neck(*args)
+
+
+@pytest.mark.parametrize('name', resnet_fpn.bodies)
+def test_resnet_fpn_is_torchvisions(name):
+    with torch.device('meta'):
+        ours = getattr(resnet_fpn, name)()
+        ref = resnet_fpn_backbone(backbone_name=name, weights=None, norm_layer=torch.nn.BatchNorm2d, trainable_layers=5)
+    assert ours.name==f'{name}_fpn' and ours.strides==(4,8,16,32,64) and ours.channels==(256,)*5
+    assert sorted(p.shape for p in ours.parameters())==sorted(p.shape for p in ref.parameters())
+    groups = ours.param_groups()
+    assert len({id(p) for g in groups for p in g})==sum(map(len, groups))==len(list(ours.parameters()))
+    assert attach_neck(ours) is ours # no second neck
+
+
+@pytest.mark.parametrize('size', [224, 200, (230,310)])
+def test_resnet_fpn_parity(size):
+    ref = randomise_(resnet_fpn_backbone(backbone_name='resnext50_32x4d', weights=None, norm_layer=torch.nn.BatchNorm2d, trainable_layers=5))
+    ours = map_weights(ref, create_backbone('resnext50_32x4d_fpn'), [(r'fpn\.inner_blocks', 'neck.lateral'), (r'fpn\.layer_blocks', 'neck.smooth')])
+    assert compare_maps(ours, ref, size, batch=1).worst<=1e-5

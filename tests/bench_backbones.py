@@ -14,21 +14,23 @@ from time import perf_counter, process_time
 import timm
 import torch
 
+from backbones_nb.backbones.csp import convert_split
 from backbones_nb.backbones.cspdarknet import timm_renames as cspdarknet_renames
 from backbones_nb.backbones.darknet import timm_renames as darknet_renames
 from backbones_nb.backbones.vovnet import timm_renames as vovnet_renames
 from backbones_nb.core.parity import map_weights, rel_error
 from backbones_nb.core.registry import create_backbone
 
-rows = dict( # ours -> timm's name, our arguments, key renames from timm's to ours; timm's own arguments
-    darknet53=('darknet53', dict(variant='timm'), darknet_renames, dict(out_indices=(2,3,4,5))),
-    cspdarknet53=('cspdarknet53', dict(variant='timm', split='slice'), cspdarknet_renames, dict(out_indices=(2,3,4,5))),
-    vovnet39=('ese_vovnet39b', dict(variant='timm'), vovnet_renames),
-    vovnet57=('ese_vovnet57b', dict(variant='timm'), vovnet_renames),
-    vovnet99=('ese_vovnet99b', dict(variant='timm'), vovnet_renames),
-    vovnet19_slim=('ese_vovnet19b_slim', dict(variant='timm'), vovnet_renames),
-    vovnet19_slim_dw=('ese_vovnet19b_slim_dw', dict(variant='timm'), vovnet_renames),
-    vovnet19_dw=('ese_vovnet19b_dw', dict(variant='timm'), vovnet_renames))
+rows = { # ours[-split] -> timm's name, our arguments, key renames from timm's to ours; timm's own arguments
+    'darknet53': ('darknet53', dict(variant='timm'), darknet_renames, dict(out_indices=(2,3,4,5))),
+    **{f'cspdarknet53-{o}': ('cspdarknet53', dict(variant='timm', split=o), cspdarknet_renames,
+                             dict(out_indices=(2,3,4,5))) for o in ('slice','convs')},
+    'vovnet39': ('ese_vovnet39b', dict(variant='timm'), vovnet_renames),
+    'vovnet57': ('ese_vovnet57b', dict(variant='timm'), vovnet_renames),
+    'vovnet99': ('ese_vovnet99b', dict(variant='timm'), vovnet_renames),
+    'vovnet19_slim': ('ese_vovnet19b_slim', dict(variant='timm'), vovnet_renames),
+    'vovnet19_slim_dw': ('ese_vovnet19b_slim_dw', dict(variant='timm'), vovnet_renames),
+    'vovnet19_dw': ('ese_vovnet19b_dw', dict(variant='timm'), vovnet_renames)}
 
 def forward(m, x, opt):
     with torch.no_grad(): m(x)
@@ -79,7 +81,10 @@ def main():
     for n in names:
         ref_name,kw,renames,*theirs = rows[n]
         ref = timm.create_model(ref_name, features_only=True, **dict(out_indices=(1,2,3,4)) | dict(*theirs)).to(a.device)
-        ours = map_weights(ref, create_backbone(n, strides=(4,8,16,32), **kw), renames).to(a.device)
+        name,split = n.partition('-')[0],kw.get('split')
+        ours = create_backbone(name, strides=(4,8,16,32), **kw | (dict(split='slice') if split else {}))
+        ours = map_weights(ref, ours, renames)
+        ours = (convert_split(ours, split) if split=='convs' else ours).to(a.device)
         with torch.no_grad(): same = max(rel_error(p, q) for p,q in zip(ours.eval()(x), ref.eval()(x)))
         if not same<=1e-4: sys.exit(f'{n} and {ref_name} differ by {same:.1e}: timing nets that do different things says nothing')
         for what in (forward, step):

@@ -304,7 +304,7 @@ def feature_grid(
         axs[0,k+j].set_title(titles[j] if titles else stride+'×'.join(map(str, m.shape)), fontsize=10)
     return fig
 
-# %% ../../nbs/core/06_draw.ipynb #a037fee9
+# %% ../../nbs/core/06_draw.ipynb #15cd56e9
 def stages_of(
     model:nn.Module, # a `Backbone`
     size, # (height, width) of the zero image that is sent through, pixels
@@ -325,7 +325,7 @@ def stages_of(
     if not shapes: # a wrapped module: its maps are all that is known
         shapes = {f'map {i+1}':tuple(m.shape[1:]) for i,m in enumerate(maps)}
         rows = set(shapes)
-    res,have = [],[r['reduction'] for r in model.rows]
+    res,have = [],[r['reduction'] for r in model.listed]
     for k,shape in shapes.items():
         s = stride_of(shape, size)
         tag = f'C{round(log2(s))}' if k in rows and s in model.strides else ''

@@ -52,7 +52,7 @@ def pick_strides(
     if lost: raise ValueError(f'{name} has no map at stride {_names(lost)}: choose among its strides {_names(have)}')
     return strides
 
-# %% ../../nbs/core/01_features.ipynb #7147fd2d
+# %% ../../nbs/core/01_features.ipynb #58f0353f
 class Backbone(nn.Module):
     "Images in, a list of feature maps out, finest first; a subclass builds its modules, then calls `set_trunk`."
     name,pretrained,record = None,None,None # set by `create_backbone`: registered name, weights' tag, weights' record
@@ -84,9 +84,12 @@ class Backbone(nn.Module):
         return self
 
     @property
-    def out_channels_list(self): return [r['num_chs'] for r in self.rows]
+    def listed(self): return [r for r in self.rows if r['reduction']>1 or 1 in self.strides]
 
-# %% ../../nbs/core/01_features.ipynb #74c0895d
+    @property
+    def out_channels_list(self): return [r['num_chs'] for r in self.listed]
+
+# %% ../../nbs/core/01_features.ipynb #5fa72b64
 @patch
 def _maps(self:Backbone, x, n):
     "Yields the first `n` maps, finest first."
@@ -110,8 +113,8 @@ def forward(self:Backbone,
 def get_feature_maps(self:Backbone,
     x:Tensor, # images (B,3,H,W), float, normalised
 ) -> list: # every map, finest first
-    "Returns all feature maps, selected or not (the name is vision-toolbox's)."
-    return list(self._maps(x, len(self.rows)))
+    "Returns the maps of all listed rows, selected or not (the name is vision-toolbox's)."
+    return [o for o,r in zip(self._maps(x, len(self.rows)), self.rows) if r in self.listed]
 
 # %% ../../nbs/core/01_features.ipynb #260e1310
 @patch
@@ -119,12 +122,12 @@ def extra_repr(self:Backbone):
     return (f'strides={tuple(self.strides)}, channels={tuple(self.channels)}, '
             f"weights={self.pretrained or 'random'}") if hasattr(self, 'strides') else ''
 
-# %% ../../nbs/core/01_features.ipynb #c194cd42
+# %% ../../nbs/core/01_features.ipynb #d658d99d
 @patch(as_prop=True)
 def feature_info(self:Backbone):
     "timm's `FeatureInfo` of the selected maps; a map at stride 1 is listed only where it is selected."
     from timm.models import FeatureInfo
-    rows = [dict(r) for r in self.rows if r['reduction']>1 or 1 in self.strides]
+    rows = [dict(r) for r in self.listed]
     at = [r['reduction'] for r in rows]
     return FeatureInfo(rows, tuple(at.index(s) for s in self.strides))
 

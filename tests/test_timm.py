@@ -13,6 +13,7 @@ import torch.nn as nn
 from timm.models import _registry
 
 from backbones_nb.backbones import timm_models as M
+from backbones_nb.core import registry
 from backbones_nb.core.features import IMAGENET_MEAN, check_contract
 from backbones_nb.core.parity import randomise_, rel_error
 from backbones_nb.core.registry import create_backbone, list_backbones, register
@@ -311,7 +312,7 @@ def test_all_of_ours_are_offered():
 def test_ours_by_timm(name):
     with torch.device('meta'): net = timm.create_model(f'bbnb_{name}', features_only=True).eval()
     have = net.feature_info.reduction()
-    first = 2 if name.endswith('_fpn') else 1 # a neck begins at stride 4
+    with torch.device('meta'): first = 1 if create_backbone(name).rows[0]['reduction']<=2 else 2 # a neck and ConvNeXt begin at stride 4
     assert have==[2**(i+first) for i in range(len(have))] and len(have)>=3
     for idx in ((2,), (1,2), (-2,-1), 2):
         with torch.device('meta'):
@@ -321,7 +322,8 @@ def test_ours_by_timm(name):
         assert net.feature_info.reduction()==want and net.feature_info.channels()==[o.shape[1] for o in maps]
         assert [o.shape[-1] for o in maps]==[64//s for s in want]
 
-def test_a_name_that_is_registered_later():
+def test_a_name_that_is_registered_later(monkeypatch):
+    monkeypatch.setattr(registry, '_entries', dict(registry._entries)) # other tests list the names
     register('later19', type(create_backbone('vovnet19_slim_dw')), layers=3, dw=True)
     assert timm.create_model('bbnb_later19', features_only=True, out_indices=(4,)).channels==(1024,)
 
@@ -334,13 +336,14 @@ def test_a_name_that_is_registered_later():
 def test_what_ours_refuse(ask, message):
     with pytest.raises(ValueError, match=message): timm.create_model('bbnb_vovnet39', **ask)
 
-def test_as_smp_asks():
-    "segmentation_models_pytorch looks at the whole, then asks for a depth."
-    with torch.device('meta'): whole = timm.create_model('bbnb_vovnet19_slim_dw', features_only=True)
-    assert list(whole.feature_info.reduction())==[2,4,8,16,32] and getattr(whole, 'output_fmt', None) is None
-    net = timm.create_model('bbnb_vovnet19_slim_dw', in_chans=3, features_only=True, pretrained=False, out_indices=tuple(range(5)), num_classes=0)
-    assert [o.shape[-1] for o in net(noise(64))]==[32,16,8,4,2]
-    assert timm.data.resolve_model_data_config(net)['mean']==IMAGENET_MEAN
+@pytest.mark.parametrize('name', ['vovnet19_slim_dw','cspdarknet19','darknet19','resnet18'])
+def test_smp(name):
+    smp = pytest.importorskip('segmentation_models_pytorch')
+    net = smp.Unet(f'tu-bbnb_{name}', encoder_weights=None, encoder_depth=4, decoder_channels=(32,16,8,8), classes=2)
+    assert list(net.encoder.out_channels[1:])==create_backbone(name, strides=(2,4,8,16)).out_channels_list[:4]
+    out = net(noise(64, n=2))
+    out.square().mean().backward()
+    assert out.shape==(2,2,64,64) and next(net.encoder.parameters()).grad.abs().sum()>0
 
 @pytest.mark.parametrize('name', ['vovnet19_slim_dw','resnet18'])
 def test_effdet(name):

@@ -1,11 +1,11 @@
 "Detection backbones, necks and detectors behind one contract."
 __version__ = "0.0.1"
 
-_lazy = dict(create_backbone='core.registry', list_backbones='core.registry', summary='core.inspect')
+_lazy = dict(create_backbone='core.registry', list_backbones='core.registry', summary='core.inspect', from_pretrained='core.hub', list_weights='core.weights')
 
 
 def __getattr__(name):
-    "Import `create_backbone`, `list_backbones` and `summary` when first asked for (PEP 562), so that the bare import costs nothing"
+    "Import the functions of `_lazy` when first asked for (PEP 562), so that the bare import costs nothing"
     if name not in _lazy: raise AttributeError(f"module 'backbones_nb' has no attribute '{name}'")
     from importlib import import_module
     return getattr(import_module(f'backbones_nb.{_lazy[name]}'), name)

@@ -8,13 +8,15 @@ Docs: https://backbones-nb.github.io/backbones-nb/core/features.html.md"""
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'feature_row', 'pick_strides', 'Backbone', 'as_list', 'measure', 'check_contract',
            'WrappedBackbone', 'as_backbone']
 
-# %% ../../nbs/core/01_features.ipynb #bbab1a76
+# %% ../../nbs/core/01_features.ipynb #3851918c
 from collections.abc import Mapping
 from math import log2
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+
+from .hub import HubMixin
 
 # %% ../../nbs/core/01_features.ipynb #6e4cc069
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225) # what random weights get, RGB in [0,1]
@@ -52,10 +54,11 @@ def pick_strides(
     if lost: raise ValueError(f'{name} has no map at stride {_names(lost)}: choose among its strides {_names(have)}')
     return strides
 
-# %% ../../nbs/core/01_features.ipynb #58f0353f
-class Backbone(nn.Module):
+# %% ../../nbs/core/01_features.ipynb #ba0814d4
+class Backbone(nn.Module, HubMixin):
     "Images in, a list of feature maps out, finest first; a subclass builds its modules, then calls `set_trunk`."
     name,pretrained,record = None,None,None # set by `create_backbone`: registered name, weights' tag, weights' record
+    config = None # the arguments it was made with
 
     def set_trunk(self,
         trunk:dict, # group name -> dotted names of its modules, both in the order of the data

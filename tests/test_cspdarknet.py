@@ -244,7 +244,7 @@ def test_what_lies_behind_the_last_map_is_not_computed():
     (dict(split='chunk'), ValueError, "split='chunk'"), (dict(order='any'), ValueError, "order='any'"),
     (dict(transition='none'), ValueError, "transition='none'"), (dict(first='all'), ValueError, "'full' or 'half'"),
     (dict(splitt='slice'), TypeError, "Did you mean 'split'"), (dict(blocks=(1,2,8)), ValueError, '3 blocks and 5 outs'),
-    (dict(act='rellu'), ValueError, 'act'), (dict(pretrained=True), ValueError, 'weights')])
+    (dict(act='rellu'), ValueError, 'act'), (dict(pretrained='coco'), ValueError, 'weights')])
 def test_errors(kw, error, text):
     with pytest.raises(error) as e: make('cspdarknet53', **kw)
     assert text in str(e.value) and '\n' not in str(e.value)

@@ -195,7 +195,7 @@ def test_what_lies_behind_the_last_map_is_not_computed():
     (dict(out_indices=(5,)), ValueError, 'no map at stride 64'), (dict(variant='mmdet'), ValueError, 'only official, timm, vt'),
     (dict(ese='first'), ValueError, "got ese='first', expected one of 'all', 'last', False"), (dict(residual='identity'), ValueError, 'residual'),
     (dict(pool='max'), ValueError, "'official', 'vt'"), (dict(esse=True), TypeError, "Did you mean 'ese'"), (dict(act='rellu'), ValueError, 'act'),
-    (dict(blocks=(1,1,1)), ValueError, '3 blocks'), (dict(stem=(64,128)), ValueError, '2 channels for the stem'), (dict(pretrained=True), ValueError, 'weights')])
+    (dict(blocks=(1,1,1)), ValueError, '3 blocks'), (dict(stem=(64,128)), ValueError, '2 channels for the stem'), (dict(pretrained='coco'), ValueError, 'weights')])
 def test_errors(kw, error, text):
     with pytest.raises(error) as e: make('vovnet39', **kw)
     assert text in str(e.value) and '\n' not in str(e.value)

@@ -91,15 +91,16 @@ class CSPStage(nn.Module):
         self.post = None if transition=='first' else ConvNormAct(half, half, 1, **kw)
         self.fuse = None if transition=='last' else ConvNormAct(2*half, nf, 1, **kw)
 
-# %% ../../nbs/backbones/11_csp.ipynb #3adf5e9a
+# %% ../../nbs/backbones/11_csp.ipynb #ee2490fa
 @patch
 def forward(self:CSPStage, x): # (B,ni,H,W) -> (B,nf,H/2,W/2), or (B,nf,H,W) without `down`
     if self.down is not None: x = self.down(x)
-    cross,main = self.split(x)
-    main = self.blocks(main)
-    if self.post is not None: main = self.post(main)
-    y = torch.cat([main,cross] if self.order=='blocks' else [cross,main], 1)
-    return y if self.fuse is None else self.fuse(y)
+    cross,x = self.split(x)
+    x = self.blocks(x)
+    if self.post is not None: x = self.post(x)
+    x = torch.cat([x,cross] if self.order=='blocks' else [cross,x], 1)
+    del cross
+    return x if self.fuse is None else self.fuse(x)
 
 # %% ../../nbs/backbones/11_csp.ipynb #16816ca4
 def _join(a, b, where):

@@ -6,18 +6,20 @@ Docs: https://backbones-nb.github.io/backbones-nb/backbones/darknet.html.md"""
 
 # %% auto #0
 __all__ = ['darknet_configs', 'timm_leaky', 'darknet_variants', 'darknet19', 'darknet53', 'timm_renames',
-           'timm_classifier_renames', 'vt_renames', 'DarknetBlock', 'darknet_stage', 'Darknet', 'DarknetClassifier']
+           'timm_classifier_renames', 'vt_renames', 'DarknetBlock', 'darknet_stage', 'Darknet', 'DarknetClassifier',
+           'timm_card', 'vt_release']
 
-# %% ../../nbs/backbones/10_darknet.ipynb #095c3ce8
+# %% ../../nbs/backbones/10_darknet.ipynb #39ddb354
 from collections import OrderedDict
 from functools import partial
 
 from fastcore.basics import patch
 from torch import nn
 
-from ..core.features import Backbone, feature_row
+from ..core.features import IMAGENET_MEAN, IMAGENET_STD, Backbone, feature_row
 from ..core.layers import ConvNormAct, init_cnn
 from ..core.registry import register
+from ..core.weights import WeightRecord, add_weights
 
 # %% ../../nbs/backbones/10_darknet.ipynb #1c784eb3
 class DarknetBlock(nn.Module):
@@ -136,3 +138,34 @@ timm_renames = ( # timm's keys -> ours, whole models (without `head.`) and featu
 timm_classifier_renames = (*timm_renames, (r'^(?=stem\.|stages\.)', 'body.'), (r'^head\.fc\.', 'head.'))
 vt_renames = ( # vision-toolbox's keys, old and new, -> ours: there a stage without blocks is a bare convolution
     (r'^(stages\.\d+)\.(conv\.weight|(?:norm|bn)\.)', r'\1.conv.\2'), (r'\.bn\.', '.norm.'))
+
+# %% ../../nbs/backbones/10_darknet.ipynb #b5c0ee0d
+def timm_card(
+    name:str, # model and tag on the hub: 'darknet53.c2ns_in1k'
+    input_size:int, # pixels
+    resize_size:int, # pixels of the shorter side, before the crop
+    top1:float, # percent, at that size
+    **kwargs, # of `WeightRecord`: where a card differs
+) -> dict: # arguments of `WeightRecord`
+    "Returns what a card of timm's weights states (https://huggingface.co/timm)."
+    return dict(publisher='timm', tag=name.split('.')[1], hub_id=f'timm/{name}', licence='Apache-2.0',
+                input_size=input_size, resize_size=resize_size, mean=IMAGENET_MEAN, std=IMAGENET_STD,
+                metrics={'acc@1':top1}, recipe=f'https://huggingface.co/timm/{name}', config=dict(variant='timm'),
+                drop=(r'^head\.',)) | kwargs
+
+# %% ../../nbs/backbones/10_darknet.ipynb #525182bd
+def vt_release(
+    file:str, # name without its ending: 'darknet53-94427f5b'
+    top1:float, # percent
+    **kwargs, # of `WeightRecord`: where a file differs
+) -> dict: # arguments of `WeightRecord`
+    "Returns what vision-toolbox states about a file of its release (https://github.com/gau-nernst/vision-toolbox)."
+    home = 'https://github.com/gau-nernst/vision-toolbox'
+    return dict(publisher='vision-toolbox', tag='vt', url=f'{home}/releases/download/v0.0.1/{file}.pth',
+                sha256=file.split('-')[1], input_size=224, resize_size=232, metrics={'acc@1':top1},
+                recipe=f'{home}#imagenet-pre-training', config=dict(variant='vt')) | kwargs
+
+# %% ../../nbs/backbones/10_darknet.ipynb #18da67a6
+add_weights(WeightRecord('darknet53', renames=timm_renames, **timm_card('darknet53.c2ns_in1k', 256, 288, 80.01)),
+            WeightRecord('darknet53', renames=vt_renames, **vt_release('darknet53-94427f5b', 76.9)),
+            WeightRecord('darknet19', renames=vt_renames, **vt_release('darknet19-2cb641ca', 73.5)))

@@ -6,18 +6,21 @@ Docs: https://backbones-nb.github.io/backbones-nb/backbones/vovnet.html.md"""
 
 # %% auto #0
 __all__ = ['vov_pools', 'vovnet_configs', 'vovnet19_slim', 'vovnet19', 'vovnet19_slim_dw', 'vovnet19_dw', 'vovnet27_slim',
-           'vovnet39', 'vovnet57', 'vovnet99', 'timm_renames', 'vov_stem', 'vov_stage', 'VoVNet', 'vovnet_variants']
+           'vovnet39', 'vovnet57', 'vovnet99', 'timm_renames', 'vt_renames', 'vov_stem', 'vov_stage', 'VoVNet',
+           'vovnet_variants']
 
-# %% ../../nbs/backbones/14_vovnet.ipynb #c73f354e
+# %% ../../nbs/backbones/14_vovnet.ipynb #756d458e
 from collections import OrderedDict
 from functools import partial
 
 from torch import nn
 
+from .darknet import timm_card, vt_release
 from .osa import OSABlock
 from ..core.features import Backbone, feature_row
 from ..core.layers import ConvNormAct, SeparableConvNormAct, init_cnn
 from ..core.registry import register
+from ..core.weights import WeightRecord, add_weights
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #106ea167
 def vov_stem(
@@ -116,13 +119,13 @@ vovnet_configs = dict( # name -> arguments of VoVNet
     vovnet57=dict(blocks=(1,1,4,3)),
     vovnet99=dict(blocks=(1,3,9,3)))
 
-# %% ../../nbs/backbones/14_vovnet.ipynb #f2640156
+# %% ../../nbs/backbones/14_vovnet.ipynb #4e09816a
 def vovnet_variants(
     name:str, # a key of `vovnet_configs`
 ) -> dict: # variant -> arguments that differ from the row's
     "Returns where each implementation differs from the official one; vision-toolbox has no depth-wise nets."
     v1,dw = name=='vovnet27_slim',name.endswith('dw')
-    vt = dict(pool='vt') | (_slim128 if 'slim' in name else {}) | ({} if v1 else dict(residual='same'))
+    vt = dict(pool='vt', residual='same') | (_slim128 if 'slim' in name else {})
     return dict(official={}, timm={} if v1 else dict(ese='last')) | ({} if dw else dict(vt=vt))
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #ccc1eadd
@@ -134,3 +137,34 @@ timm_renames = ( # timm's keys -> ours, whole models and features_only alike; th
     (r'^(stem|stages)_', r'\1.'), (r'\.bn\.', '.norm.'), (r'\.conv_dw\.', '.dw.'), (r'\.conv_pw\.', '.pw.'),
     (r'\.conv_reduction\.', '.reduce.'), (r'\.conv_mid\.', '.layers.'), (r'\.conv_concat\.', '.concat.'),
     (r'\.attn\.', '.ese.'))
+
+# %% ../../nbs/backbones/14_vovnet.ipynb #1720f058
+vt_renames = ( # vision-toolbox's keys, old and new, -> ours
+    (r'\.bn\.', '.norm.'), (r'\.module_(\d+)\.', r'.blocks.\1.'), (r'\.convs\.', '.layers.'),
+    (r'\.out_conv\.', '.concat.'), (r'\.ese\.linear\.', '.ese.fc.'))
+_half = dict.fromkeys(('mean','std'), (.5,.5,.5))
+add_weights(*[WeightRecord(name, renames=timm_renames, **timm_card(*card, **kw)) for name,card,kw in (
+    ('vovnet19_dw', ('ese_vovnet19b_dw.ra_in1k', 224, 256, 76.83), {}),
+    ('vovnet39', ('ese_vovnet39b.ra_in1k', 224, 256, 79.31), {}),
+    ('vovnet57', ('ese_vovnet57b.ra4_e3600_r256_in1k', 256, 269, 82.46), _half))])
+add_weights(*[WeightRecord(file.split('-')[0].removesuffix('_ese'), renames=vt_renames, **vt_release(file, top1))
+    for file,top1 in {'vovnet27_slim-dd43306a':71.6, 'vovnet19_slim_ese-f8075640':70.8, 'vovnet19_ese-a077657e':75.4,
+        'vovnet39_ese-9ce81b0d':78.1, 'vovnet57_ese-ae1a7f89':79.2, 'vovnet99_ese-713f3062':80.7}.items()])
+add_weights(*[WeightRecord(file.split('-')[0], renames=vt_renames,
+                           **vt_release(file, top1, config=dict(variant='vt', ese=False)))
+              for file,top1 in {'vovnet39-4c79d629':78.2, 'vovnet57-ecb9cc34':79.3}.items()])
+
+# %% ../../nbs/backbones/14_vovnet.ipynb #5975a7af
+def _canonical(config):
+    "The configuration with `residual` and `ese` spelled out block by block, so that equal nets have equal ones."
+    stem,mids,outs,blocks,residual,ese = [config[k] for k in ('stem','mids','outs','blocks','residual','ese')]
+    _check_stages(stem, mids, outs, blocks)
+    _one_of(residual, (True,'same',False), 'residual')
+    _one_of(ese, (True,'all','last',False), 'ese')
+    def add(ni, nf, j): return bool(residual) and (j>0 or residual=='same' and ni==nf)
+    def gate(j, n): return ese in (True,'all') or ese=='last' and j==n-1
+    return config | dict(
+        residual=[[add(ni, nf, j) for j in range(n)] for ni,nf,n in zip((stem[2],*outs), outs, blocks)],
+        ese=[[gate(j, n) for j in range(n)] for n in blocks])
+
+VoVNet.canonical = staticmethod(_canonical) # read by `core.weights` before it compares

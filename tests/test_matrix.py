@@ -8,7 +8,9 @@ import pytest
 import torch
 from torchvision import models
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import StochasticDepth
 
+from backbones_nb.backbones import torchvision as T
 from backbones_nb.core.features import Backbone, check_contract
 from backbones_nb.core.parity import randomise_, rel_error
 from backbones_nb.core.registry import create_backbone, list_backbones
@@ -42,6 +44,12 @@ def net(request):
     if not request.param.endswith('_fpn'): m.select(all_strides(m))
     return randomise_(m, x=noise(64, 64, n=2)).eval()
 
+def training(m):
+    "In training mode, but for layers that drop whole blocks at random."
+    for o in m.train().modules():
+        if isinstance(o, StochasticDepth): o.eval()
+    return m
+
 @torch.no_grad()
 def out(m, x): return m(x)
 
@@ -66,13 +74,13 @@ def test_default_and_selection(name):
     m = meta(name)
     if not name.endswith('_fpn'):
         assert m.strides==tuple(s for s in all_strides(m) if s in (4,8,16,32))
-        for s in all_strides(m): assert meta(name, strides=s).strides==(s,)
-        last = meta(name, out_indices=(4,))
-        assert last.strides==(32,) and [o.shape[2] for o in last(torch.empty(1, 3, 64, 64, device='meta'))]==[2]
+        for s in all_strides(m): assert m.select(s).strides==(s,)
+        assert [o.shape[2] for o in m.select(out_indices=(4,))(torch.empty(1, 3, 64, 64, device='meta'))]==[2]
+        m.select()
     maps = m.get_feature_maps(torch.empty(1, 3, 64, 64, device='meta'))
     assert [o.shape[1] for o in maps]==list(m.out_channels_list)
     assert m.feature_info.channels()==list(m.channels) and m.feature_info.reduction()==list(m.strides)
-    with pytest.raises(ValueError, match='has no map at stride 3: choose among'): meta(name, strides=3)
+    with pytest.raises(ValueError, match=f'{name} has no map at stride 3: choose among'): m.select(3)
 
 @pytest.mark.parametrize('name', names)
 def test_parameters(name):
@@ -81,11 +89,11 @@ def test_parameters(name):
         with torch.device('meta'): ref = resnet_fpn_backbone(backbone_name=name[:-4], weights=None)
         frozen = sum(b.numel() for n,b in ref.named_buffers() if n.endswith(('weight','bias'))) # its batch norms have buffers
         assert size_of[name]==count(ref)+frozen or size_of[name]==count(ref)
-    else:
-        with torch.device('meta'): ref = models.get_model(name, weights=None)
-        head = {id(p) for k in ('fc','classifier','avgpool') if hasattr(ref, k) for p in getattr(ref, k).parameters()}
-        assert size_of[name]==sum(p.numel() for p in ref.parameters() if id(p) not in head)
-        assert count(ref)==models.get_model_weights(name).DEFAULT.meta['num_params']
+    else: # of torchvision's published count, what its classifier has: linear layers, and a 1x1 convolution before them
+        with T._Counts(), torch.device('meta'): ref = models.get_model(name, weights=None)
+        head = [getattr(ref, k) for k in ('fc','classifier') if hasattr(ref, k)]
+        if 'expansion' in T.ports[name]: head.append(ref.features[-1])
+        assert size_of[name]==models.get_model_weights(name).DEFAULT.meta['num_params']-sum(map(count, head))
 
 @pytest.mark.parametrize('name,variant', variants, ids='-'.join)
 def test_parameters_of_variants(name, variant):
@@ -111,7 +119,6 @@ def test_groups(name):
 
 def test_order_of_groups(net):
     "The k-th map needs groups up to one of them, and deeper maps need more; all together need every parameter."
-    net.train()
     groups,reach = net.param_groups(),[]
     for o in net(noise(64, 64, n=2)):
         got = torch.autograd.grad(o.square().mean(), [p for g in groups for p in g], retain_graph=True, allow_unused=True)
@@ -120,20 +127,17 @@ def test_order_of_groups(net):
         reach.append(sum(used))
         if not net.name.endswith('_fpn'): assert used==sorted(used, reverse=True), f'{net.name}: {used}'
     assert reach==sorted(reach) and (net.name.endswith('_fpn') or reach[-1]==len(groups))
-    net.eval()
 
 # --- gradients, copies, files
 
 def test_gradients(net):
-    net.train()
     state = copy.deepcopy(net.state_dict())
-    sum(o.square().mean() for o in net(noise(96, 64, n=2))).backward()
+    try: sum(o.square().mean() for o in training(net)(noise(96, 64, n=2))).backward()
+    finally: net.eval().load_state_dict(state)
     lost = [n for n,p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     dead = [n for n,p in net.named_parameters() if p.dim()>1 and p.grad is not None and not p.grad.any()]
-    assert not lost and not dead
     net.zero_grad()
-    net.load_state_dict(state)
-    net.eval()
+    assert not lost and not dead
 
 def test_contract(net): assert check_contract(net) is net
 

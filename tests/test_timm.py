@@ -279,7 +279,7 @@ def test_no_network(tmp_path, monkeypatch):
 
 def test_record():
     r = M.timm_record('vit_tiny_patch16_224')
-    assert r.mean==r.std==(.5,.5,.5) and r.input_size==224 and r.tag=='augreg_in21k_ft_in1k' and r.url.startswith('https://huggingface.co/timm/')
+    assert r.mean==r.std==(.5,.5,.5) and r.input_size==224 and r.tag=='augreg_in21k_ft_in1k' and r.source.startswith('https://huggingface.co/timm/')
     assert create_backbone('timm/resnet18').record is None
 
 @pytest.mark.parametrize('name', few)
@@ -332,7 +332,7 @@ def test_a_name_that_is_registered_later(monkeypatch):
     (dict(features_only=True, output_stride=16), 'got output_stride=16, but its output_stride is always 32'),
     (dict(features_only=True, in_chans=1), 'got in_chans=1'),
     (dict(features_only=True, out_indices=(5,)), 'vovnet39 has no map at stride 64'),
-    (dict(features_only=True, pretrained=True), 'no published weights')])
+    (dict(features_only=True, pretrained_cfg='none', pretrained=True), "vovnet39 has no weights 'none'")])
 def test_what_ours_refuse(ask, message):
     with pytest.raises(ValueError, match=message): timm.create_model('bbnb_vovnet39', **ask)
 

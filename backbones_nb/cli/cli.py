@@ -281,10 +281,21 @@ def _finetune_options(sub):
     a('--png', default='predictions.png', metavar='NAME', help='name of the picture')
     a('--force', action='store_true', help='write over an older run in the same folder')
 
-# %% ../../nbs/cli/60_cli.ipynb #a0dcae36
+# %% ../../nbs/cli/60_cli.ipynb #9c2afdff
+def _parity_options(sub):
+    c = sub.add_parser('parity', help='compare our nets with those of other libraries',
+        description='Copies random weights of a reference into each net, runs both on the same noise, and prints how far their '
+        'maps are apart; the exit code is 1 if any row is not equal.')
+    a = c.add_argument
+    a('patterns', nargs='*', metavar='PATTERN', help="our names or library/name of references, with wildcards: 'vovnet*', 'timm/*'; all rows without")
+    a('--sizes', nargs='+', metavar='PIXELS', help='inputs, such as 224 or 230x310 (height x width); default 224 200 230x310, less for the largest nets')
+    a('--tol', type=float, default=1e-5, help='largest relative error of a map in float32; default 1e-5')
+    a('--out', metavar='FILE', help='write the table to a .csv, .json or .md file')
+
+# %% ../../nbs/cli/60_cli.ipynb #d5f4033a
 def parser() -> argparse.ArgumentParser:
     "Returns the parser of the command `backbones-nb`."
-    p = argparse.ArgumentParser('backbones-nb', description='Detection backbones: list them, train a detector on them, use it.')
+    p = argparse.ArgumentParser('backbones-nb', description='Detection backbones: list them, compare them with their references, train a detector on them, use it.')
     sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
     _finetune_options(sub)
     l = sub.add_parser('list', help='names of the backbones')
@@ -295,17 +306,24 @@ def parser() -> argparse.ArgumentParser:
     d.add_argument('--out', metavar='DIR', help='folder for pictures with the boxes drawn in')
     d.add_argument('--threshold', type=float, default=0.5, help='lowest score that counts')
     d.add_argument('--json', metavar='FILE', help='write the detections to a file')
+    _parity_options(sub)
     return p
 
-# %% ../../nbs/cli/60_cli.ipynb #4b0b524e
+# %% ../../nbs/cli/60_cli.ipynb #9b37ec59
 def _list(pattern):
     from backbones_nb.core.registry import list_backbones
     names = list_backbones(pattern)
     if not names: raise ValueError(f"no backbone matches {pattern!r}: 'backbones-nb list' gives all names")
     print('\n'.join(names))
 
+def _parity(a):
+    from backbones_nb.cli.parity import parse_size, progress_line, run_parity
+    def tell(*args): print(progress_line(*args), file=sys.stderr, flush=True)
+    run_parity(a.patterns, [parse_size(o) for o in a.sizes or ()] or None, a.tol, a.out, tell)
+
 def _run(a):
     if a.command=='list': return _list(a.pattern)
+    if a.command=='parity': return _parity(a)
     os.environ.setdefault('MPLBACKEND', 'Agg')
     warnings.filterwarnings('ignore', category=FutureWarning) # of libraries, not the user's to mend
     if a.command=='predict':

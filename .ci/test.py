@@ -90,7 +90,8 @@ def run_pytest(xml):
     "Runs tests/; the results lie in the report `xml`."
     env = os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')
     start = time.time()
-    r = sh(sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', f'--junitxml={xml}', '--durations=10', *sys.argv[1:], env=env)
+    r = sh(sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', f'--junitxml={xml}', '--durations=10', '-n', jobs, '--dist=loadfile',
+           *sys.argv[1:], env=env)
     return r.returncode,time.time()-start,r.stdout
 
 
@@ -107,23 +108,22 @@ def count_pytest(xml, code):
 
 
 def lessons():
-    "Every notebook and every test of tests/, side by side; what is skipped is counted by its reason."
+    "Every test of tests/, then every notebook, several at once; what is skipped is counted by its reason."
     flags = skip_flags()
     for f in notebooks():
         for src in cells(f, 'code'):
             head = re.findall(r'^#\|\s*([\w-]+)(?::\s*(\w+))?', src, re.M)
             if ('eval', 'false') in head: skipped['eval: false'] += 1
             for o in {flags[k] for k,_ in head if k in flags}: skipped[o] += 1
-    with TemporaryDirectory() as d, ThreadPoolExecutor(jobs) as pool:
-        xml = Path(d)/'report.xml'
-        todo = {pool.submit(run_pytest, xml):None}
-        todo |= {pool.submit(run_notebook, f, flags, root):f for f in sorted(notebooks(), key=lambda o: -o.stat().st_size)}
+    with TemporaryDirectory() as d:
+        code,s,out = run_pytest(xml := Path(d)/'report.xml')
+        print(f'{out}\npytest took {s:.0f} s', flush=True)
+        count_pytest(xml, code)
+    with ThreadPoolExecutor(jobs) as pool:
+        todo = {pool.submit(run_notebook, f, flags, root):f for f in sorted(notebooks(), key=lambda o: -o.stat().st_size)}
         for job in as_completed(todo):
             ok,s,out = job.result()
-            if todo[job]: check(f'notebook {todo[job]} ({s:.0f} s)', ok, out)
-            else:
-                print(f'{out}\npytest took {s:.0f} s', flush=True)
-                count_pytest(xml, ok)
+            check(f'notebook {todo[job]} ({s:.0f} s)', ok, out)
 
 
 def anchors(md):

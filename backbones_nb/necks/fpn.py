@@ -50,7 +50,17 @@ class FPN(Neck):
                 nn.init.kaiming_uniform_(m.weight, a=1)
                 if m.bias is not None: nn.init.zeros_(m.bias)
 
-# %% ../../nbs/necks/20_fpn.ipynb #8711de8d
+# %% ../../nbs/necks/20_fpn.ipynb #67a7a27b
+@patch
+def top_down(self:FPN,
+    maps:list, # (B,in_channels[i],H_i,W_i), finest first
+) -> list: # (B,channels,H_i,W_i), finest first
+    "Returns P2 to P5, or as many levels as there are maps."
+    sums = [f(c) for f,c in zip(self.lateral, maps)]
+    for i in range(len(sums)-1, 0, -1):
+        sums[i-1] = sums[i-1] + F.interpolate(sums[i], size=sums[i-1].shape[-2:], mode='nearest')
+    return [f(m) for f,m in zip(self.smooth, sums)]
+
 @patch
 def coarser(self:FPN,
     pyramid:list, # P2 to P5
@@ -62,13 +72,11 @@ def coarser(self:FPN,
     p6 = self.p6(c5 if self.from_c5 else pyramid[-1])
     return pyramid + [p6, self.p7(F.relu(p6))]
 
+# %% ../../nbs/necks/20_fpn.ipynb #ecb247a8
 @patch
 def forward(self:FPN,
     maps:list, # (B,in_channels[i],H_i,W_i), finest first
 ) -> list: # (B,channels,H_i,W_i), finest first, then the extra levels
     "Returns the pyramid; raises ValueError for maps that it was not made for."
     maps = self.check(maps)
-    sums = [f(c) for f,c in zip(self.lateral, maps)]
-    for i in range(len(sums)-1, 0, -1):
-        sums[i-1] = sums[i-1] + F.interpolate(sums[i], size=sums[i-1].shape[-2:], mode='nearest')
-    return self.coarser([f(m) for f,m in zip(self.smooth, sums)], maps[-1])
+    return self.coarser(self.top_down(maps), maps[-1])

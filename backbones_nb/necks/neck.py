@@ -107,8 +107,8 @@ def freeze_to(self:WithNeck,
     for p in self.neck.parameters(): p.requires_grad_(n<=m or id(p) in norms)
     return self
 
-# %% ../../nbs/necks/19_neck.ipynb #f9e5485f
-necks = dict(fpn='FPN') # name, which is a module of this folder -> class in it
+# %% ../../nbs/necks/19_neck.ipynb #405223c6
+necks = dict(fpn='FPN', pan='PAN', bifpn='BiFPN') # name, which is a module of this folder -> class in it
 
 def carries_neck(
     backbone:nn.Module,

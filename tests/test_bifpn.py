@@ -325,12 +325,13 @@ def test_cost_of_d0():
 
 def target(n=1): return [dict(boxes=torch.tensor([[10.,12.,50.,60.]]), labels=torch.tensor([1])) for _ in range(n)]
 
-@pytest.mark.parametrize('neck', [BiFPN, lambda c,s: BiFPN(c, s, 16, 1, fusion='sum'), 'instance'], ids=['class','callable','instance'])
+@pytest.mark.parametrize('neck', [BiFPN, lambda c,s: BiFPN(c, s, 16, 1, fusion='sum'), 'instance','bifpn'], ids=['class','callable','instance','name'])
 def test_faster_rcnn_trains_a_step(neck):
     torch.manual_seed(0)
     body = Tiny((4,8,16,32))
     if neck=='instance': neck = BiFPN(body.channels, body.strides, 16, 2)
     m = faster_rcnn.model(3, body, neck, head_channels=16, rpn_post_nms_top_n_train=50, rpn_post_nms_top_n_test=20, box_batch_size_per_image=16)
+    assert (neck!='bifpn') or {o.eps for o in m.backbone.neck.modules() if isinstance(o, nn.BatchNorm2d)}=={1e-3} # its own default
     opt = torch.optim.SGD(m.parameters(), 1e-2)
     was = [p.clone() for p in m.backbone.neck.parameters()]
     losses = m.train()([torch.rand(3, 96, 112, generator=seeded(i)) for i in range(2)], target(2))

@@ -247,7 +247,7 @@ def mean_std(
     get = r.get if isinstance(r, dict) else lambda k: getattr(r, k, None)
     return list(get('mean') or IMAGENET_MEAN),list(get('std') or IMAGENET_STD)
 
-# %% ../../nbs/detectors/30_detector.ipynb #3f661700
+# %% ../../nbs/detectors/30_detector.ipynb #01af8962
 def prepare_backbone(
     backbone=None, # None: the default; a name; a `Backbone`; any module that returns maps
     default:str='resnet50',
@@ -260,6 +260,7 @@ def prepare_backbone(
         f'pretrained_backbone={pretrained!r}: load its weights when you create it, or give its name')
     bb = create_backbone(default if backbone is None else backbone, **dict(pretrained=pretrained) if pretrained else {})
     if neck_config.get('extra') and len(bb.strides)==1: neck_config['extra'] = None # one map stays one map
+    if neck_config.get('norm', 0) is None: del neck_config['norm'] # the neck's own default
     return attach_neck(bb, neck, **neck_config if isinstance(neck, str) else {})
 
 # %% ../../nbs/detectors/30_detector.ipynb #e0833b64

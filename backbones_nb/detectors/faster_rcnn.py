@@ -201,13 +201,13 @@ def rcnn_parts(
                 box_roi_pool=roi_pool([backbone.strides[i] for i in roi], map(str, roi), anchor_scale, sampling_ratio),
                 box_head=TwoMLPHead(c*7**2, head_channels), box_predictor=FloatPredictor(head_channels, num_classes))
 
-# %% ../../nbs/detectors/31_faster_rcnn.ipynb #86dc37ff
+# %% ../../nbs/detectors/31_faster_rcnn.ipynb #1ac8cb9e
 def model(
     num_classes:int, # background counted, as in len(class_map)
     backbone=None, # None: resnet50; a name; a `Backbone`; any module that returns maps
     neck='auto', # 'auto', 'fpn', None, a `Neck`, or a callable (in_channels, in_strides) -> Neck
     neck_channels:int=256,
-    neck_norm=None, # 'bn' or 'gn': normalisation in the neck, a help when training from scratch
+    neck_norm=None, # 'bn' or 'gn': normalisation in the neck, a help when training from scratch; None: as the neck has it
     head_channels:int=1024, # width of the box head's two layers
     img_size=None, # None: images as they are; int: longer side, px; (height, width): box to fit into, px
     pretrained_backbone=False, # weights of a backbone given by name

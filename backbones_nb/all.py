@@ -45,7 +45,7 @@ class Names:
 
     def __repr__(self): return f'backbones: {len(list_backbones())} names, and the folders {", ".join(self.__dict__)}'
 
-# %% ../nbs/cli/61_all.ipynb #9f80c893
+# %% ../nbs/cli/61_all.ipynb #a953941b
 backbones = Names(
     resnet_fpn=resnet_fpn,
     resnet=_last('resnet18','resnet34','resnet50','resnet101','resnet152','resnext101_32x8d'),
@@ -53,5 +53,5 @@ backbones = Names(
     vgg=_last('vgg11','vgg13','vgg16','vgg19'))
 
 _all_ = ['attach_neck','backbones','ClassMap','COCOMetric','coco_eval','coco_table','create_backbone','default_augment',
-         'detection_dls','detection_learner','faster_rcnn','list_backbones','mean_box_detector','NoValidation','pets_splits',
-         'Record','register','summary','toy_pets','untar_pets']
+         'detection_dls','detection_learner','faster_rcnn','list_backbones','mean_box_detector','NoValidation',
+         'pets_splits','Record','register','summary','toy_pets','untar_pets']

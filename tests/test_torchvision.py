@@ -273,6 +273,11 @@ def test_a_record_beside_weights():
     with pytest.raises(ValueError, match="got a record as pretrained and weights='DEFAULT' for resnet18: give one of the two"):
         create_backbone('resnet18', pretrained=T.weights_record(v1), weights='DEFAULT')
 
+@pytest.mark.parametrize('name', ['resnet50','resnet50_fpn'])
+def test_a_record_of_another_net(name):
+    with pytest.raises(ValueError, match='got a record of weights for resnet18, expected one for resnet50: weight_records'):
+        create_backbone(name, pretrained=T.weights_record(v1))
+
 def test_the_default_is_torchvisions():
     assert all(T.pick_enum(o, True)==T.pick_enum(o, 'DEFAULT')==models.get_model_weights(o).DEFAULT and T.pick_enum(o, False, None) is None for o in T.ports)
 
@@ -308,7 +313,7 @@ def test_batch_norm_freezes_with_published_weights_only(published):
 def test_no_network(published):
     p = published()
     p.file.unlink()
-    with pytest.raises(RuntimeError, match="could not get the weights 'IMAGENET1K_V1' of resnet18 from file:.*check the network, or put that file at .*pretrained=False") as e:
+    with pytest.raises(RuntimeError, match="could not get the weights 'IMAGENET1K_V1' of resnet18 from file:.*check the path, or put that file at .*pretrained=False") as e:
         create_backbone('resnet18', pretrained=True)
     assert '\n' not in str(e.value)
 

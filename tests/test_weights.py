@@ -155,7 +155,7 @@ def test_two_files_of_one_name(record, net, cache, tmp_path):
 
 def test_no_such_file_and_no_network(record, cache, server):
     for url in (f'{server.url}/nothing.pth', 'http://127.0.0.1:9/w.pth', 'file:///nowhere/w.pth'):
-        with pytest.raises(RuntimeError, match=f'from {url} .*check the network, or put that file at {cache}/.*pth, or build with pretrained=False') as e:
+        with pytest.raises(RuntimeError, match=f'from {url} .*check the {"path" if url[0]=="f" else "network"}, or put that file at {cache}/.*pth, or build with pretrained=False') as e:
             create_backbone('mini', pretrained=replace(record, url=url))
         assert one_sentence(e) and not list(cache.iterdir())
 
@@ -283,7 +283,8 @@ def test_exact_conversion(rows, record, net, cache):
 
 # --- records
 
-@pytest.mark.parametrize('kw,message', [(dict(url='a', hub_id='b'), 'got a url and a hub_id'), (dict(url='a', sha256='123'), "got sha256='123'"), (dict(url='a', sha256='ABCDEF01'), 'lower case')])
+@pytest.mark.parametrize('kw,message', [(dict(url='a', hub_id='b'), 'got a url and a hub_id'), (dict(url='a', sha256='123'), "got sha256='123'"), (dict(url='a', sha256='ABCDEF01'), 'lower case'),
+    (dict(url='/home/w.pth'), "got url='/home/w.pth' .*as_uri")])
 def test_records_that_are_wrong(kw, message):
     with pytest.raises(ValueError, match=message): mini('a', **kw)
 
@@ -578,3 +579,7 @@ def test_damaged_on_the_hub(net, hf):
     net.save_pretrained(hf.folder/'us'/'damaged')
     (hf.folder/'us'/'damaged'/'etag').write_text('0'*64)
     with pytest.raises(RuntimeError, match='model.safetensors has the hash .*, but the hub states 00000000'): from_pretrained('us/damaged')
+
+@pytest.mark.parametrize('name', ['vovnet39','resnet18','timm/resnet18','resnet18_fpn'])
+def test_an_empty_tag_is_not_random_weights(name):
+    with pytest.raises(ValueError, match="got pretrained='' for .*expected True, False, the tag"): create_backbone(name, pretrained='')

@@ -55,7 +55,7 @@ def weights_record(
         drop=(r'^(fc|classifier)\.',),
         convert=without_end if name.startswith(('mobilenet','efficientnet')) else None)
 
-# %% ../../nbs/backbones/15_torchvision.ipynb #99f328b8
+# %% ../../nbs/backbones/15_torchvision.ipynb #21239002
 def pick_enum(
     name:str, # torchvision's name of the model
     *wanted, # each False or None (not asked for), True, a tag such as 'IMAGENET1K_V1', or a member of the enum
@@ -77,6 +77,8 @@ def pick_enum(
 def _record(name, pretrained, weights):
     "The record of the weights that are meant, or None."
     if isinstance(pretrained, WeightRecord):
+        if pretrained.name!=name: raise ValueError(f'got a record of weights for {pretrained.name}, expected one for '
+            f'{name}: weight_records({name!r}) gives those there are')
         if weights is None: return pretrained
         raise ValueError(f'got a record as pretrained and weights={weights!r} for {name}: give one of the two')
     picked = pick_enum(name, pretrained, weights)

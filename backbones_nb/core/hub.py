@@ -250,12 +250,13 @@ def forget_card(
     except (ValueError, KeyError, TypeError, AttributeError): return # not ours
     if made.split()==readme.read_text(encoding='utf-8').split(): readme.unlink()
 
-# %% ../../nbs/core/09_hub.ipynb #1abfc231
+# %% ../../nbs/core/09_hub.ipynb #758eb382
 _hub_errors = HfHubHTTPError,HFValidationError,LocalEntryNotFoundError,FileNotFoundError,json.JSONDecodeError
 
 def _lost(source, e):
-    why = ' '.join(str(e).split())[:200].rstrip('. :')
-    return RuntimeError(f"could not load {str(source)!r} ({type(e).__name__}: {why}): expected a folder that "
+    why = f"{type(e).__name__}: {' '.join(str(e).split())[:200].rstrip('. :')}"
+    if isinstance(e, HFValidationError): why = 'neither a folder nor the name of a repository'
+    return RuntimeError(f"could not load {str(source)!r} ({why}): expected a folder that "
         "save_pretrained wrote, or 'user/name' of a repository on the hub, and a network or its files in the cache")
 
 class HubMixin(PyTorchModelHubMixin):

@@ -83,8 +83,10 @@ def _full(entry, overrides):
     config = defaults | _stack(entry, overrides)
     return {k:v for k,v in config.items() if k not in (*apart, *getattr(entry.build, 'apart', ()))}
 
-# %% ../../nbs/core/03_registry.ipynb #16a4c1f0
+# %% ../../nbs/core/03_registry.ipynb #a53c40be
 def _create(entry, pretrained, strides, overrides):
+    if pretrained=='': raise ValueError(f"got pretrained='' for {entry.name}, expected True, False, the tag of published "
+        'weights or a WeightRecord: random weights want pretrained=False')
     out_indices,own = overrides.pop('out_indices', None),'pretrained' in inspect.signature(entry.build).parameters
     if pretrained and not own:
         model = import_module('backbones_nb.core.weights').build_pretrained(entry, pretrained, overrides)

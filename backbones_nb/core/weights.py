@@ -32,7 +32,7 @@ from . import registry
 from .hub import said
 from .registry import did_you_mean
 
-# %% ../../nbs/core/04_weights.ipynb #56377161
+# %% ../../nbs/core/04_weights.ipynb #45814678
 @dataclass(frozen=True)
 class WeightRecord:
     "What is known of a file of weights, and how it fits a net of ours; what is unknown is None."
@@ -62,6 +62,9 @@ class WeightRecord:
         if self.sha256 is not None and not re.fullmatch('[0-9a-f]{8,64}', self.sha256): raise ValueError(
             f'got sha256={self.sha256!r} for the weights {self.tag!r} of {self.name}, expected 8 to 64 hex digits in '
             'lower case, or None where the publisher states no hash')
+        if self.url and not re.match('(https?|file):', self.url): raise ValueError(f'got url={self.url!r} for the '
+            f'weights {self.tag!r} of {self.name}, expected one that begins with https:, http: or file:, such as '
+            'Path(...).resolve().as_uri()')
 
 # %% ../../nbs/core/04_weights.ipynb #ab45028c
 @patch(as_prop=True)
@@ -78,13 +81,14 @@ def top1(self:WeightRecord): # percent, or None
 
 def _says(config): return ', '.join(f'{k}={v!r}' for k,v in config.items())
 
-# %% ../../nbs/core/04_weights.ipynb #e2a6016b
+# %% ../../nbs/core/04_weights.ipynb #1fac0656
 def _digest(path):
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 def _failed(record, why, put):
+    look = 'the path' if (record.url or '').startswith('file:') else 'the network'
     return RuntimeError(f'could not get the weights {record.tag!r} of {record.name} from {record.source} ({why}): '
-        f'check the network, or {put}, or build with pretrained=False')
+        f'check {look}, or {put}, or build with pretrained=False')
 
 def weights_path(
     record, # a `WeightRecord` with a url

@@ -46,7 +46,7 @@ class Fusion(nn.Module):
 
     def extra_repr(self): return self.kind
 
-# %% ../../nbs/necks/22_bifpn.ipynb #830ebb5b
+# %% ../../nbs/necks/22_bifpn.ipynb #8110abd5
 class Resample(nn.Module):
     "Brings a map to the size of its neighbouring level: nearest neighbour towards the finer, max-pool to the coarser."
     def __init__(self,
@@ -61,7 +61,7 @@ class Resample(nn.Module):
         if self.up: return F.interpolate(m, size=size, mode='nearest')
         r,pad = self.ratio,self.ratio//2
         if self.same:
-            py,px = [(-n)%r+1 for n in m.shape[-2:]]
+            py,px = [(n+r-1)//r*r - n + 1 for n in m.shape[-2:]]
             m,pad = F.pad(m, (px//2, px-px//2, py//2, py-py//2), value=float('-inf')),0
         return F.max_pool2d(m, r+1, r, pad)[..., :size[0], :size[1]] # the cut serves nets that round sizes down
 

@@ -1,6 +1,6 @@
 """Times backbones of ours against timm's same nets, forward and training step, alternating in one run.
 
-    python tests/bench_backbones.py [PATTERN] [--size 224] [--batch 1] [--repeats 15] [--threads 1] [--device cpu] [--clock wall|cpu] [--target 0.97]
+    python tests/bench_backbones.py [PATTERN ...] [--size 224] [--batch 1] [--repeats 15] [--threads 1] [--device cpu] [--clock wall|cpu] [--target 0.97]
 
 Prints the medians and the ratio of speeds (timm's time / ours); exits with 1 where a ratio is below the target.
 The ratio is the median over pairs of neighbouring runs, so that a slow drift of the machine falls out of it.
@@ -65,15 +65,15 @@ def compare(
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('pattern', nargs='?', default='vovnet39', help=f"one of {', '.join(rows)}, or a shell pattern")
+    p.add_argument('patterns', nargs='*', metavar='PATTERN', default=['vovnet39'], help=f"one of {', '.join(rows)}, or a shell pattern")
     for k,v in dict(size=224, batch=1, repeats=15, threads=1).items(): p.add_argument(f'--{k}', type=int, default=v)
     p.add_argument('--device', default='cpu')
     p.add_argument('--clock', choices=('wall','cpu'), default='wall')
     p.add_argument('--target', type=float, default=.97)
     a = p.parse_args()
-    names = [n for n in rows if fnmatch(n, a.pattern)]
+    names = [n for n in rows if any(fnmatch(n, o) for o in a.patterns)]
     if a.clock=='cpu' and a.device!='cpu': p.error(f'got --clock cpu with --device {a.device}, expected --clock wall: processor time does not see the device')
-    if not names: p.error(f"no row matches {a.pattern!r}, expected one of {', '.join(rows)} or a pattern of these")
+    if not names: p.error(f"no row matches {' '.join(a.patterns)!r}, expected one of {', '.join(rows)} or a pattern of these")
     torch.set_num_threads(a.threads)
     x,slow = torch.randn(a.batch, 3, a.size, a.size, device=a.device),[]
     print(f'torch {torch.__version__}, timm {timm.__version__}, {a.device}, {a.threads} threads, batch {a.batch}, {a.size} px, '

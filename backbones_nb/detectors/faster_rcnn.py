@@ -6,7 +6,7 @@ Docs: https://backbones-nb.github.io/backbones-nb/detectors/faster_rcnn.html.md"
 
 # %% auto #0
 __all__ = ['Resize', 'anchor_sizes', 'Levels', 'roi_pool', 'FloatRPNHead', 'FloatPredictor', 'Encoded', 'FasterRCNN',
-           'pick_levels', 'roi_levels', 'rcnn_parts', 'model']
+           'pick_levels', 'roi_levels', 'check_names', 'rcnn_parts', 'model']
 
 # %% ../../nbs/detectors/31_faster_rcnn.ipynb #bf726fc6
 import inspect
@@ -68,7 +68,7 @@ def anchor_sizes(
     if len(strides)==1: return (tuple(anchor_scale*s for s in (4,8,16,32,64)),)
     return tuple((anchor_scale*s,) for s in strides)
 
-# %% ../../nbs/detectors/31_faster_rcnn.ipynb #33e85ec4
+# %% ../../nbs/detectors/31_faster_rcnn.ipynb #3fec0750
 class Levels(LevelMapper):
     "The FPN paper's equation 1 over the strides there are; a power of two may be missing, unlike in torchvision's."
     def __init__(self,
@@ -87,10 +87,11 @@ def roi_pool(
     strides, # of the maps to pool from, ascending
     names, # of these maps, in the dict that the pooling is given
     anchor_scale=8, # see `Levels`
-    sampling_ratio:int=2, # points a side in each of the 7x7 bins
+    sampling_ratio:int=2, # points a side in each bin
+    size:int=7, # bins a side
 ) -> MultiScaleRoIAlign:
     "Returns torchvision's multi-scale RoIAlign; scales and levels follow from the strides, not from the first image."
-    pool = MultiScaleRoIAlign(list(names), 7, sampling_ratio, canonical_scale=28*anchor_scale)
+    pool = MultiScaleRoIAlign(list(names), size, sampling_ratio, canonical_scale=28*anchor_scale)
     pool.scales,pool.map_levels = [1/s for s in strides],Levels(strides, anchor_scale)
     return pool
 
@@ -168,13 +169,18 @@ def roi_levels(
     real = getattr(neck, 'in_strides', None) or [s for s in backbone.strides if s<=32]
     return [i for i in levels if backbone.strides[i] in real] or list(levels)[:1]
 
-# %% ../../nbs/detectors/31_faster_rcnn.ipynb #1fb58982
+# %% ../../nbs/detectors/31_faster_rcnn.ipynb #565c7359
 _own = {'self','backbone','num_classes','kwargs'}
 _takes = [k for k in inspect.signature(TorchvisionFasterRCNN.__init__).parameters if k not in _own] + ['size_divisible']
 
-def _check_names(kwargs):
+def check_names(kwargs,
+    who='faster_rcnn.model', # the caller, for the message
+    more=(), # names that it takes itself
+):
+    "Raises TypeError for names that neither the caller nor torchvision's constructor takes."
+    takes = [*_takes,*more]
     for k in kwargs:
-        if k not in _takes: raise TypeError(f'faster_rcnn.model takes no argument {k!r}.{did_you_mean(k, _takes)}')
+        if k not in takes: raise TypeError(f'{who} takes no argument {k!r}.{did_you_mean(k, takes)}')
 
 def _stub(channels):
     "In place of a backbone: torchvision's constructor asks it for its width only."
@@ -201,7 +207,7 @@ def rcnn_parts(
                 box_roi_pool=roi_pool([backbone.strides[i] for i in roi], map(str, roi), anchor_scale, sampling_ratio),
                 box_head=TwoMLPHead(c*7**2, head_channels), box_predictor=FloatPredictor(head_channels, num_classes))
 
-# %% ../../nbs/detectors/31_faster_rcnn.ipynb #1ac8cb9e
+# %% ../../nbs/detectors/31_faster_rcnn.ipynb #46ef18a0
 def model(
     num_classes:int, # background counted, as in len(class_map)
     backbone=None, # None: resnet50; a name; a `Backbone`; any module that returns maps
@@ -218,7 +224,7 @@ def model(
     **kwargs, # torchvision's: box_detections_per_img, rpn_post_nms_top_n_train, min_size, max_size, ...
 ) -> FasterRCNN: # in training mode
     "Returns Faster R-CNN on any backbone; raises one-sentence errors where the parts do not fit."
-    _check_names(kwargs)
+    check_names(kwargs)
     bb = prepare_backbone(backbone, 'resnet50', neck, pretrained_backbone, channels=neck_channels, norm=neck_norm,
                           extra='pool')
     levels = pick_levels(bb)

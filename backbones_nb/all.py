@@ -6,8 +6,8 @@ Docs: https://backbones-nb.github.io/backbones-nb/cli/all.html.md"""
 
 # %% auto #0
 __all__ = ['backbones', 'Names', 'attach_neck', 'ClassMap', 'COCOMetric', 'coco_eval', 'coco_table', 'create_backbone',
-           'default_augment', 'detection_dls', 'detection_learner', 'faster_rcnn', 'list_backbones',
-           'mean_box_detector', 'NoValidation', 'pets_splits', 'Record', 'register', 'summary', 'toy_pets',
+           'default_augment', 'detection_dls', 'detection_learner', 'efficientdet', 'faster_rcnn', 'list_backbones',
+           'mask_rcnn', 'mean_box_detector', 'NoValidation', 'pets_splits', 'Record', 'register', 'summary', 'toy_pets',
            'untar_pets']
 
 # %% ../nbs/cli/61_all.ipynb #3f759eef
@@ -20,7 +20,7 @@ from .data.batches import default_augment, detection_dls
 from .data.pets import pets_splits, untar_pets
 from .data.records import ClassMap, Record
 from .data.toy import toy_pets
-from .detectors import faster_rcnn
+from .detectors import efficientdet, faster_rcnn, mask_rcnn
 from .learners.detection import NoValidation, detection_learner
 from .learners.metrics import COCOMetric, coco_eval, coco_table, mean_box_detector
 from .necks import resnet_fpn
@@ -53,5 +53,5 @@ backbones = Names(
     vgg=_last('vgg11','vgg13','vgg16','vgg19'))
 
 _all_ = ['attach_neck','backbones','ClassMap','COCOMetric','coco_eval','coco_table','create_backbone','default_augment',
-         'detection_dls','detection_learner','faster_rcnn','list_backbones','mean_box_detector','NoValidation',
-         'pets_splits','Record','register','summary','toy_pets','untar_pets']
+         'detection_dls','detection_learner','efficientdet','faster_rcnn','list_backbones','mask_rcnn',
+         'mean_box_detector','NoValidation','pets_splits','Record','register','summary','toy_pets','untar_pets']

@@ -73,5 +73,5 @@ def test_names():
 def test_star_import():
     code = "from backbones_nb.all import *; print(*sorted(o for o in dir() if not o.startswith('_')))"
     got = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout.split()
-    assert {'backbones','create_backbone','faster_rcnn','detection_learner','COCOMetric'}<=set(got)
+    assert {'backbones','create_backbone','faster_rcnn','mask_rcnn','efficientdet','detection_learner','COCOMetric'}<=set(got)
     assert not set(got) & {'np','torch','nn','partial','SimpleNamespace'}

@@ -335,7 +335,7 @@ def test_weights_cannot_run_code(published, capsys):
     assert 'ran' not in capsys.readouterr().out.split()
 
 @pytest.mark.parametrize('pretrained,text', [('IMAGENET1K_V7', "resnet18 has no weights 'IMAGENET1K_V7': give True or one of IMAGENET1K_V1"),
-    ('ResNet34_Weights.IMAGENET1K_V1', "has no weights 'ResNet34_Weights.IMAGENET1K_V1'"), ('', "has no weights ''"),
+    ('ResNet34_Weights.IMAGENET1K_V1', "has no weights 'ResNet34_Weights.IMAGENET1K_V1'"), ('', "got pretrained='' for resnet18, expected True, False, the tag"),
     ('coco', "has no weights 'coco': give True or one of IMAGENET1K_V1"), (3, 'has no weights 3'),
     (models.ResNet50_Weights.IMAGENET1K_V2, 'has no weights ResNet50_Weights.IMAGENET1K_V2')])
 def test_unknown_weights(pretrained, text):

@@ -8,8 +8,9 @@ Docs: https://backbones-nb.github.io/backbones-nb/cli/cli.html.md"""
 __all__ = ['detectors', 'lean', 'machine', 'open_data', 'get_detector', 'free_run', 'evaluate_run', 'save_picture', 'finetune',
            'load_run', 'predict', 'parser', 'main']
 
-# %% ../../nbs/cli/60_cli.ipynb #60b3d3c2
+# %% ../../nbs/cli/60_cli.ipynb #f3ae60f3
 import argparse
+import inspect
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ import warnings
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 # %% ../../nbs/cli/60_cli.ipynb #59e4001d
 def machine(
@@ -114,7 +116,7 @@ def _save_results(learn, out, train, valid, png, **facts):
     return dict(metrics=res, mean_box=base, train_images=len(train), valid_images=len(valid),
                 parameters=sum(p.numel() for p in learn.model.parameters()), **facts)
 
-# %% ../../nbs/cli/60_cli.ipynb #b3c5cf6c
+# %% ../../nbs/cli/60_cli.ipynb #ad897a07
 def _train(learn, epochs, lr, pretrained, bf16, validate):
     "Trains with history.csv as its record; returns the seconds it took."
     from fastai.callback.progress import CSVLogger
@@ -130,14 +132,39 @@ def _open_run(out, config, train, valid, **facts):
     out.mkdir(parents=True, exist_ok=True)
     _write(out/'config.json', config | facts)
     for k,rs in (('train',train), ('valid',valid)): (out/f'{k}.txt').write_text('\n'.join(r.image_id for r in rs) + '\n')
+    print(f"{len(train)} images to learn from, {len(valid)} to measure on; {facts['skipped']}", flush=True)
 
-# %% ../../nbs/cli/60_cli.ipynb #d6afa6d1
+def _report(res, out):
+    "Prints COCO's table, the mean-box detector's row in it, and the times."
+    from backbones_nb.learners.metrics import coco_table
+    c = res['config']
+    print(coco_table({f"{c['detector']}, {c['backbone']}": res['metrics'], 'mean box, most frequent class': res['mean_box']}))
+    print(f"{res['train_seconds']:.0f} s of training, {res['seconds']:.0f} s in all; results in {out}/")
+
+# %% ../../nbs/cli/60_cli.ipynb #d0a67728
+def _prepare(c, out):
+    "Of a configuration the learner, its records, and what was skipped and where it runs; the order of the steps is the seed's."
+    from fastai.torch_core import set_seed
+    from backbones_nb.core.registry import create_backbone
+    from backbones_nb.data.batches import default_augment, detection_dls
+    from backbones_nb.learners.detection import detection_learner
+    build = get_detector(c.detector)
+    set_seed(c.seed)
+    body = create_backbone(c.backbone, c.pretrained, **(c.backbone_args or {}))
+    train,valid,class_map,report = open_data(c.data, c.boxes, c.classes, c.valid_pct, c.seed, c.toy_images)
+    model = build(num_classes=len(class_map), backbone=body, **(c.model_args or {}))
+    dls = detection_dls(train, valid, class_map, size=c.size, bs=c.bs, num_workers=c.workers, seed=c.seed, cache=c.cache,
+        path=out, augment=default_augment(c.size, scale=tuple(c.zoom), color=c.color) if c.augment else None)
+    learn = detection_learner(dls, model, lr=c.lr, wd=c.wd, loss_weights=c.loss_weights)
+    return learn,train,valid,dict(skipped=str(report), machine=machine(dls.device))
+
+# %% ../../nbs/cli/60_cli.ipynb #833b64f6
 def finetune(
     data='toy', # see `open_data`
     out='runs/finetune', # the run's folder
     detector:str='faster_rcnn',
     backbone='vovnet39', # a name that `create_backbone` knows
-    pretrained=False, # published weights for the backbone
+    pretrained=False, # published weights for the backbone: True, or their tag
     backbone_args:dict=None, # overrides of its configuration, for `create_backbone`
     size:int=256, # side of the images in a batch, pixels
     epochs:int=20,
@@ -162,29 +189,14 @@ def finetune(
     force:bool=False, # write over an older run
 ) -> dict: # what metrics.json holds
     "Trains a detector, evaluates it on images that training never saw, leaves everything in `out`; returns the results."
-    config,start = dict(locals()),time.time()
-    from fastai.torch_core import set_seed
-    from backbones_nb.core.registry import create_backbone
-    from backbones_nb.data.batches import default_augment, detection_dls
-    from backbones_nb.learners.detection import detection_learner
-    from backbones_nb.learners.metrics import coco_table
-    build,out = get_detector(detector),free_run(out, force)
-    set_seed(seed)
-    body = create_backbone(backbone, pretrained, **(backbone_args or {}))
-    train,valid,class_map,report = open_data(data, boxes, classes, valid_pct, seed, toy_images)
-    model = build(num_classes=len(class_map), backbone=body, **(model_args or {}))
-    dls = detection_dls(train, valid, class_map, size=size, bs=bs, num_workers=workers, seed=seed, cache=cache, path=out,
-        augment=default_augment(size, scale=tuple(zoom), color=color) if augment else None)
-    learn = detection_learner(dls, model, lr=lr, wd=wd, loss_weights=loss_weights)
-    facts = dict(skipped=str(report), machine=machine(dls.device))
-    _open_run(out, config, train, valid, classes_by_id=list(class_map), **facts)
-    print(f'{len(train)} images to learn from, {len(valid)} to measure on; {report}', flush=True)
+    config,start,out = dict(locals()),time.time(),free_run(out, force)
+    learn,train,valid,facts = _prepare(SimpleNamespace(**config), out)
+    _open_run(out, config, train, valid, classes_by_id=list(learn.dls.class_map), **facts)
     seconds = _train(learn, epochs, lr, pretrained, bf16, validate)
-    res = _save_results(learn, out, train, valid, png, steps=epochs*len(dls.train), train_seconds=round(seconds, 1), **facts)
+    res = _save_results(learn, out, train, valid, png, steps=epochs*len(learn.dls.train), train_seconds=round(seconds, 1), **facts)
     res |= dict(seconds=round(time.time()-start, 1), config=config)
     _write(out/'metrics.json', res)
-    print(coco_table({f'{detector}, {backbone}': res['metrics'], 'mean box, most frequent class': res['mean_box']}))
-    print(f"{seconds:.0f} s of training, {res['seconds']:.0f} s in all; results in {out}/")
+    _report(res, out)
     return res
 
 # %% ../../nbs/cli/60_cli.ipynb #55500db0
@@ -236,7 +248,7 @@ def predict(
     if bad: raise FileNotFoundError('; '.join(bad))
     return res
 
-# %% ../../nbs/cli/60_cli.ipynb #9d682d9d
+# %% ../../nbs/cli/60_cli.ipynb #a1c94661
 def _pairs(option, xs):
     "Turns ['a=1', 'b=x'] into a dict with numbers where they are numbers."
     res = {}
@@ -247,39 +259,49 @@ def _pairs(option, xs):
         except ValueError: res[k] = v
     return res
 
-def _finetune_options(sub):
-    f = sub.add_parser('finetune', help='train a detector and evaluate it', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description='Trains a detector, evaluates it with COCO mAP on images that training never saw, and leaves configuration, '
-        'lists, history, metrics, a picture and the exported learner in one folder.')
-    a = f.add_argument
-    a('--data', default='toy', metavar='toy|pets|PATH', help='toy pets drawn by code, Oxford-IIIT Pets (downloaded), or a folder in its layout')
-    a('--detector', default='faster_rcnn', choices=detectors, help='family of the detector')
-    a('--backbone', default='vovnet39', metavar='NAME', help="see 'backbones-nb list'")
-    a('--pretrained', action='store_true', help='start from published weights of the backbone')
-    a('--size', type=int, default=256, help='side of the images in a batch, pixels')
-    a('--epochs', type=int, default=20, help='passes over the training images')
-    a('--bs', type=int, default=8, help='images a batch')
-    a('--lr', type=float, default=1e-3, help='peak learning rate')
-    a('--wd', type=float, default=0.01, help='weight decay')
-    a('--boxes', default='body', choices=('body','head'), help='what to find')
-    a('--classes', default='species', choices=('species','breed'), help='what to call it')
-    a('--valid-pct', type=float, default=0.2, help='share of the images held out, for head boxes')
-    a('--toy-images', type=int, default=800, help='how many toy pets to draw')
-    a('--seed', type=int, default=42, help='of split, weights, order and augmentation')
-    a('--workers', type=int, default=0, help='processes that load images')
+# %% ../../nbs/cli/60_cli.ipynb #4cecbdb2
+def _data_options(a):
+    a('--data', metavar='toy|pets|PATH', help='toy pets drawn by code, Oxford-IIIT Pets (downloaded), or a folder in its layout')
+    a('--boxes', choices=('body','head'), help='what to find')
+    a('--classes', choices=('species','breed'), help='what to call it')
+    a('--valid-pct', type=float, help='share of the images held out, for head boxes')
+    a('--toy-images', type=int, help='how many toy pets to draw')
+    a('--size', type=int, help='side of the images in a batch, pixels')
+    a('--bs', type=int, help='images a batch')
+    a('--workers', type=int, help='processes that load images')
     a('--cache', action='store_true', help='keep decoded images in memory')
-    a('--bf16', action='store_true', help='bfloat16 mixed precision')
     a('--no-augment', dest='augment', action='store_false', help='train on the images as they are')
-    a('--zoom', nargs=2, type=float, default=(0.7,1.4), metavar=('LOW','HIGH'), help='zoom of training images; 1 1 in short runs')
-    a('--color', type=float, default=0.25, help='strength of the change of brightness, contrast and saturation in training images')
+    a('--zoom', nargs=2, type=float, metavar=('LOW','HIGH'), help='zoom of training images; 1 1 in short runs')
+    a('--color', type=float, help='strength of the change of brightness, contrast and saturation in training images')
+
+# %% ../../nbs/cli/60_cli.ipynb #7c758be1
+def _training_options(a):
+    a('--detector', choices=detectors, help='family of the detector')
+    a('--backbone', metavar='NAME', help="see 'backbones-nb list'")
+    a('--pretrained', nargs='?', const=True, metavar='TAG', help='start from published weights of the backbone: the best with a stated licence, or those with this tag')
+    a('--epochs', type=int, help='passes over the training images')
+    a('--lr', type=float, help='peak learning rate')
+    a('--wd', type=float, help='weight decay')
+    a('--seed', type=int, help='of split, weights, order and augmentation')
+    a('--bf16', action='store_true', help='bfloat16 mixed precision')
     a('--loss-weights', nargs='+', metavar='NAME=VALUE', help='factors of the losses, such as loss_classifier=2')
     a('--no-validate', dest='validate', action='store_false', help='measure after training only, not after each epoch')
     a('--lean', action='store_true', help='narrow neck and heads, few samples: for small images on a CPU')
     a('--set', nargs='+', metavar='NAME=VALUE', help="more arguments of the detector, such as anchor_scale=4")
     a('--backbone-set', nargs='+', metavar='NAME=VALUE', help="more arguments of the backbone, such as ese=false 'mids=[32,40,48,56]'")
-    a('--out', default='runs/finetune', metavar='DIR', help='folder of the run')
-    a('--png', default='predictions.png', metavar='NAME', help='name of the picture')
+    a('--out', metavar='DIR', help='folder of the run')
+    a('--png', metavar='NAME', help='name of the picture')
     a('--force', action='store_true', help='write over an older run in the same folder')
+
+# %% ../../nbs/cli/60_cli.ipynb #317b1a52
+def _finetune_options(sub):
+    f = sub.add_parser('finetune', help='train a detector and evaluate it', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description='Trains a detector, evaluates it with COCO mAP on images that training never saw, and leaves configuration, '
+        'lists, history, metrics, a picture and the exported learner in one folder.')
+    _data_options(f.add_argument)
+    _training_options(f.add_argument)
+    made_here = 'model_args','backbone_args' # of --set, --lean and --backbone-set
+    f.set_defaults(**{k:p.default for k,p in inspect.signature(finetune).parameters.items() if k not in made_here})
 
 # %% ../../nbs/cli/60_cli.ipynb #9c2afdff
 def _parity_options(sub):
@@ -309,7 +331,7 @@ def parser() -> argparse.ArgumentParser:
     _parity_options(sub)
     return p
 
-# %% ../../nbs/cli/60_cli.ipynb #9b37ec59
+# %% ../../nbs/cli/60_cli.ipynb #b4f4a43c
 def _list(pattern):
     from backbones_nb.core.registry import list_backbones
     names = list_backbones(pattern)
@@ -335,6 +357,7 @@ def _run(a):
     body,weights = _pairs('--backbone-set', kw.pop('backbone_set')),_pairs('--loss-weights', kw.pop('loss_weights'))
     finetune(**{k:v for k,v in kw.items() if k!='command'}, model_args=args, backbone_args=body, loss_weights=weights)
 
+# %% ../../nbs/cli/60_cli.ipynb #7b72e7bc
 def main(
     argv=None, # None: the command line's
 ) -> int: # exit code

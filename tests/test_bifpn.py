@@ -14,6 +14,8 @@ from effdet.config.fpn_config import bifpn_config
 from effdet.efficientdet import BiFpn
 from torch import nn
 
+from common import close, noise
+
 from backbones_nb.core.features import Backbone, check_contract, feature_row
 from backbones_nb.core.inspect import count_macs, count_params
 from backbones_nb.core.layers import ConvNormAct
@@ -32,14 +34,9 @@ class Tiny(Backbone):
 
 ins,strides = (40,112,320),(8,16,32) # EfficientNet-B0's and B1's maps
 def seeded(i=0): return torch.Generator().manual_seed(i)
-def noise(h=64, w=None, n=1): return torch.randn(n, 3, h, w or h, generator=seeded(1))
 def maps_for(size, channels=ins, n=1, at=strides):
     h,w = (size,size) if isinstance(size, int) else size
     return [torch.randn(n, c, -(-h//s), -(-w//s), generator=seeded(s)) for c,s in zip(channels, at)]
-def close(a, b, tol=0.):
-    a,b = list(a),list(b)
-    assert [o.shape for o in a]==[o.shape for o in b]
-    assert max(rel_error(p, q) for p,q in zip(a, b))<=tol
 
 # --- parity with effdet's
 

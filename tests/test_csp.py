@@ -10,8 +10,9 @@ from timm.models.cspnet import CrossStage, CrossStage3, DarkBlock
 from torch import nn
 from torch.nn import functional as F
 
+from common import out
+
 from backbones_nb.backbones.csp import CSPStage, OneConv, TwoConvs, convert_split, swap_order
-from backbones_nb.backbones.darknet import DarknetBlock
 from backbones_nb.core.layers import ConvNormAct, init_cnn
 from backbones_nb.core.parity import map_weights, randomise_, rel_error
 
@@ -22,8 +23,6 @@ def noise(c=32, h=13, w=10, n=2, seed=1): return torch.randn(n, c, h, w, generat
 def make(*args, **kw):
     args = args or (32,64,2)
     return randomise_(CSPStage(*args, **kw), x=noise(args[0])).eval()
-def out(m, x):
-    with torch.no_grad(): return m(x)
 def same(a, b): # keys in order, tensors bit by bit
     a,b = [o.state_dict() if isinstance(o, nn.Module) else o for o in (a, b)]
     return list(a)==list(b) and all(torch.equal(a[k], b[k]) and a[k].dtype==b[k].dtype for k in a)

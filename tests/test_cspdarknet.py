@@ -1,6 +1,4 @@
 import copy
-import io
-import pickle
 import shutil
 from collections import Counter
 from functools import partial
@@ -12,11 +10,13 @@ from timm.models.cspnet import CspStagesCfg
 from torch import nn
 from torch.nn import functional as F
 
+from common import close, copies, noise, out
+
 from backbones_nb.backbones import cspdarknet as C
 from backbones_nb.backbones.csp import CSPStage, convert_split, swap_order
 from backbones_nb.backbones.darknet import DarknetClassifier
 from backbones_nb.core.features import check_contract
-from backbones_nb.core.parity import assert_parity, map_weights, randomise_, rel_error
+from backbones_nb.core.parity import assert_parity, map_weights, randomise_
 from backbones_nb.core.registry import create_backbone, list_backbones
 
 names = list(C.cspdarknet_configs)
@@ -28,17 +28,10 @@ leaky = partial(nn.LeakyReLU, 0.1, inplace=True)
 small = dict(blocks=(0,1,2), outs=(32,48,64), stem=16)
 
 def make(name, **kw): return create_backbone(name, **kw)
-def noise(h=64, w=None, n=1): return torch.randn(n, 3, h, w or h, generator=torch.Generator().manual_seed(1))
 def meta(name, **kw):
     with torch.device('meta'): return make(name, **kw)
 def params(m): return sum(p.numel() for p in m.parameters())
 def convs(m): return sum(isinstance(o, nn.Conv2d) for o in m.modules())
-def out(m, x):
-    with torch.no_grad(): return m(x)
-
-def close(a, b, tol=0.):
-    assert [o.shape for o in a]==[o.shape for o in b]
-    assert max(rel_error(p, q) for p,q in zip(a, b))<=tol
 
 # --- numbers
 
@@ -305,13 +298,6 @@ cases = [(n,s) for n in names for s in splits]
 
 @pytest.fixture(scope='module')
 def nets(): return {c:randomise_(make(c[0], split=c[1], strides=every)).eval() for c in cases}
-
-def through_file(m):
-    f = io.BytesIO()
-    torch.save(m, f)
-    f.seek(0)
-    return torch.load(f, weights_only=False)
-copies = dict(deepcopy=copy.deepcopy, pickle=lambda m: pickle.loads(pickle.dumps(m)), file=through_file)
 
 @pytest.mark.parametrize('how', copies)
 @pytest.mark.parametrize('case', cases, ids='-'.join)

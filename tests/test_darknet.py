@@ -1,6 +1,4 @@
 import copy
-import io
-import pickle
 import re
 import shutil
 from collections import Counter
@@ -13,9 +11,11 @@ from timm.models.cspnet import CspStagesCfg
 from torch import nn
 from torch.nn import functional as F
 
+from common import close, copies, noise, out
+
 from backbones_nb.backbones import darknet as D
 from backbones_nb.core.features import check_contract
-from backbones_nb.core.parity import assert_parity, map_weights, randomise_, rel_error
+from backbones_nb.core.parity import assert_parity, map_weights, randomise_
 from backbones_nb.core.registry import create_backbone, list_backbones
 
 names = list(D.darknet_configs)
@@ -24,16 +24,8 @@ every = (1,2,4,8,16,32)
 sizes = (224, 200, (230,310))
 
 def make(name, **kw): return create_backbone(name, **kw)
-def noise(h=64, w=None, n=1): return torch.randn(n, 3, h, w or h, generator=torch.Generator().manual_seed(1))
 def meta(name, **kw):
     with torch.device('meta'): return make(name, **kw)
-
-def out(m, x):
-    with torch.no_grad(): return m(x)
-
-def close(a, b, tol=0.):
-    assert [o.shape for o in a]==[o.shape for o in b]
-    assert max(rel_error(p, q) for p,q in zip(a, b))<=tol
 
 def count(m): return sum(p.numel() for p in m.parameters())
 
@@ -294,13 +286,6 @@ def test_other_formats(change):
 @pytest.fixture(scope='module')
 def nets(): return {(n,v):randomise_(make(n, variant=v, strides=every)).eval() for n,v in built if v!='timm'}
 kept = [(n,v) for n,v in built if v!='timm']
-
-def through_file(m):
-    f = io.BytesIO()
-    torch.save(m, f)
-    f.seek(0)
-    return torch.load(f, weights_only=False)
-copies = dict(deepcopy=copy.deepcopy, pickle=lambda m: pickle.loads(pickle.dumps(m)), file=through_file)
 
 @pytest.mark.parametrize('how', copies)
 @pytest.mark.parametrize('key', kept, ids='-'.join)

@@ -8,6 +8,8 @@ import torchvision.tv_tensors
 from torch import nn
 from torch.testing import assert_close
 
+from common import assert_same, buffers
+
 from backbones_nb import create_backbone
 from backbones_nb.core.parity import map_weights, randomise_
 from backbones_nb.detectors import faster_rcnn
@@ -55,14 +57,6 @@ def data(bs=2, size=(64,80), seed=0):
     g = torch.Generator().manual_seed(seed)
     t = dict(boxes=torch.tensor([[8.,8,50,56],[30,4,78,40]]), labels=torch.tensor([1,2]), image_id=7)
     return torch.rand(bs, 3, *size, generator=g),[t]+[NONE]*(bs-1)
-
-def buffers(m): return {k:v.clone() for k,v in m.named_buffers()}
-
-def assert_same(a, b):
-    assert len(a)==len(b)
-    for p,q in zip(a, b):
-        assert p.keys()==q.keys()
-        for k in p: assert torch.equal(p[k], q[k]), k
 
 @pytest.mark.parametrize('name', BACKBONES)
 def test_backbones(name):
@@ -316,7 +310,7 @@ def test_anchors(scale, ratios, sizes):
 @pytest.mark.parametrize('name', ['vovnet19_slim','resnet18 last map','Sequential','equal channels, a gap'])
 def test_pickle_deepcopy_state_dict(name, tmp_path):
     backbone,neck,_ = BACKBONES[name]()
-    m,(x,t) = detector(backbone, neck).eval(),data()
+    m,(x,_) = detector(backbone, neck).eval(),data()
     want = m(x)
     twins = [copy.deepcopy(m), pickle.loads(pickle.dumps(m))]
     torch.save(m.state_dict(), tmp_path/'m.pth')

@@ -10,6 +10,8 @@ from effdet.config import set_config_writeable
 from torch import nn
 from torch.testing import assert_close
 
+from common import assert_same, buffers
+
 from backbones_nb import create_backbone
 from backbones_nb.core.parity import randomise_
 from backbones_nb.detectors import efficientdet
@@ -51,14 +53,6 @@ def data(bs=2, size=(100,128), seed=0):
     g = torch.Generator().manual_seed(seed)
     t = dict(boxes=torch.tensor([[8.,8,60,70],[40,20,100,90]]), labels=torch.tensor([1,2]), image_id=7)
     return torch.rand(bs, 3, *size, generator=g),[t]+[NONE]*(bs-1)
-
-def buffers(m): return {k:v.clone() for k,v in m.named_buffers()}
-
-def assert_same(a, b):
-    assert len(a)==len(b)
-    for p,q in zip(a, b):
-        assert p.keys()==q.keys()
-        for k in p: assert torch.equal(p[k], q[k]), k
 
 def check(m, bs=2):
     x,t = data(bs)

@@ -1,6 +1,5 @@
 import csv
 import math
-import pickle
 import warnings
 
 import numpy as np
@@ -207,7 +206,7 @@ def test_save_load_and_export(learn, records, tmp_path):
 
 @pytest.mark.parametrize('half,dtype', [('to_bf16', torch.bfloat16), ('to_fp16', torch.float16)])
 def test_mixed_precision_on_cpu(learn, half, dtype):
-    seen,heads = set(),[]
+    seen = set()
     hook = next(m for m in learn.model.backbone.modules() if isinstance(m, nn.Conv2d)).register_forward_hook(lambda m,i,o: seen.add(o.dtype))
     getattr(learn, half)()
     learn.fit(1, 1e-3)

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from torchvision.models.detection.roi_heads import maskrcnn_loss, paste_masks_in_image
 
+from common import assert_same, buffers
+
 from backbones_nb import create_backbone
 from backbones_nb.core.parity import map_weights, randomise_
 from backbones_nb.detectors import faster_rcnn, mask_rcnn
@@ -47,14 +49,6 @@ def data(bs=2, size=(64,80), seed=0):
     b = torch.tensor([[8.,8,50,56],[30,4,78,40]])
     t = dict(boxes=b, labels=torch.tensor([1,2]), masks=rectangles(b, size), image_id=7)
     return torch.rand(bs, 3, *size, generator=torch.Generator().manual_seed(seed)),[t]+[NONE]*(bs-1)
-
-def buffers(m): return {k:v.clone() for k,v in m.named_buffers()}
-
-def assert_same(a, b):
-    assert len(a)==len(b)
-    for p,q in zip(a, b):
-        assert p.keys()==q.keys()
-        for k in p: assert torch.equal(p[k], q[k]), k
 
 @pytest.mark.parametrize('name', CASES)
 def test_backbones_and_necks(name):
@@ -231,7 +225,7 @@ def test_masks_are_in_pixels_of_the_input(img_size):
             if len(ys): assert xs.min()>=a-(c-a)/14-2 and xs.max()<=c+(c-a)/14+2 and ys.min()>=b-(e-b)/14-2 and ys.max()<=e+(e-b)/14+2
 
 def test_pickle_deepcopy_state_dict(tmp_path):
-    m,(x,t) = detector().eval(),data()
+    m,(x,_) = detector().eval(),data()
     want = m(x)
     torch.save(m.state_dict(), tmp_path/'m.pth')
     other = detector().eval()

@@ -11,6 +11,8 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
+from common import close, maps_of, noise
+
 from backbones_nb.core.features import Backbone, as_backbone, check_contract, feature_row
 from backbones_nb.core.inspect import count_params, summary
 from backbones_nb.core.layers import ConvNormAct
@@ -36,14 +38,6 @@ class Halve(nn.Module):
     def forward(self, maps): return tuple(f(m) for f,m in zip(self.convs, maps))
 
 renames = [(r'^inner_blocks', 'lateral'), (r'^layer_blocks', 'smooth'), (r'^extra_blocks\.', '')]
-def noise(h=64, w=None, n=1): return torch.randn(n, 3, h, w or h, generator=torch.Generator().manual_seed(1))
-def maps_of(body, *size):
-    with torch.no_grad(): return body.eval()(noise(*size))
-
-def close(a, b, tol=0.):
-    a,b = list(a),list(b)
-    assert [o.shape for o in a]==[o.shape for o in b]
-    assert max(rel_error(p, q) for p,q in zip(a, b))<=tol
 
 @pytest.fixture(scope='module')
 def resnet(): return randomise_(create_backbone('resnet18', strides=(2,4,8,16,32)))
@@ -343,7 +337,6 @@ def test_wrong_maps_are_named():
 def test_channels_and_strides_go_together(args):
     with pytest.raises(ValueError, match='expected one of each'): Neck(*args)
 
-
 @pytest.mark.parametrize('name', resnet_fpn.bodies)
 def test_resnet_fpn_is_torchvisions(name):
     with torch.device('meta'):
@@ -354,7 +347,6 @@ def test_resnet_fpn_is_torchvisions(name):
     groups = ours.param_groups()
     assert len({id(p) for g in groups for p in g})==sum(map(len, groups))==len(list(ours.parameters()))
     assert attach_neck(ours) is ours # no second neck
-
 
 @pytest.mark.parametrize('size', [224, 200, (230,310)])
 def test_resnet_fpn_parity(size):

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import FeaturePyramidNetwork
 
+from common import close, maps_of, noise
+
 from backbones_nb.core.features import Backbone, check_contract, feature_row
 from backbones_nb.core.inspect import count_params, summary
 from backbones_nb.core.layers import ConvNormAct
-from backbones_nb.core.parity import map_weights, randomise_, rel_error
+from backbones_nb.core.parity import map_weights, randomise_
 from backbones_nb.core.registry import create_backbone
 from backbones_nb.detectors import faster_rcnn
 from backbones_nb.necks.fpn import FPN
@@ -30,14 +32,6 @@ class Tiny(Backbone):
         self.set_trunk({f's{i}':[f's{i}'] for i in range(len(widths))}, rows, strides)
 
 renames = [(r'^inner_blocks', 'lateral'), (r'^layer_blocks', 'smooth')]
-def noise(h=64, w=None, n=1): return torch.randn(n, 3, h, w or h, generator=torch.Generator().manual_seed(1))
-def maps_of(body, *size):
-    with torch.no_grad(): return body.eval()(noise(*size))
-
-def close(a, b, tol=0.):
-    a,b = list(a),list(b)
-    assert [o.shape for o in a]==[o.shape for o in b]
-    assert max(rel_error(p, q) for p,q in zip(a, b))<=tol
 
 sizes = [(224,), (200,), (230,310), (65,97)]
 fuses = ['sum','concat']

@@ -14,7 +14,7 @@ from torch import nn
 from backbones_nb.backbones import vovnet as V
 from backbones_nb.backbones.csp import convert_split
 from backbones_nb.core import weights
-from backbones_nb.core.parity import assert_parity, map_weights, randomise_
+from backbones_nb.core.parity import assert_parity, randomise_
 from backbones_nb.core.registry import create_backbone, list_backbones
 from backbones_nb.core.weights import list_weights, pick_weights, weight_records
 

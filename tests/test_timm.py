@@ -12,21 +12,18 @@ import torch
 import torch.nn as nn
 from timm.models import _registry
 
+from common import close, noise
+
 from backbones_nb.backbones import timm_models as M
 from backbones_nb.core import registry
 from backbones_nb.core.features import IMAGENET_MEAN, check_contract
-from backbones_nb.core.parity import randomise_, rel_error
+from backbones_nb.core.parity import randomise_
 from backbones_nb.core.registry import create_backbone, list_backbones, register
 from backbones_nb.necks.neck import attach_neck
 
 few = ('resnet18','convnext_atto','mobilenetv3_small_050','vit_tiny_patch16_224','swin_tiny_patch4_window7_224')
-def noise(h=64, w=None, n=1): return torch.randn(n, 3, h, w or h, generator=torch.Generator().manual_seed(1))
 def meta(name, **kw): return M.TimmBackbone(name, device='meta', **kw).eval()
 def run(net, h, w=None): return net(torch.zeros(1, 3, h, w or h, device='meta'))
-
-def close(a, b, tol=0.):
-    assert [o.shape for o in a]==[o.shape for o in b]
-    assert max(rel_error(p, q) for p,q in zip(a, b))<=tol
 
 # --- the matrix: one model of each of timm's modules
 

@@ -11,9 +11,11 @@ import torch
 import torch.nn as nn
 from torchvision import models
 
+from common import close, noise
+
 from backbones_nb.backbones import torchvision as T
 from backbones_nb.core.features import IMAGENET_MEAN, IMAGENET_STD, check_contract
-from backbones_nb.core.parity import map_weights, randomise_, rel_error
+from backbones_nb.core.parity import map_weights, randomise_
 from backbones_nb.core.registry import create_backbone, list_backbones
 from backbones_nb.core.weights import load_weights, weight_records
 from backbones_nb.necks.neck import attach_neck
@@ -26,11 +28,6 @@ quick = ('resnet18','resnet34','resnet50','mobilenet_v2','mobilenet_v3_large','m
          'regnet_x_400mf','regnet_y_400mf','convnext_tiny')
 one_each = ('resnet18','mobilenet_v2','efficientnet_b0','efficientnet_v2_s','vgg11_bn','regnet_y_400mf','convnext_tiny')
 def marked(cases, keep=quick): return [o if (o if isinstance(o, str) else o[0]) in keep else pytest.param(*([o] if isinstance(o, str) else o), marks=pytest.mark.slow) for o in cases]
-def noise(h=64, w=None, n=1): return torch.randn(n, 3, h, w or h, generator=torch.Generator().manual_seed(1))
-
-def close(a, b, tol=0.):
-    assert [o.shape for o in a]==[o.shape for o in b]
-    assert max(rel_error(p, q) for p,q in zip(a, b))<=tol
 
 def classifier(name): return models.get_model(name, weights=None)
 

@@ -1,6 +1,4 @@
 import copy
-import io
-import pickle
 import shutil
 from collections import Counter
 
@@ -9,9 +7,11 @@ import timm
 import torch
 from torch.nn import functional as F
 
+from common import close, copies, noise, out
+
 from backbones_nb.backbones import vovnet as V
 from backbones_nb.core.features import check_contract
-from backbones_nb.core.parity import assert_parity, map_weights, randomise_, rel_error
+from backbones_nb.core.parity import assert_parity, map_weights, randomise_
 from backbones_nb.core.registry import create_backbone, list_backbones
 
 names = list(V.vovnet_configs)
@@ -21,13 +21,8 @@ every = (2,4,8,16,32)
 sizes = (224, 200, (230,310))
 
 def make(name, **kw): return create_backbone(name, **kw)
-def noise(h=64, w=None, n=1): return torch.randn(n, 3, h, w or h, generator=torch.Generator().manual_seed(1))
 def meta(name, **kw):
     with torch.device('meta'): return make(name, **kw)
-
-def close(a, b, tol=0.):
-    assert [o.shape for o in a]==[o.shape for o in b]
-    assert max(rel_error(p, q) for p,q in zip(a, b))<=tol
 
 # --- numbers of the table, millions: V1, eSE in all blocks, eSE in the last of a stage
 
@@ -254,21 +249,11 @@ def test_other_formats(change):
 @pytest.fixture(scope='module')
 def nets(): return {n:randomise_(make(n, strides=every)).eval() for n in names}
 
-def out(m, x):
-    with torch.no_grad(): return m(x)
-
-copies = dict(deepcopy=copy.deepcopy, pickle=lambda m: pickle.loads(pickle.dumps(m)))
-def through_file(m):
-    f = io.BytesIO()
-    torch.save(m, f)
-    f.seek(0)
-    return torch.load(f, weights_only=False)
-
-@pytest.mark.parametrize('how', [*copies,'file'])
+@pytest.mark.parametrize('how', copies)
 @pytest.mark.parametrize('name', names)
 def test_copies(nets, name, how):
     m,x = nets[name],noise()
-    twin = copies.get(how, through_file)(m)
+    twin = copies[how](m)
     close(out(twin, x), out(m, x))
     assert twin.strides==m.strides and twin.name==name and not {id(p) for p in twin.parameters()} & {id(p) for p in m.parameters()}
 

@@ -23,7 +23,7 @@ from backbones_nb.core import weights as W
 from backbones_nb.core.features import Backbone, feature_row
 from backbones_nb.core.layers import ConvNormAct
 from backbones_nb.core.parity import randomise_, rel_error
-from backbones_nb.core.weights import WeightRecord, add_weights, fetch_weights, list_weights, load_weights, pick_weights, read_weights, weight_records
+from backbones_nb.core.weights import WeightRecord, add_weights, fetch_weights, list_weights, pick_weights, read_weights, weight_records
 from backbones_nb.necks.neck import attach_neck
 
 torch.set_num_threads(1)
@@ -359,7 +359,6 @@ class FakeHub(Handler):
 def hf(tmp_path, monkeypatch):
     "A folder that is served as the hub; the hub's cache is empty and the network on."
     from huggingface_hub import constants
-    from huggingface_hub.utils import _http
     (tmp_path/'hf').mkdir()
     asked = []
     s = ThreadingHTTPServer(('127.0.0.1', 0), partial(type('H', (FakeHub,), dict(asked=asked)), directory=str(tmp_path/'hf')))

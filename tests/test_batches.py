@@ -12,7 +12,7 @@ from torchvision.ops import box_iou
 from torchvision.transforms import v2
 
 from backbones_nb.data.batches import (DetectionDataLoaders, Letterbox, RandomZoom, ToBatch, as_tv, default_augment, detection_dls,
-                                       fit_size, open_image, pad_fill, unletterbox)
+                                       fit_size, open_image, pad_fill, unletterbox, unletterbox_masks)
 from backbones_nb.data.records import ClassMap, Record
 
 cm = ClassMap(['rect','oval'])
@@ -133,6 +133,16 @@ def test_unletterbox_undoes_it(records):
         if len(r.labels):
             a,b = back['masks'][:,0]>0.5,r.target()['masks'].bool()
             assert ((a&b).sum()/(a|b).sum())>0.85
+
+@pytest.mark.parametrize('size,box', [((60,90),(64,64)), ((90,60),(64,64)), ((32,32),(64,48)), ((200,64),(64,64))])
+def test_masks_fill_the_original_and_nothing_of_the_padding_is_left(size, box):
+    nh,nw = fit_size(size, box)
+    m = torch.zeros(2, 1, *box)
+    m[0,:,:nh,:nw],m[1] = 1,1-m[1]
+    m[1,:,:nh,:nw] = 0 # the padding alone
+    back = unletterbox_masks(m, size, box)
+    assert back.shape==(2,1,*size) and (back[0]>0.99).all() and back[1].max()==0
+    assert unletterbox_masks(m[:0], size, box).shape==(0,1,*size)
 
 def test_every_row_follows_its_box():
     img = tv_tensors.Image(torch.zeros(3, 40, 40, dtype=torch.uint8))

@@ -113,6 +113,10 @@ def test_masks_and_threshold(soft):
     ax = draw_boxes(sample_image(64), p, score_thr=.5)
     assert corners_of(ax)==[t['boxes'][1].tolist()] and len(ax.images)==2
     assert len(draw_boxes(sample_image(64), p, masks=False).images)==1
+    assert ax.get_xlim()==(0,64) and ax.get_ylim()==(64,0)
+    line, = ax.collections # the outline encloses the mask
+    (x0,y0),(x1,y1) = line.get_datalim(ax.transData).get_points()
+    assert np.allclose([x0,y0,x1,y1], t['boxes'][1].tolist(), atol=.5)
 
 
 def test_colours_follow_classes():
@@ -128,6 +132,25 @@ def test_side_by_side(n, ncols, pairs):
     for a in f.axes:
         box = a.get_window_extent()
         assert abs(box.width/box.height-1.5)<.1 # the cell has the shape of the image: no wasted space
+
+
+@pytest.mark.parametrize('n,ncols,figsize', [(1,1,None), (3,2,None), (4,2,(8,5)), (2,1,(5,6))])
+def test_captions_stand_below_their_images(n, ncols, figsize):
+    ims,t = [np.full((8,12,3), .5)]*n,[dict(boxes=[[0,0,4,4]])]*n
+    f = show_side_by_side(ims, t, [o | dict(scores=[.9]) for o in t], ncols=ncols, figsize=figsize, captions=[f'image {i}\nloss' for i in range(n)])
+    f.canvas.draw()
+    texts = [t for a in f.axes for t in a.texts if 'loss' in t.get_text()]
+    assert [t.get_text() for t in texts]==[f'image {i}\nloss' for i in range(n)]
+    for t in texts:
+        box = t.get_window_extent()
+        assert box.y1<=t.axes.get_window_extent().y0 and box.y0>=0
+        assert not any(box.overlaps(a.get_window_extent()) for a in f.axes)
+
+
+def test_masks_side_by_side_can_be_left_out():
+    t = sample_target(32)
+    count = lambda **kw: [len(a.images) for a in show_side_by_side([sample_image(32)], [t], [t|dict(scores=[.9,.9])], **kw).axes]
+    assert count()==[3,3] and count(masks=False)==[1,1]
 
 
 @pytest.mark.parametrize('args', [([], []), ([np.zeros((4,4,3))], []), ([np.zeros((4,4,3))], None, [])])

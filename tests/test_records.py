@@ -1,10 +1,13 @@
+import pickle
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from backbones_nb.data.records import ClassMap, Record, SkipReport, clean_boxes, image_size, load_image, read_voc, voc_records
+from backbones_nb.data.records import (ClassMap, Record, SkipReport, clean_boxes, image_size, load_image, read_voc, show_records, split_listed,
+                                       split_records, voc_records, voc_split)
 
 
 def write_xml(path, objects, size=(60,80)):
@@ -170,3 +173,100 @@ def test_skip_report_adds_up():
     a.add(b)
     assert (len(a), a.total, a.reasons['odd'][-1])==(8, 8, 'h')
     assert str(a)=='skipped 8 of 8: 8 odd (a, b, c, d, e, ...); note: 1 mended (i)'
+
+
+@pytest.fixture
+def year(voc, tmp_path):
+    "Six images in VOC's own layout, with lists; two of them with masks."
+    images,xmls,add = voc
+    for i in range(6): add(f'p{i}', [('cat' if i<4 else 'dog',(11,21,30,40),0), ('cat',(51,1,70,10),i%2)])
+    root = tmp_path/'VOC2050'
+    root.mkdir()
+    images.rename(root/'JPEGImages')
+    xmls.rename(root/'Annotations')
+    lists = {'Main/train':'p0\np1\np9\n', 'Main/val':'p4\np5', 'Main/cat_val':'p4  1\np5 -1\n', 'Segmentation/train':'p2\np3\n'}
+    for k,v in lists.items():
+        (root/'ImageSets'/k).parent.mkdir(parents=True, exist_ok=True)
+        (root/'ImageSets'/f'{k}.txt').write_text(v)
+    numbers = np.zeros((60,80), np.uint8)
+    numbers[20:40,10:30],numbers[0:10,50:70],numbers[19,10:30] = 1,2,255
+    (root/'SegmentationObject').mkdir()
+    for o in ('p2','p3'): Image.fromarray(numbers).save(root/'SegmentationObject'/f'{o}.png')
+    return root
+
+
+@pytest.mark.parametrize('split,want', [('train',['p0','p1']), ('val',['p4','p5']), ('cat_val',['p4']), (None,[f'p{i}' for i in range(6)])])
+def test_splits_of_vocs_own_layout(year, split, want):
+    for path in (year, year.parent): # the year itself, or what holds it
+        recs,cm,report = voc_split(path, split)
+        assert [r.image_id for r in recs]==want and list(cm)==['background','cat','dog'] and len(report)==0
+    assert ('p9' in str(report))==(split=='train') # listed, and there is no image
+
+
+def test_masks_of_vocs_own_layout(year):
+    recs,_,report = voc_split(year, 'train', masks=True)
+    assert [r.image_id for r in recs]==['p2','p3'] and len(report)==0
+    m = pickle.loads(pickle.dumps(recs[0])).target()['masks'].numpy()
+    assert m.shape==(2,60,80) and m.sum((1,2)).tolist()==[400,200] and m[0,20:40,10:30].all() and m.dtype==np.uint8
+    (easy,),_,_ = voc_records(year/'JPEGImages', year/'Annotations', difficult='skip', names=['p3'], masks=year/'SegmentationObject')
+    assert easy.target()['masks'].numpy().sum((1,2)).tolist()==[400]
+
+
+def test_masks_of_other_objects_are_not_taken(year):
+    seg = year/'SegmentationObject'
+    Image.fromarray(np.ones((60,80), np.uint8)).save(seg/'p0.png')
+    Image.fromarray(np.ones((30,80), np.uint8)).save(seg/'p1.png')
+    Image.new('RGB', (80,60)).save(seg/'p4.png')
+    recs,_,report = voc_split(year, None, masks=True)
+    assert [r.image_id for r in recs]==['p2','p3']
+    assert dict(report.reasons)=={'with masks of other objects':['p0'], 'with masks of another size':['p1'], 'with unreadable masks':['p4'], 'without masks':['p5']}
+
+
+def test_layouts_and_lists_that_are_not_there(year, tmp_path):
+    with pytest.raises(FileNotFoundError, match='test.txt.*has cat_val, train, val'): voc_split(year, 'test')
+    with pytest.raises(ValueError, match='no folders'): voc_split(year/'JPEGImages')
+    (tmp_path/'VOC2051'/'JPEGImages').mkdir(parents=True)
+    (tmp_path/'VOC2051'/'Annotations').mkdir()
+    with pytest.raises(ValueError, match='2 folders'): voc_split(tmp_path)
+
+
+def flat(n=100): return [Record(f'r{i}', f'data/{i%2}/{i}.jpg', (9,9), [[0,0,5,5]], [2 if i%10==0 else 1]) for i in range(n)]
+
+
+def ids(rs): return [r.image_id for r in rs]
+
+
+@pytest.mark.parametrize('key', [None, lambda r: int(r.labels[0])])
+def test_random_and_stratified_splits(key):
+    recs = flat()
+    train,valid = split_records(recs, .2, seed=1, key=key)
+    assert (len(train), len(valid))==(80, 20) and sorted(ids(train)+ids(valid))==sorted(ids(recs)) and ids(train)==[o for o in ids(recs) if o in set(ids(train))]
+    assert ids(split_records(recs, .2, seed=1, key=key)[1])==ids(valid)!=ids(split_records(recs, .2, seed=2, key=key)[1])
+    counts = [Counter(int(r.labels[0]) for r in split_records(recs, .2, seed=s, key=key)[1])[2] for s in range(5)]
+    assert (set(counts)=={2})==(key is not None)
+    for bad in (0, 1, -.2, 20):
+        with pytest.raises(ValueError, match='valid_pct'): split_records(recs, bad)
+
+
+@pytest.mark.parametrize('names', [['r1','r3'], ['1.jpg','3.jpg'], ['1','3'], ['1/1.jpg','./1/3.jpg'], ['data/1/1','data/1/3.jpg']])
+def test_splits_by_names(names, tmp_path):
+    recs = flat(6)
+    (tmp_path/'valid.txt').write_text('\n'.join(names) + '\n\n')
+    for valid in (names, tmp_path/'valid.txt', str(tmp_path/'valid.txt')):
+        assert [ids(o) for o in split_listed(recs, valid)]==[['r0','r2','r4','r5'], ['r1','r3']]
+    assert [ids(o) for o in split_listed(recs, names, train=['r0'])]==[['r0'], ['r1','r3']]
+
+
+def test_lists_that_do_not_fit(tmp_path):
+    recs = flat(6)
+    with pytest.raises(ValueError, match='no record is called r10, x: mend'): split_listed(recs, ['x','r1','r10'])
+    assert ids(split_listed(recs, ['x','r1'], strict=False)[1])==['r1']
+    with pytest.raises(ValueError, match='got r1 in both lists'): split_listed(recs, ['r1'], train=['r0','1.jpg'])
+    with pytest.raises(FileNotFoundError, match='none.txt'): split_listed(recs, tmp_path/'none.txt')
+
+
+def test_records_are_shown(toy):
+    recs,cm,_ = voc_records(toy/'images', toy/'annotations'/'xmls')
+    fig = show_records(recs, cm, n=4, ncols=2)
+    texts = {t.get_text() for ax in fig.axes for t in ax.findobj() if hasattr(t, 'get_text')}
+    assert len(fig.axes)==4 and texts>={cm.get_name(l) for r in recs[:4] for l in r.labels}

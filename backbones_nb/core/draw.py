@@ -226,7 +226,7 @@ def draw_boxes(
     for i in reversed(todo): write_label(ax, boxes[i].tolist(), i, target, class_map, colors[i])
     return ax
 
-# %% ../../nbs/core/06_draw.ipynb #843ebc75
+# %% ../../nbs/core/06_draw.ipynb #8e2dfc85
 def draw_one(ax, box, mask, color):
     "Draws one box, and its mask if there is one."
     x0,y0,x1,y1 = box
@@ -234,7 +234,11 @@ def draw_one(ax, box, mask, color):
         m = torch.as_tensor(mask).detach().cpu().float().numpy()
         m = m.reshape(m.shape[-2:])>.5
         tint = np.dstack([np.broadcast_to(color, (*m.shape, 3)), .4*m])
-        ax.imshow(tint, extent=(0, ax.get_xlim()[1], ax.get_ylim()[0], 0), interpolation='nearest')
+        w,h = ax.get_xlim()[1],ax.get_ylim()[0]
+        ax.imshow(tint, extent=(0, w, h, 0), interpolation='nearest')
+        if m.any() and not m.all() and min(m.shape)>1: # an outline, where a tint alone is hard to see
+            x,y = ((np.arange(n)+.5)*o/n for n,o in zip(m.shape[::-1], (w,h)))
+            ax.contour(x, y, m, levels=[.5], colors=[color], linewidths=1.2)
     for lw,ec,gid in ((3.4, 'white', 'rim'), (2, color, 'box')):
         ax.add_patch(Rectangle((x0, y0), x1-x0, y1-y0, fill=False, ec=ec, lw=lw, gid=gid))
 
@@ -246,7 +250,18 @@ def write_label(ax, box, i, target, class_map, color):
     if text: ax.add_artist(InsideText(*box[:2], ' '.join(text), size=8.5, va='bottom', transform=ax.transData,
                                       clip_on=True, color=ink, bbox=dict(fc=color, ec='none', pad=1.6)))
 
-# %% ../../nbs/core/06_draw.ipynb #6969c072
+# %% ../../nbs/core/06_draw.ipynb #0077d60b
+def _pairs(ims, k, ncols, figsize, text):
+    "A figure and a grid for pictures, `k` of each in a row, with `text` inches below each row."
+    tall = [max(o.shape[0]/o.shape[1] for o in ims[i:i+ncols]) for i in range(0, len(ims), ncols)]
+    widths = (([1]*k+[.08])*ncols)[:-1] if k>1 else [1]*ncols
+    fig = plt.figure(figsize=figsize or (8.4, 8.4/sum(widths)*sum(tall)+.32+len(tall)*text), dpi=110)
+    high = fig.get_figheight()
+    gap = text*len(tall)/max(high-.3-text*len(tall), .1) # in heights of a row
+    return fig,fig.add_gridspec(len(tall), len(widths), width_ratios=widths, height_ratios=tall, left=.004, right=.996,
+                                bottom=text/high+.004, top=1-.3/high, wspace=.03, hspace=gap+.04)
+
+# %% ../../nbs/core/06_draw.ipynb #10e2a3fa
 def show_side_by_side(
     images, # as `draw_boxes` takes, one or more
     targets, # ground truth, one dict per image; None: detections only
@@ -255,6 +270,8 @@ def show_side_by_side(
     ncols:int=2, # images (with their pair) in a row
     score_thr:float=.5, # detections below are left out
     figsize=None, # (width, height) in inches; None: 8.4 wide, as high as the images need
+    masks:bool=True, # draw masks, where there are any
+    captions=None, # a text per image, written below it; None: none
 ): # the Figure
     "Draws each image with its ground truth and, right of it, its detections; returns the Figure."
     sides = [(k,v) for k,v in (('ground truth', targets), ('prediction', preds)) if v is not None]
@@ -262,16 +279,13 @@ def show_side_by_side(
         f'got {len(images)} images with {" and ".join(f"{len(v)} {k} dicts" for k,v in sides) or "no dicts"}, '
         'expected one dict per image: give lists of equal length')
     ims,k,ncols = [image_array(o) for o in images],len(sides),min(ncols, len(images))
-    tall = [max(o.shape[0]/o.shape[1] for o in ims[i:i+ncols]) for i in range(0, len(ims), ncols)]
-    widths = (([1]*k+[.08])*ncols)[:-1] if k>1 else [1]*ncols
-    fig = plt.figure(figsize=figsize or (8.4, 8.4/sum(widths)*sum(tall)+.32), dpi=110)
-    grid = fig.add_gridspec(len(tall), len(widths), width_ratios=widths, height_ratios=tall, left=.004, right=.996,
-                            bottom=.004, top=1-.3/fig.get_figheight(), wspace=.03, hspace=.04)
+    fig,grid = _pairs(ims, k, ncols, figsize, .17*max(c.count('\n')+1 for c in captions) if captions else 0)
     for i,im in enumerate(ims):
         r,c = i//ncols,i%ncols*(k+(k>1))
         for j,(what,v) in enumerate(sides):
-            ax = draw_boxes(im, v[i], class_map, fig.add_subplot(grid[r,c+j]), score_thr)
+            ax = draw_boxes(im, v[i], class_map, fig.add_subplot(grid[r,c+j]), score_thr, masks=masks)
             if r==0: ax.set_title(what, fontsize=10, pad=4)
+            if captions and j==0: ax.text(0, -.01, captions[i], transform=ax.transAxes, va='top', fontsize=8)
     return fig
 
 # %% ../../nbs/core/06_draw.ipynb #9f6d697c

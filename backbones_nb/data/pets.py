@@ -9,7 +9,7 @@ __all__ = ['species', 'pets_url', 'pets_files', 'read_list', 'breed_of', 'pets_c
            'mask_boxes', 'cache_dir', 'md5', 'download', 'is_pets', 'untar_pets', 'TrimapMasks', 'pets_records',
            'split_stratified', 'pets_splits']
 
-# %% ../../nbs/data/41_pets.ipynb #14084854
+# %% ../../nbs/data/41_pets.ipynb #76b3154d
 import hashlib
 import os
 import shutil
@@ -17,7 +17,6 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
-from collections import defaultdict
 from http.client import HTTPException
 from pathlib import Path
 
@@ -25,7 +24,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from .records import ClassMap, Record, SkipReport, clean_boxes, image_size, natural, read_voc
+from .records import (ClassMap, Record, SkipReport, clean_boxes, image_size, natural, read_voc,
+                                       split_records)
 
 # %% ../../nbs/data/41_pets.ipynb #ffdbe1c0
 species = ('cat', 'dog') # ids 1 and 2 in the lists
@@ -295,19 +295,15 @@ def pets_records(
     if rows and not res: raise ValueError(f'no image of {path} can be used: {report}')
     return res,report
 
-# %% ../../nbs/data/41_pets.ipynb #c6ad34e0
+# %% ../../nbs/data/41_pets.ipynb #b3c98c3a
 def split_stratified(
     records, # to be split
     valid_pct:float=0.2, # the part that is held out
     seed:int=42,
     key=None, # function of a record: what must be alike in both parts; None: the breed
 ) -> tuple: # train records, valid records, in the order they came
-    "Returns a random split with the same share of each breed; raises ValueError for a share that is none."
-    if not 0<valid_pct<1: raise ValueError(f'got valid_pct={valid_pct}, expected a share between 0 and 1, such as 0.2')
-    rng,groups,out = np.random.default_rng(seed),defaultdict(list),set()
-    for i,r in enumerate(records): groups[key(r) if key else breed_of(r.image_id)].append(i)
-    for k in sorted(groups): out |= set(rng.permutation(groups[k])[:round(valid_pct*len(groups[k]))].tolist())
-    return [r for i,r in enumerate(records) if i not in out],[r for i,r in enumerate(records) if i in out]
+    "Returns `split_records` with the same share of each breed. Raises what that raises."
+    return split_records(records, valid_pct, seed, key or (lambda r: breed_of(r.image_id)))
 
 # %% ../../nbs/data/41_pets.ipynb #a5b1fd20
 def pets_splits(

@@ -232,19 +232,22 @@ def test_groups_of_a_body_with_its_own_rule():
     assert [len(g) for g in m.param_groups()[:-1]]==[3,12] and len(m.param_groups())==3
 
 @pytest.mark.parametrize('n', [0, 2, 5, 6, -1])
-@pytest.mark.parametrize('pretrained', [None, 'some'])
-def test_freeze(n, pretrained):
+@pytest.mark.parametrize('pretrained,neck', [(None,None), ('some',None), ('whole','whole')])
+def test_freeze(n, pretrained, neck):
     body = Tiny()
     body.pretrained = pretrained
-    m = attach_neck(body, channels=8, norm='bn').freeze_to(n)
+    m = attach_neck(body, channels=8, norm='bn')
+    m.neck.pretrained = neck
+    m.freeze_to(n)
     k = n+6 if n<0 else n
     for i,g in enumerate(m.param_groups()):
         frozen = i<k
-        for p in g: # batch norms of random weights, and the neck's, are never frozen
+        for p in g: # batch norms of random weights are never frozen
             bn = any(p is q for o in norms(m) for q in o.parameters())
-            assert p.requires_grad==(not frozen or bn and (i==5 or not pretrained))
+            assert p.requires_grad==(not frozen or bn and not (neck if i==5 else pretrained))
     m.eval().train()
-    assert [o.training for o in norms(m.body)]==[not(pretrained and i<k) for i in range(5)] and all(o.training for o in norms(m.neck))
+    assert [o.training for o in norms(m.body)]==[not(pretrained and i<k) for i in range(5)]
+    assert {o.training for o in norms(m.neck)}=={not(neck and k==6)}
 
 def test_freeze_says_how_many_groups_there_are():
     with pytest.raises(ValueError, match='there are 6 groups: give a number from -6 to 6'): attach_neck(Tiny(), channels=8).freeze_to(7)

@@ -210,7 +210,7 @@ def losses_and_detections(self:Detector, images, targets):
     "Returns (losses, detections) in eval mode from one pass through the backbone; no statistics change."
     return self(images, targets, both=True)
 
-# %% ../../nbs/detectors/30_detector.ipynb #da340383
+# %% ../../nbs/detectors/30_detector.ipynb #77146ee4
 @patch
 def param_groups(self:Detector) -> list: # lists of parameters
     "Returns the backbone's groups, the neck's, and one of all heads; each parameter exactly once."
@@ -227,13 +227,10 @@ def freeze_to(self:Detector,
     if not -len(groups)<=n<=len(groups): raise ValueError(f'got freeze_to({n}), but there are {len(groups)} groups: '
         f'give a number from {-len(groups)} to {len(groups)}')
     n = n+len(groups) if n<0 else n
-    body = self.backbone.body if isinstance(self.backbone, WithNeck) else self.backbone
-    own = {id(p) for p in body.parameters()}
-    body.freeze_to(sum(all(id(p) in own for p in g) for g in groups[:n]))
+    *own,heads = groups
+    self.backbone.freeze_to(min(n, len(own)))
     norms = {id(p) for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()}
-    for i,g in enumerate(groups): # neck and heads are never pretrained
-        for p in g:
-            if id(p) not in own: p.requires_grad_(i>=n or id(p) in norms)
+    for p in heads: p.requires_grad_(n<=len(own) or id(p) in norms) # new heads have new statistics
     return self
 
 # %% ../../nbs/detectors/30_detector.ipynb #fe895786

@@ -7,11 +7,12 @@ Docs: https://backbones-nb.github.io/backbones-nb/detectors/efficientdet.html.md
 # %% auto #0
 __all__ = ['list_models', 'effdet_config', 'pick_levels', 'set_levels', 'BiFpnNeck', 'initialise', 'map_sizes', 'why_not',
            'nearest_sizes', 'check_size', 'FixedSize', 'SafeBatchNorm', 'safe_norms', 'make_anchors', 'EfficientDet',
-           'find_body', 'put_neck', 'coco_record', 'load_coco', 'model', 'one_image']
+           'find_body', 'put_neck', 'model', 'one_image']
 
-# %% ../../nbs/detectors/33_efficientdet.ipynb #3e2ede92
+# %% ../../nbs/detectors/33_efficientdet.ipynb #160f4fab
 import warnings
 from fnmatch import fnmatch
+from importlib import import_module
 from math import log2
 from types import SimpleNamespace
 
@@ -21,9 +22,8 @@ from fastcore.basics import patch
 from torch import nn
 from torch.func import functional_call
 
-from ..core.features import IMAGENET_MEAN, IMAGENET_STD, as_list
+from ..core.features import as_list
 from ..core.registry import create_backbone, did_you_mean, has_backbone, list_backbones
-from ..core.weights import WeightRecord, load_weights
 from .detector import Detector, _check_sizes, mean_std, training_flag
 from .faster_rcnn import Resize
 from ..necks.neck import Neck, WithNeck, attach_neck, carries_neck
@@ -282,14 +282,17 @@ def find_body(
     have = [r['reduction'] for r in body.rows]
     return body if carries_neck(body) else body.select([s for s in have if finest<=s<=32] or have[-1:])
 
-# %% ../../nbs/detectors/33_efficientdet.ipynb #bb3d5c67
+# %% ../../nbs/detectors/33_efficientdet.ipynb #e0257c16
 def _own_neck(neck, body, cfg):
     "A neck of ours by name, in the width and depth of the configuration; any other as `attach_neck` takes it."
     more = max(cfg.max_level - int(log2(body.strides[-1])), 0)
     coarse = {0:None, 1:'pool'}.get(more, 'p6p7')
     config = dict(fpn=dict(extra=coarse), pan=dict(extra=coarse), bifpn=dict(layers=cfg.fpn_cell_repeats,
         levels=len(body.strides)+more)).get(neck, {}) if isinstance(neck, str) else {}
-    return attach_neck(body, neck, **config | dict(channels=cfg.fpn_channels) if config else {})
+    if not config: return attach_neck(body, neck)
+    both = attach_neck(body, neck, channels=cfg.fpn_channels, **config)
+    safe_norms(both.neck)
+    return both
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #4fd62ba9
 def put_neck(
@@ -311,50 +314,39 @@ def put_neck(
     check_size(body, [(int(log2(body.strides[i])), i) for i in picked], size, cfg.max_level)
     return WithNeck(body, safe_norms(BiFpnNeck(body.channels, body.strides, cfg))) if auto else body
 
-# %% ../../nbs/detectors/33_efficientdet.ipynb #f38d56d3
-def coco_record(
-    cfg, # effdet's configuration
-) -> WeightRecord: # of the whole detector's weights
-    "Returns what effdet states about its published weights; raises ValueError naming the nearest that have some."
-    have = list_models(pretrained=True)
-    if not cfg.get('url'): raise ValueError(f'effdet publishes no weights for {cfg.name}: build it with '
-        f'pretrained=False, or choose among list_models(pretrained=True).{did_you_mean(cfg.name, have)}')
-    stated = cfg.url.rpartition('-')[2].removesuffix('.pth')
-    return WeightRecord(cfg.name, 'coco', 'effdet', url=cfg.url, input_size=cfg.image_size[0],
-        sha256=stated if len(stated)==8 and set(stated)<=set('0123456789abcdef') else None,
-        mean=tuple(cfg.get('mean') or IMAGENET_MEAN), std=tuple(cfg.get('std') or IMAGENET_STD),
-        renames=((r'^backbone\.', 'backbone.body.body.'), (r'^fpn\.', 'backbone.neck.fpn.')))
+# %% ../../nbs/detectors/33_efficientdet.ipynb #c7683463
+@patch
+def replace_heads(self:EfficientDet,
+    num_classes:int, # background counted
+) -> EfficientDet: # itself
+    "Draws a new last convolution of the class head, as effdet draws it; all other weights stay as they are."
+    _check_sizes(num_classes, None)
+    self.cfg.num_classes,self.num_classes = num_classes-1,num_classes
+    last = 'conv_pw' if self.cfg.separable_conv else 'conv'
+    old,new = self.class_net.predict,initialise(HeadNet(self.cfg, num_outputs=num_classes-1), 'class_net').predict
+    setattr(old, last, getattr(new, last).to(getattr(old, last).weight))
+    self.loss_fn = DetectionLoss(self.cfg)
+    return self
 
-# %% ../../nbs/detectors/33_efficientdet.ipynb #9fce2c11
-def load_coco(
-    net:EfficientDet, # on its own backbone, with the classes of the weights; changed in place
-    record, # see `coco_record`
-    num_classes:int, # background counted; another number than the weights' gets a new class head
-) -> EfficientDet:
-    "Loads published weights, all of them or an error; then replaces the class head where the classes differ."
-    load_weights(net, record)
-    for o in (net.backbone, net.backbone.body): o.pretrained,o.record = record.tag,record
-    if num_classes!=net.num_classes:
-        net.cfg.num_classes,net.num_classes = num_classes-1,num_classes
-        net.class_net = safe_norms(initialise(HeadNet(net.cfg, num_outputs=num_classes-1), 'class_net'))
-        net.loss_fn = DetectionLoss(net.cfg)
-    return net
+# %% ../../nbs/detectors/33_efficientdet.ipynb #1408c4c8
+def _published(pretrained, cfg, **others):
+    "The record of the weights that are meant; raises ValueError beside parts that these weights bring themselves."
+    if given := [k for k,v in others.items() if v not in (None,False,'auto')]: raise ValueError(
+        f"got pretrained={pretrained!r} beside {' and '.join(given)}, but the weights are those of the whole net: "
+        f"leave {' and '.join(given)} out, or give pretrained_backbone= for a backbone alone")
+    return import_module('backbones_nb.detectors.pretrained').pick_coco('efficientdet', pretrained, cfg.name)
 
-# %% ../../nbs/detectors/33_efficientdet.ipynb #32439827
-def _check_pretrained(pretrained, backbone, neck):
-    if pretrained not in (True,'coco'): raise ValueError(f"got pretrained={pretrained!r}, expected True or 'coco', the "
-        'one data set that effdet publishes weights of; for a backbone alone give pretrained_backbone=')
-    if backbone is not None or neck!='auto': raise ValueError(f'got pretrained={pretrained!r} beside a backbone or '
-        'neck, but the weights are those of the whole net: leave these out, or give pretrained_backbone=')
+def _load(net, record, num_classes):
+    return import_module('backbones_nb.detectors.pretrained').load_detector(net, record, num_classes)
 
-# %% ../../nbs/detectors/33_efficientdet.ipynb #7677f7e1
+# %% ../../nbs/detectors/33_efficientdet.ipynb #f1f9ffd6
 def model(
     model_name:str='tf_efficientdet_lite0', # `list_models()` gives all
     num_classes:int=None, # background counted, as in len(class_map); None: as in the weights where pretrained
     img_size=None, # the net's input, px: an int is a square, or (height, width); None: the row's own
     backbone=None, # None: the row's own; any name of ours or timm's; a `Backbone`; any module that returns maps
     neck='auto', # 'auto': effdet's BiFPN; 'bifpn', 'fpn', 'pan', a `Neck`, a callable (channels, strides) -> Neck
-    pretrained=False, # True or 'coco': effdet's published weights of the whole detector
+    pretrained=False, # True or 'coco': effdet's published weights of the whole detector; or a `WeightRecord` of such
     pretrained_backbone=False, # weights of the backbone, where it is given by name or the row's own
     normalize:bool=True, # images come in [0,1] and are normalised inside; False: they come normalised
     score_thresh:float=0., # detections below are left out
@@ -362,8 +354,8 @@ def model(
 ) -> EfficientDet: # in training mode
     "Returns EfficientDet on any backbone; raises one-sentence errors where the parts do not fit."
     cfg = effdet_config(model_name, **kwargs)
-    if pretrained: _check_pretrained(pretrained, backbone, neck)
-    record,classes = coco_record(cfg) if pretrained else None,cfg.num_classes+1
+    alone = dict(backbone=backbone, neck=neck, pretrained_backbone=pretrained_backbone)
+    record = _published(pretrained, cfg, **alone) if pretrained else None
     if not (pretrained and num_classes is None): _check_sizes(num_classes, img_size)
     size = img_size or tuple(cfg.image_size)
     cfg.image_size = (size,size) if isinstance(size, int) else tuple(size)
@@ -376,7 +368,7 @@ def model(
     stated = SimpleNamespace(record=bb.record or stated)
     mean,std = mean_std(stated, normalize)
     net = EfficientDet(cfg, bb, mean, std, score_thresh, num_classes=cfg.num_classes+1, normalize=normalize)
-    return load_coco(net, record, num_classes or classes) if pretrained else net
+    return _load(net, record, num_classes) if pretrained else net
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #00172663
 @patch

@@ -6,29 +6,34 @@ Docs: https://backbones-nb.github.io/backbones-nb/detectors/faster_rcnn.html.md"
 
 # %% auto #0
 __all__ = ['Resize', 'anchor_sizes', 'Levels', 'roi_pool', 'FloatRPNHead', 'FloatPredictor', 'Encoded', 'FasterRCNN',
-           'pick_levels', 'roi_levels', 'check_names', 'rcnn_parts', 'model']
+           'pick_levels', 'roi_levels', 'check_names', 'make_box_head', 'rcnn_parts', 'from_coco', 'put_together',
+           'model']
 
-# %% ../../nbs/detectors/31_faster_rcnn.ipynb #bf726fc6
+# %% ../../nbs/detectors/31_faster_rcnn.ipynb #534c68e1
 import inspect
 from bisect import bisect_right
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from math import log2
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
+from ..core.layers import make_norm
 from ..core.registry import did_you_mean
-from .detector import Detector, mean_std, prepare_backbone, training_flag
+from .detector import Detector, _check_sizes, mean_std, prepare_backbone, training_flag
 
 # %% ../../nbs/detectors/31_faster_rcnn.ipynb #0edf698d
 class Resize(GeneralizedRCNNTransform):
@@ -68,16 +73,16 @@ def anchor_sizes(
     if len(strides)==1: return (tuple(anchor_scale*s for s in (4,8,16,32,64)),)
     return tuple((anchor_scale*s,) for s in strides)
 
-# %% ../../nbs/detectors/31_faster_rcnn.ipynb #3fec0750
+# %% ../../nbs/detectors/31_faster_rcnn.ipynb #51e45666
 class Levels(LevelMapper):
-    "The FPN paper's equation 1 over the strides there are; a power of two may be missing, unlike in torchvision's."
+    "The FPN paper's equation 1 over the strides there are: a power of two may be missing; of two equal the first."
     def __init__(self,
         strides, # of the maps to pool from, ascending
         anchor_scale=8, # the canonical 224 px of the paper belong to 8
     ):
         ks = [int(log2(s)) for s in strides]
         super().__init__(ks[0], ks[-1], canonical_scale=28*anchor_scale, canonical_level=4)
-        self.index = [bisect_right(ks, k)-1 for k in range(ks[0], ks[-1]+1)]
+        self.index = [ks.index(ks[bisect_right(ks, k)-1]) for k in range(ks[0], ks[-1]+1)]
 
     def __call__(self, boxlists): # boxes (N,4) xyxy px, one tensor per image
         k = super().__call__(boxlists)
@@ -132,9 +137,11 @@ class _TwoStages(Detector):
             found,_ = self.roi_heads(seen.features, proposals, seen.images.image_sizes)
         return self.transform.postprocess(found, seen.images.image_sizes, seen.sizes)
 
-# %% ../../nbs/detectors/31_faster_rcnn.ipynb #9c2cfbaa
+# %% ../../nbs/detectors/31_faster_rcnn.ipynb #90e40bd2
 class FasterRCNN(_TwoStages):
     "torchvision's RPN and RoI heads on any backbone (Ren et al. 2015, arXiv:1506.01497)."
+    pretrained,record = None,None # tag and record of weights for the whole detector
+
     def __init__(self,
         net:nn.Module, # torchvision's detector, whose RPN, heads and transform are taken
         backbone:nn.Module, # gives the maps
@@ -151,6 +158,18 @@ class FasterRCNN(_TwoStages):
         images,targets = self.transform(images, targets)
         maps = self.backbone(images.tensors)
         return Encoded(images, OrderedDict((str(i), _up(maps[i])) for i in self.levels), targets, sizes)
+
+# %% ../../nbs/detectors/31_faster_rcnn.ipynb #bf03cff8
+@patch
+def replace_heads(self:FasterRCNN,
+    num_classes:int, # background counted
+) -> FasterRCNN: # itself
+    "Draws a new box predictor, as torchvision draws it; all other weights stay as they are."
+    _check_sizes(num_classes, None)
+    old = self.roi_heads.box_predictor.cls_score
+    self.roi_heads.box_predictor = FloatPredictor(old.in_features, num_classes).to(old.weight)
+    self.num_classes = num_classes
+    return self
 
 # %% ../../nbs/detectors/31_faster_rcnn.ipynb #831baca1
 def pick_levels(
@@ -188,7 +207,18 @@ def _stub(channels):
     res.out_channels = channels
     return res
 
-# %% ../../nbs/detectors/31_faster_rcnn.ipynb #5fd0ecba
+# %% ../../nbs/detectors/31_faster_rcnn.ipynb #24dd7334
+def make_box_head(
+    channels:int, # of the maps
+    head_channels:int=1024, # width of the linear layers
+    convs:int=0, # 3x3 convolutions before them; with some there is one linear layer, without two
+    norm=None, # after each convolution: a name in `norms`, a callable taking the channels, or None
+) -> nn.Module: # (N,channels,7,7) -> (N,head_channels)
+    "Returns one of torchvision's two box heads."
+    if not convs: return TwoMLPHead(channels*7**2, head_channels)
+    return FastRCNNConvFCHead((channels,7,7), [channels]*convs, [head_channels], norm and partial(make_norm, norm))
+
+# %% ../../nbs/detectors/31_faster_rcnn.ipynb #77488a7c
 def rcnn_parts(
     backbone:nn.Module,
     levels, # indices of the maps in use
@@ -197,43 +227,82 @@ def rcnn_parts(
     anchor_scale=8,
     aspect_ratios=(.5,1.,2.), # height / width
     sampling_ratio:int=2, # see `roi_pool`
+    sizes=None, # base sizes (px), a tuple for each map; None: `anchor_sizes`
+    rpn_convs:int=1, # 3x3 convolutions of the RPN's head
+    box_convs:int=0, # see `make_box_head`
+    head_norm=None, # see `make_box_head`
 ) -> dict: # arguments of torchvision's detector
     "Returns anchors, RPN head, RoI pooling and box head as the backbone's strides and channels want them."
-    c = backbone.channels[levels[0]]
-    sizes = anchor_sizes([backbone.strides[i] for i in levels], anchor_scale)
+    _check_sizes(num_classes, None)
+    c,strides = backbone.channels[levels[0]],[backbone.strides[i] for i in levels]
+    sizes = sizes or anchor_sizes(strides, anchor_scale)
+    if len(sizes)!=len(strides): raise ValueError(f'got anchor_sizes for {len(sizes)} maps, expected a tuple of sizes '
+        f'for each of the {len(strides)} maps at strides {tuple(strides)}')
     roi = roi_levels(backbone, levels)
     return dict(rpn_anchor_generator=AnchorGenerator(sizes, (tuple(aspect_ratios),)*len(sizes)),
-                rpn_head=FloatRPNHead(c, len(sizes[0])*len(aspect_ratios)),
+                rpn_head=FloatRPNHead(c, len(sizes[0])*len(aspect_ratios), rpn_convs),
                 box_roi_pool=roi_pool([backbone.strides[i] for i in roi], map(str, roi), anchor_scale, sampling_ratio),
-                box_head=TwoMLPHead(c*7**2, head_channels), box_predictor=FloatPredictor(head_channels, num_classes))
+                box_head=make_box_head(c, head_channels, box_convs, head_norm),
+                box_predictor=FloatPredictor(head_channels, num_classes))
 
-# %% ../../nbs/detectors/31_faster_rcnn.ipynb #46ef18a0
+# %% ../../nbs/detectors/31_faster_rcnn.ipynb #aea05c6b
+def from_coco(
+    build, # a family's `model`
+    family:str, # 'faster_rcnn', ...
+    asked:dict, # its arguments as they were given, under `kwargs` those without a name of their own
+) -> Detector:
+    "Returns the detector in the architecture of published weights, loaded, see `detectors.pretrained`."
+    make = import_module('backbones_nb.detectors.pretrained').build_coco # a later chapter, about all families
+    return make(build, family, {k:v for k,v in asked.items() if k!='kwargs'} | asked['kwargs'])
+
+def _built(backbone): # a function makes a new one each time
+    return backbone() if callable(backbone) and not isinstance(backbone, nn.Module) else backbone
+
+def put_together(
+    backbone:nn.Module, # with its neck
+    levels, # indices of the maps in use
+    parts:dict, # arguments of torchvision's detector
+    img_size=None, # see `Resize`
+    normalize:bool=True, # see `Detector`
+    **config, # num_classes
+) -> FasterRCNN:
+    "Returns the detector from its parts; `size_divisible`, mean and std follow from the backbone unless given."
+    size = {k:parts.pop(k) for k in ('min_size','max_size') if k in parts}
+    mean,std = mean_std(backbone, normalize)
+    mean,std = parts.pop('image_mean', mean),parts.pop('image_std', std)
+    real = max(backbone.strides[i] for i in roi_levels(backbone, levels))
+    transform = Resize(img_size, mean, std, parts.pop('size_divisible', real), **size)
+    net = TorchvisionFasterRCNN(_stub(backbone.channels[levels[0]]), **parts)
+    net.transform = transform
+    return FasterRCNN(net, backbone, levels, img_size=img_size, normalize=normalize, **config)
+
+# %% ../../nbs/detectors/31_faster_rcnn.ipynb #4d6fb57b
 def model(
-    num_classes:int, # background counted, as in len(class_map)
-    backbone=None, # None: resnet50; a name; a `Backbone`; any module that returns maps
+    num_classes:int=None, # background counted, as in len(class_map); None: as in the weights where pretrained
+    backbone=None, # None: resnet50; a name; a `Backbone`; any module that returns maps; a function that makes one
     neck='auto', # 'auto', 'fpn', None, a `Neck`, or a callable (in_channels, in_strides) -> Neck
     neck_channels:int=256,
-    neck_norm=None, # 'bn' or 'gn': normalisation in the neck, a help when training from scratch; None: as the neck has it
-    head_channels:int=1024, # width of the box head's two layers
+    neck_norm=None, # 'bn' or 'gn': normalisation in the neck, helps training from scratch; None: as the neck has it
+    head_channels:int=1024, # width of the box head's linear layers
     img_size=None, # None: images as they are; int: longer side, px; (height, width): box to fit into, px
     pretrained_backbone=False, # weights of a backbone given by name
     anchor_scale=8, # base anchor / stride; objects of your images smaller than usual want less
     aspect_ratios=(.5,1.,2.), # height / width of the anchors
     sampling_ratio:int=2, # points a side that RoIAlign reads in each bin; 1 trains faster on a CPU
     normalize:bool=True, # images come in [0,1] and are normalised inside; False: they come normalised
+    anchor_sizes=None, # base anchors (px), a tuple for each map, instead of `anchor_scale`
+    rpn_convs:int=1, # 3x3 convolutions of the RPN's head
+    box_convs:int=0, # 3x3 convolutions of the box head, see `make_box_head`
+    head_norm=None, # 'bn' or 'gn': normalisation after these
+    pretrained=False, # weights of the whole detector: True or 'coco', or what `pick_coco` takes
     **kwargs, # torchvision's: box_detections_per_img, rpn_post_nms_top_n_train, min_size, max_size, ...
 ) -> FasterRCNN: # in training mode
     "Returns Faster R-CNN on any backbone; raises one-sentence errors where the parts do not fit."
     check_names(kwargs)
-    bb = prepare_backbone(backbone, 'resnet50', neck, pretrained_backbone, channels=neck_channels, norm=neck_norm,
-                          extra='pool')
+    if pretrained: return from_coco(model, 'faster_rcnn', locals())
+    bb = prepare_backbone(_built(backbone), 'resnet50', neck, pretrained_backbone, channels=neck_channels,
+                          norm=neck_norm, extra='pool')
     levels = pick_levels(bb)
-    parts = rcnn_parts(bb, levels, num_classes, head_channels, anchor_scale, aspect_ratios, sampling_ratio) | kwargs
-    size = {k:parts.pop(k) for k in ('min_size','max_size') if k in parts}
-    mean,std = mean_std(bb, normalize)
-    mean,std = parts.pop('image_mean', mean),parts.pop('image_std', std)
-    real = max(bb.strides[i] for i in roi_levels(bb, levels))
-    transform = Resize(img_size, mean, std, parts.pop('size_divisible', real), **size)
-    net = TorchvisionFasterRCNN(_stub(bb.channels[levels[0]]), **parts)
-    net.transform = transform
-    return FasterRCNN(net, bb, levels, num_classes=num_classes, img_size=img_size, normalize=normalize)
+    parts = rcnn_parts(bb, levels, num_classes, head_channels, anchor_scale, aspect_ratios, sampling_ratio,
+                       anchor_sizes, rpn_convs, box_convs, head_norm) | kwargs
+    return put_together(bb, levels, parts, num_classes=num_classes, img_size=img_size, normalize=normalize)

@@ -7,14 +7,18 @@ Docs: https://backbones-nb.github.io/backbones-nb/detectors/mask_rcnn.html.md"""
 # %% auto #0
 __all__ = ['FloatMaskPredictor', 'mask_parts', 'with_masks', 'MaskRCNN', 'model']
 
-# %% ../../nbs/detectors/32_mask_rcnn.ipynb #fa78a88b
+# %% ../../nbs/detectors/32_mask_rcnn.ipynb #91e62515
+from functools import partial
+
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
+from ..core.layers import make_norm
 from . import faster_rcnn
-from .faster_rcnn import FasterRCNN, _up, check_names, roi_levels, roi_pool
+from .faster_rcnn import FasterRCNN, _up, check_names, from_coco, roi_levels, roi_pool
 
-# %% ../../nbs/detectors/32_mask_rcnn.ipynb #aff7434d
+# %% ../../nbs/detectors/32_mask_rcnn.ipynb #5f9c04d7
 class FloatMaskPredictor(MaskRCNNPredictor):
     "torchvision's mask predictor; under autocast its logits are float32."
     def forward(self, x): return _up(super().forward(x))
@@ -24,11 +28,12 @@ def mask_parts(
     mask_channels:int=256, # width of the mask head's layers
     anchor_scale=8, # see `Levels`
     sampling_ratio:int=2, # points a side in each of the 14x14 bins
+    norm=None, # after each layer of the head: a name in `norms`, a callable taking the channels, or None
 ) -> dict: # the three modules that torchvision's RoI heads take
     "Returns RoI pooling, mask head and mask predictor as the detector's backbone wants them."
     bb = detector.backbone
     roi = roi_levels(bb, detector.levels)
-    head = MaskRCNNHeads(bb.channels[roi[0]], (mask_channels,)*4, 1)
+    head = MaskRCNNHeads(bb.channels[roi[0]], (mask_channels,)*4, 1, norm and partial(make_norm, norm))
     return dict(mask_roi_pool=roi_pool([bb.strides[i] for i in roi], map(str, roi), anchor_scale, sampling_ratio, 14),
                 mask_head=head, mask_predictor=FloatMaskPredictor(mask_channels, mask_channels, detector.num_classes))
 
@@ -71,26 +76,43 @@ class MaskRCNN(FasterRCNN):
             targets = [with_masks(t, i, o) for i,(t,o) in enumerate(zip(targets, images))]+list(targets[n:])
         return super().forward(images, targets, both)
 
-# %% ../../nbs/detectors/32_mask_rcnn.ipynb #3ecf51f5
+# %% ../../nbs/detectors/32_mask_rcnn.ipynb #ddc4625b
+@patch
+def replace_heads(self:MaskRCNN,
+    num_classes:int, # background counted
+) -> MaskRCNN: # itself
+    "Draws a new box predictor and a new last layer of the masks, as torchvision draws them; the rest stays as it is."
+    FasterRCNN.replace_heads(self, num_classes)
+    old = self.roi_heads.mask_predictor
+    new = FloatMaskPredictor(old.conv5_mask.in_channels, old.conv5_mask.out_channels, num_classes)
+    old.mask_fcn_logits = new.mask_fcn_logits.to(old.mask_fcn_logits.weight)
+    return self
+
+# %% ../../nbs/detectors/32_mask_rcnn.ipynb #58a54e40
+_modules = 'mask_roi_pool','mask_head','mask_predictor' # of torchvision's constructor
+_passed = 'neck_norm','aspect_ratios','anchor_sizes','rpn_convs','box_convs','head_norm' # to `faster_rcnn.model`
+
 def model(
-    num_classes:int, # background counted, as in len(class_map)
+    num_classes:int=None, # background counted, as in len(class_map); None: as in the weights where pretrained
     backbone=None, # None: resnet50; a name; a `Backbone`; any module that returns maps
     neck='auto', # 'auto', 'fpn', 'pan', 'bifpn', None, a `Neck`, or a callable (in_channels, in_strides) -> Neck
     neck_channels:int=256,
-    head_channels:int=1024, # width of the box head's two layers
+    head_channels:int=1024, # width of the box head's linear layers
     mask_channels:int=256, # width of the mask head's layers
     img_size=None, # None: images as they are; int: longer side, px; (height, width): box to fit into, px
     pretrained_backbone=False, # weights of a backbone given by name
     anchor_scale=8, # base anchor / stride; objects of your images smaller than usual want less
     normalize:bool=True, # images come in [0,1] and are normalised inside; False: they come normalised
     sampling_ratio:int=2, # points a side that RoIAlign reads in each bin; 1 trains faster on a CPU
-    **kwargs, # `faster_rcnn.model`'s and torchvision's: neck_norm, aspect_ratios, box_detections_per_img, ...
+    pretrained=False, # weights of the whole detector: True or 'coco', or what `pick_coco` takes
+    **kwargs, # `faster_rcnn.model`'s and torchvision's: neck_norm, head_norm, box_detections_per_img, ...
 ) -> MaskRCNN: # in training mode
     "Returns Mask R-CNN on any backbone; raises one-sentence errors where the parts do not fit."
-    names = 'mask_roi_pool','mask_head','mask_predictor'
-    check_names(kwargs, 'mask_rcnn.model', [*names, 'neck_norm', 'aspect_ratios'])
-    own = {k:kwargs.pop(k) for k in names if kwargs.get(k) is not None}
+    check_names(kwargs, 'mask_rcnn.model', [*_modules, *_passed])
+    if pretrained: return from_coco(model, 'mask_rcnn', locals())
+    own = {k:kwargs.pop(k) for k in _modules if kwargs.get(k) is not None}
     net = faster_rcnn.model(num_classes, backbone, neck, neck_channels, head_channels=head_channels, img_size=img_size,
                             pretrained_backbone=pretrained_backbone, anchor_scale=anchor_scale, normalize=normalize,
                             sampling_ratio=sampling_ratio, **kwargs)
-    return MaskRCNN(net, **mask_parts(net, mask_channels, anchor_scale, sampling_ratio) | own)
+    parts = mask_parts(net, mask_channels, anchor_scale, sampling_ratio, kwargs.get('head_norm'))
+    return MaskRCNN(net, **parts | own)

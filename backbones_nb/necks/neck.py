@@ -92,20 +92,22 @@ def param_groups(self:WithNeck) -> list: # lists of parameters: those of the bod
     rest = [p for p in self.parameters() if id(p) not in seen]
     return groups + [rest] if rest else groups
 
-# %% ../../nbs/necks/19_neck.ipynb #d42e93d3
+# %% ../../nbs/necks/19_neck.ipynb #b47bc120
 @patch
 def freeze_to(self:WithNeck,
     n:int, # groups before the n-th are frozen, the others trained; negative n counts from the end
 ) -> WithNeck: # itself
-    "Freezes the first `n` groups, but no batch norm of the neck: it is never pretrained. Raises ValueError beyond."
+    "Freezes the first `n` groups, batch norm of the neck only where that is pretrained. Raises ValueError beyond."
     k,m = len(self.param_groups()),len(self.body.param_groups())
     if not -k<=n<=k: raise ValueError(f'got freeze_to({n}), but there are {k} groups: give a number from {-k} to {k}')
     n = n+k if n<0 else n
     self.body.freeze_to(min(n, m))
-    norms = [o for o in self.neck.modules() if isinstance(o, nn.modules.batchnorm._BatchNorm)]
-    norms = {id(p) for o in norms for p in o.parameters()}
-    for p in self.neck.parameters(): p.requires_grad_(n<=m or id(p) in norms)
-    return self
+    norms = {f'neck.{k}':o for k,o in self.neck.named_modules() if isinstance(o, nn.modules.batchnorm._BatchNorm)}
+    known = getattr(self.neck, 'pretrained', None) # weights of a whole detector
+    learning = set() if known else {id(p) for o in norms.values() for p in o.parameters()}
+    for p in self.neck.parameters(): p.requires_grad_(n<=m or id(p) in learning)
+    self._frozen_norms = set(norms) if known and n>m else set()
+    return self.train(self.training)
 
 # %% ../../nbs/necks/19_neck.ipynb #405223c6
 necks = dict(fpn='FPN', pan='PAN', bifpn='BiFPN') # name, which is a module of this folder -> class in it

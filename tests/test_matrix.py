@@ -16,7 +16,7 @@ from backbones_nb.core.parity import randomise_, rel_error
 from backbones_nb.core.registry import create_backbone, list_backbones
 
 names = list_backbones()
-huge = 70e6 # parameters from which real tensors are for the slow run
+huge = 40e6 # parameters from which real tensors are for the slow run
 body = dict( # parameters of the nets that torchvision lacks, in millions, without classifier
     darknet19=19.817, darknet53=40.585, cspdarknet19=15.848, cspdarknet53=26.617, vovnet19_slim=2.653, vovnet19=10.180,
     vovnet27_slim=3.013, vovnet39=25.184, vovnet57=41.455, vovnet99=69.524, vovnet19_slim_dw=1.385, vovnet19_dw=5.518)

@@ -87,6 +87,16 @@ def test_every_fault_of_a_file_is_found(coco, spoil, kind, suffix):
     assert r.counts.get(kind)==1 and r.ok==(kind=='picture twice') and r.readable==1+(kind in ('size disagrees','picture twice'))
 
 
+def test_only_boxes_are_counted_as_boxes(coco):
+    r = coco(lambda d: (first(d).pop('bbox'), d['annotations'].append(ann(9, 55))))
+    assert r.boxes==1 and r.classes==dict(cat=1, dog=0) and '1 box;' in r.facts()
+
+
+def test_the_background_is_no_class(coco):
+    r = coco(lambda d: (d['categories'].append(dict(id=0, name='background')), first(d).update(category_id=0)))
+    assert r.counts=={'unknown class':1} and r.classes==dict(cat=1, dog=0)
+
+
 def test_a_photograph_on_its_side_is_recognised(coco):
     f,exif = coco.root/'images'/'1.jpg',Image.Exif()
     exif[274] = 6
@@ -200,7 +210,7 @@ def test_pets(pets):
     assert r.ok and 'Pets' in r.title and r.images==48 and set(r.counts)=={'image without objects'} and list(r.classes)==['cat','dog']
     ann,name = pets/'annotations',sorted(o.stem for o in (pets/'annotations'/'xmls').glob('*.xml'))[0]
     tri = ann/'trimaps'/f'{name}.png'
-    before,w = tri.read_bytes(),Image.open(tri).size[0]
+    before = tri.read_bytes()
     for spoil in (lambda: tri.write_bytes(b'x'), lambda: Image.new('L', Image.open(tri).size, 2).save(tri), lambda: Image.new('L', (9,9), 1).save(tri), tri.unlink):
         spoil()
         assert check_data(pets).counts['broken mask']==1
@@ -225,7 +235,7 @@ def test_records(tmp_path):
                      (r(2, masks=square), 'broken mask'), (r(2, masks=1-square[None]), 'mask disagrees with box'), (r(3), 'missing image'), (r(2, file='1.jpg'), 'image twice'),
                      (r(2, masks=broken), 'broken mask')):
         assert kind in check_data([r(), bad], class_map=cm).counts, kind
-    assert check_data([r(1, labels=(5,))]).classes=={'5':1}
+    assert check_data([r(1, labels=(5,))]).classes=={'5':1} and check_data([r(1, labels=(0,))]).counts=={'unknown class':1} # 0 is the background
 
 
 def broken(): raise ValueError('gone')

@@ -66,6 +66,8 @@ def test_a_class_map_of_another_file_gives_the_numbers(folder):
 def test_background_among_the_categories(folder):
     _,cm,_ = read(folder, [ann()], categories=[dict(id=0, name='background'), *cats])
     assert list(cm)==['background','cat','cow','dog']
+    (r,),_,report = read(folder, [ann(), ann(5, 0)], categories=[dict(id=0, name='background'), *cats])
+    assert r.labels.tolist()==[1] and list(report.notes)==['with an object of an unknown category, left out']
     _,cm,_ = read(folder, [ann(5, 1), ann(5, 2)], categories=[dict(id=1, name='cat'), dict(id=2, name='cat')])
     assert list(cm)==['background','cat']
 
@@ -154,6 +156,17 @@ def test_the_folder_of_images_is_found(folder, place):
         assert coco_records(f)[0][0].path==folder/'val'/'a.jpg'
 
 
+@pytest.mark.parametrize('wrong', [dict(height=0, width=0), dict(height=None), dict(width='80'), dict(height=float('nan')), dict(height=-60)])
+def test_an_image_listed_without_a_size_is_used(folder, wrong):
+    recs,_,report = read(folder, [ann()], [image(5, **wrong)])
+    assert recs[0].size==size and len(report)==0
+
+
+def test_a_file_that_windows_wrote(folder):
+    (folder/'x.json').write_text(json.dumps(data([ann()])), encoding='utf-8-sig')
+    assert len(coco_records(folder/'x.json')[0])==1
+
+
 def test_errors_say_what_to_do(folder):
     f = folder/'x.json'
     for text,words in (('{', 'cannot be read as JSON'), ('[]', 'no list of images and annotations and categories'), ('{"images": [], "annotations": []}', 'categories')):
@@ -185,6 +198,7 @@ def test_there_and_back(toy):
     assert [o['file_name'] for o in to_coco(recs, cm, images=toy)['images']]==[f'images/{r.path.name}' for r in recs]
     assert [o['id'] for o in written['images']]==list(range(1, len(recs)+1)) and [o['id'] for o in to_coco(again, cm2)['images']]==[int(r.image_id) for r in again]
     with pytest.raises(ValueError, match="no category id for 'cat'"): to_coco(recs, cm, dict(dog=1))
+    with pytest.raises(ValueError, match='is not in the folder .*annotations: give'): to_coco(recs, cm, images=toy/'annotations')
 
 
 @pytest.mark.parametrize('kind', ['bbox','segm'])

@@ -190,12 +190,13 @@ def test_weights_of_another_net(publish, classes, says):
 
 V2 = get_model_weights('fasterrcnn_resnet50_fpn_v2').COCO_V1
 BAD = {
-    "beside the backbone 'vovnet39'": dict(backbone='vovnet39'), 'a built VoVNet': dict(backbone=lambda: create_backbone('vovnet19_slim')),
+    "pretrained=True beside the backbone 'vovnet39'": dict(backbone='vovnet39'), 'a built VoVNet': dict(backbone=lambda: create_backbone('vovnet19_slim')),
     "choose among 'FasterRCNN_ResNet50_FPN_Weights.COCO_V1' (resnet50)": dict(pretrained=V2, backbone='mobilenet_v3_large'),
     "no weights 'voc': give True, 'coco' or one of 'FasterRCNN": dict(pretrained='voc'), "no weights 'FCOS_ResNet50": dict(pretrained=weights_of('fcos_resnet50_fpn')),
     'pretrained_backbone, but': dict(pretrained_backbone=True), "neck='pan'": dict(neck='pan'), 'neck_channels=64': dict(neck_channels=64),
     "head_norm='gn'": dict(pretrained=V2, head_norm='gn'), 'num_classes=1,': dict(num_classes=1), 'for fcos, expected one for faster_rcnn': dict(
         pretrained=torchvision_record(weights_of('fcos_resnet50_fpn'))), "Did you mean 'box_detections_per_img'": dict(box_detection_per_img=3),
+    "'anchor_scal'. Did you mean 'anchor_scale'": dict(anchor_scal=4),
 }
 @pytest.mark.parametrize('says', BAD)
 def test_contradictions_are_one_sentence(says):
@@ -255,8 +256,10 @@ def test_new_heads_start_as_the_libraries_draw_them():
     m = DETECTORS['efficientdet']().replace_heads(3)
     assert torch.allclose(m.class_net.predict.conv_pw.bias, torch.tensor(-4.5951), atol=1e-4) # a score of 0.01
     same = lean()
-    same.replace_heads(5)
-    assert same.roi_heads.box_predictor.bbox_pred.out_features==20
+    old = same.roi_heads.box_predictor
+    new = same.replace_heads(5).roi_heads.box_predictor # as many classes, drawn anew all the same
+    for k,v in new.state_dict().items(): assert v.shape==old.state_dict()[k].shape and not torch.equal(v, old.state_dict()[k]), k
+    assert abs(new.bbox_pred.weight.std()/old.bbox_pred.weight.std()-1)<.1
 
 # --- effdet
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from backbones_nb.data.records import (ClassMap, Record, SkipReport, clean_boxes, image_size, load_image, read_voc, show_records, split_listed,
+from backbones_nb.data.records import (ClassMap, Record, SkipReport, clean_boxes, image_size, load_image, read_names, read_voc, show_records, split_listed,
                                        split_records, voc_records, voc_split)
 
 
@@ -228,6 +228,14 @@ def test_layouts_and_lists_that_are_not_there(year, tmp_path):
     (tmp_path/'VOC2051'/'JPEGImages').mkdir(parents=True)
     (tmp_path/'VOC2051'/'Annotations').mkdir()
     with pytest.raises(ValueError, match='2 folders'): voc_split(tmp_path)
+
+
+@pytest.mark.parametrize('text,names', [('a\nb 1\n\n', ['a','b 1']), ('a  1\nb -1\nc  0\n', ['a','c']), ('my cat 7  1\nmy cat 8 -1', ['my cat 7']), ('IMG 1\nIMG 2', ['IMG 1','IMG 2']), ('', [])])
+def test_names_with_flags_and_with_spaces(tmp_path, text, names):
+    (tmp_path/'x.txt').write_text(text)
+    assert read_names(tmp_path/'x.txt', flags=True)==names # a mark of the byte order is no part of a name
+    (tmp_path/'x.txt').write_text(text, encoding='utf-8-sig')
+    assert read_names(tmp_path/'x.txt', flags=True)==names and read_names(tmp_path/'x.txt')==[l for l in text.split('\n') if l]
 
 
 def flat(n=100): return [Record(f'r{i}', f'data/{i%2}/{i}.jpg', (9,9), [[0,0,5,5]], [2 if i%10==0 else 1]) for i in range(n)]

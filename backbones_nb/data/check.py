@@ -7,7 +7,7 @@ Docs: https://backbones-nb.github.io/backbones-nb/data/check.html.md"""
 # %% auto #0
 __all__ = ['kinds', 'Problem', 'DataReport', 'Thing', 'Entry', 'box_overlap', 'voc_folders', 'find_format', 'check_data']
 
-# %% ../../nbs/data/45_check.ipynb #b5985d14
+# %% ../../nbs/data/45_check.ipynb #8de7b3ad
 import hashlib
 import os
 from collections import Counter, defaultdict
@@ -20,17 +20,18 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core.inspect import Table
-from .coco import coco_box, coco_images, decode_mask, entry_file, entry_id, polygons, read_coco
+from .coco import (coco_box, coco_images, decode_mask, entry_file, entry_id, entry_size, polygons,
+                                    read_coco)
 from .pets import instances_of, is_pets, mask_boxes, read_list, read_trimap, species
 from .records import (image_files, load_image, natural, read_instances, read_names, read_voc,
                                        xml_files)
 
-# %% ../../nbs/data/45_check.ipynb #7b948daf
+# %% ../../nbs/data/45_check.ipynb #7d808567
 kinds = {
     'missing image': ('error', 'listed or annotated, but there is no file'),
     'unreadable image': ('error', 'the file is broken, cut off, or no image'),
     'size disagrees': ('error', 'annotated at another size than the upright image has: its boxes are wrong'),
-    'image twice': ('error', 'the same file, name or id in several entries: readers keep one of them'),
+    'image twice': ('error', 'the same file, name or id in several entries: learned twice, or all but one are lost'),
     'broken entry': ('error', 'an annotation or list that cannot be read'),
     'annotation without image': ('error', 'it belongs to no image of the set'),
     'unknown class': ('error', 'the class is not among those of the set'),
@@ -259,7 +260,7 @@ def _record_masks(record, things, min_iou, size):
         return [Problem('broken mask', str(record.image_id), f'shape {masks.shape}, expected {(len(things), *size)}')]
     return [p for m,t in zip(masks, things) for p in _mask_problems(m, t, min_iou)]
 
-# %% ../../nbs/data/45_check.ipynb #a00d8053
+# %% ../../nbs/data/45_check.ipynb #16d38bb6
 def _twice(ids, what):
     return [Problem('broken entry', f'{what} {i}', f'{n} entries have this id') for i,n in Counter(ids).items() if n>1]
 
@@ -269,7 +270,7 @@ def _category_names(data):
     for k,c in enumerate(data['categories']):
         if entry_id(c) is None or not isinstance(c.get('name'), str):
             problems.append(Problem('broken entry', f'categories[{k}]', 'without id or name'))
-        else: names.setdefault(c['id'], c['name'].strip())
+        elif c['name'].strip()!='background': names.setdefault(c['id'], c['name'].strip()) # as readers do
     return names,problems + _twice([i for i in map(entry_id, data['categories']) if i is not None], 'category')
 
 def _coco_thing(a, file, names):
@@ -288,14 +289,12 @@ def _annotations(data, listed):
         else: problems.append(Problem('annotation without image', f"annotation {a.get('id', '?')}", f'image_id {i!r}'))
     return anns,problems + _twice([i for i in map(entry_id, data['annotations']) if i is not None], 'annotation')
 
-# %% ../../nbs/data/45_check.ipynb #2081ff6f
+# %% ../../nbs/data/45_check.ipynb #e27f8471
 def _coco_entry(img, folder, anns, names, min_iou):
     file = entry_file(img)
     things,segs = [_coco_thing(a, file, names) for a in anns],[a.get('segmentation') for a in anns]
-    size = tuple(img.get(k) for k in ('height','width'))
-    size = tuple(map(int, size)) if all(isinstance(o, (int,float)) and o>0 and o<1e9 for o in size) else None
     masks = partial(_coco_masks, segs, things, min_iou) if any(segs) else None
-    return Entry(file, folder/file, size, things, masks),segs
+    return Entry(file, folder/file, entry_size(img), things, masks),segs
 
 def _from_coco(json, images, min_iou):
     "Returns (title, entries, class names, problems) of a COCO file."
@@ -397,10 +396,10 @@ def _from_pets(path, images, min_iou):
     problems += [Problem('annotation without image', o.name) for k,o in xmls.items() if k not in known]
     return f'Pets folder {path}',entries,list(species),problems
 
-# %% ../../nbs/data/45_check.ipynb #8c65d053
+# %% ../../nbs/data/45_check.ipynb #ef109d9f
 def _from_records(records, class_map, min_iou):
     "Returns (title, entries, class names, problems) of records."
-    def known(l): return class_map is None or 1<=l<len(class_map)
+    def known(l): return l>=1 and (class_map is None or l<len(class_map))
     def name(l): return str(l) if class_map is None else class_map.get_name(l)
     entries = []
     for r in records:
@@ -472,7 +471,7 @@ def _spelled_twice(names):
     for n in sorted(set(names)): groups[''.join(c for c in n.lower() if c not in ' _-')].append(n)
     return [Problem('class spelled twice', ', '.join(map(repr, v))) for v in groups.values() if len(v)>1]
 
-# %% ../../nbs/data/45_check.ipynb #c631df75
+# %% ../../nbs/data/45_check.ipynb #0db2404d
 def check_data(
     data, # COCO file; folder in COCO's, VOC's or Pets' layout; or a list of `Record`s
     images=None, # folder of images; None: found by convention
@@ -488,9 +487,10 @@ def check_data(
     if not entries: raise ValueError(f'{title} has no image that could be checked: check the path and the format')
     if class_map is not None: _known_only(entries, set(class_map.names[1:]))
     found = _look(entries, small, workers, progress)
-    boxes = Counter(t.name for e in entries for t in e.things if t.name is not None)
+    boxed = [t for e in entries for t in e.things if t.box is not None]
+    boxes = Counter(t.name for t in boxed if t.name is not None)
     problems = [*problems, *(p for ps,*_ in found for p in ps), *_pictures_twice(entries, [d for *_,d in found]),
                 *_spelled_twice([*names, *boxes])]
     classes = {n:boxes[n] for n in dict.fromkeys([*names, *sorted(boxes)])}
     return DataReport(title, len(entries), sum(size is not None for _,size,_ in found),
-                      sum(len(e.things) for e in entries), classes, problems)
+                      len(boxed), classes, problems)

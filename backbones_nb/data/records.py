@@ -297,7 +297,7 @@ def show_records(
     return show_side_by_side([r.image() for r in records], [r.target() for r in records], class_map=class_map,
                              ncols=ncols, **kwargs)
 
-# %% ../../nbs/data/40_records.ipynb #4ba50132
+# %% ../../nbs/data/40_records.ipynb #2409ce7d
 def is_voc(path) -> bool:
     "Says whether a folder is laid out as a year of Pascal VOC."
     return all((Path(path)/o).is_dir() for o in ('JPEGImages', 'Annotations'))
@@ -314,14 +314,15 @@ def voc_names(
 
 def read_names(
     path, # text file, one name a line
-    flags:bool=False, # VOC's lists of one class: a name, and 1, 0 or -1 for images that show it, perhaps or not
+    flags:bool=False, # it may be one of VOC's lists of a class: a name, and 1 or -1 (shows it or not) or 0 (difficult)
 ) -> list:
     "Returns the names of a list, without those flagged -1; raises FileNotFoundError naming the lists there are."
     f = Path(path)
     if not f.is_file(): raise FileNotFoundError(f"there is no list {f}: {f.parent} has "
         f"{', '.join(sorted(o.stem for o in f.parent.glob('*.txt'))) or 'none'}")
-    rows = [l.strip() for l in f.read_text().splitlines() if l.strip()]
-    return [l.split()[0] for l in rows if l.split()[-1]!='-1'] if flags else rows
+    rows = [l.strip() for l in f.read_text(encoding='utf-8-sig').splitlines() if l.strip()]
+    flagged = [re.fullmatch(r'(.*\S)\s+(-1|0|1)', l) for l in rows] if flags else [None]
+    return [m[1] for m in flagged if m[2]!='-1'] if all(flagged) else rows
 
 # %% ../../nbs/data/40_records.ipynb #ed451b47
 def voc_split(

@@ -9,7 +9,7 @@ __all__ = ['Resize', 'anchor_sizes', 'Levels', 'roi_pool', 'FloatRPNHead', 'Floa
            'pick_levels', 'roi_levels', 'check_names', 'make_box_head', 'rcnn_parts', 'from_coco', 'put_together',
            'model']
 
-# %% ../../nbs/detectors/31_faster_rcnn.ipynb #534c68e1
+# %% ../../nbs/detectors/31_faster_rcnn.ipynb #ffb9d6eb
 import inspect
 from bisect import bisect_right
 from collections import OrderedDict
@@ -21,7 +21,7 @@ from math import log2
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
@@ -137,9 +137,10 @@ class _TwoStages(Detector):
             found,_ = self.roi_heads(seen.features, proposals, seen.images.image_sizes)
         return self.transform.postprocess(found, seen.images.image_sizes, seen.sizes)
 
-# %% ../../nbs/detectors/31_faster_rcnn.ipynb #90e40bd2
+# %% ../../nbs/detectors/31_faster_rcnn.ipynb #a4a2afe2
 class FasterRCNN(_TwoStages):
     "torchvision's RPN and RoI heads on any backbone (Ren et al. 2015, arXiv:1506.01497)."
+    reference = TorchvisionFasterRCNN
     pretrained,record = None,None # tag and record of weights for the whole detector
 
     def __init__(self,
@@ -188,16 +189,14 @@ def roi_levels(
     real = getattr(neck, 'in_strides', None) or [s for s in backbone.strides if s<=32]
     return [i for i in levels if backbone.strides[i] in real] or list(levels)[:1]
 
-# %% ../../nbs/detectors/31_faster_rcnn.ipynb #565c7359
-_own = {'self','backbone','num_classes','kwargs'}
-_takes = [k for k in inspect.signature(TorchvisionFasterRCNN.__init__).parameters if k not in _own] + ['size_divisible']
-
+# %% ../../nbs/detectors/31_faster_rcnn.ipynb #21ada36d
 def check_names(kwargs,
     who='faster_rcnn.model', # the caller, for the message
     more=(), # names that it takes itself
+    reference=TorchvisionFasterRCNN, # class whose constructor takes the others
 ):
-    "Raises TypeError for names that neither the caller nor torchvision's constructor takes."
-    takes = [*_takes,*more]
+    "Raises TypeError for names that neither the caller nor torchvision's constructor takes, suggesting the nearest."
+    takes = sorted({*inspect.signature(reference.__init__).parameters, *more, 'size_divisible'} - {'self','kwargs'})
     for k in kwargs:
         if k not in takes: raise TypeError(f'{who} takes no argument {k!r}.{did_you_mean(k, takes)}')
 
@@ -245,7 +244,7 @@ def rcnn_parts(
                 box_head=make_box_head(c, head_channels, box_convs, head_norm),
                 box_predictor=FloatPredictor(head_channels, num_classes))
 
-# %% ../../nbs/detectors/31_faster_rcnn.ipynb #aea05c6b
+# %% ../../nbs/detectors/31_faster_rcnn.ipynb #3210dc21
 def from_coco(
     build, # a family's `model`
     family:str, # 'faster_rcnn', ...
@@ -259,24 +258,25 @@ def _built(backbone): # a function makes a new one each time
     return backbone() if callable(backbone) and not isinstance(backbone, nn.Module) else backbone
 
 def put_together(
+    kind, # class of the detector; its `reference` is torchvision's
     backbone:nn.Module, # with its neck
     levels, # indices of the maps in use
     parts:dict, # arguments of torchvision's detector
     img_size=None, # see `Resize`
     normalize:bool=True, # see `Detector`
     **config, # num_classes
-) -> FasterRCNN:
+) -> Detector: # in training mode
     "Returns the detector from its parts; `size_divisible`, mean and std follow from the backbone unless given."
     size = {k:parts.pop(k) for k in ('min_size','max_size') if k in parts}
     mean,std = mean_std(backbone, normalize)
     mean,std = parts.pop('image_mean', mean),parts.pop('image_std', std)
     real = max(backbone.strides[i] for i in roi_levels(backbone, levels))
     transform = Resize(img_size, mean, std, parts.pop('size_divisible', real), **size)
-    net = TorchvisionFasterRCNN(_stub(backbone.channels[levels[0]]), **parts)
+    net = kind.reference(_stub(backbone.channels[levels[0]]), **parts)
     net.transform = transform
-    return FasterRCNN(net, backbone, levels, img_size=img_size, normalize=normalize, **config)
+    return kind(net, backbone, levels, img_size=img_size, normalize=normalize, **config)
 
-# %% ../../nbs/detectors/31_faster_rcnn.ipynb #4d6fb57b
+# %% ../../nbs/detectors/31_faster_rcnn.ipynb #37a42eab
 def model(
     num_classes:int=None, # background counted, as in len(class_map); None: as in the weights where pretrained
     backbone=None, # None: resnet50; a name; a `Backbone`; any module that returns maps; a function that makes one
@@ -298,11 +298,11 @@ def model(
     **kwargs, # torchvision's: box_detections_per_img, rpn_post_nms_top_n_train, min_size, max_size, ...
 ) -> FasterRCNN: # in training mode
     "Returns Faster R-CNN on any backbone; raises one-sentence errors where the parts do not fit."
-    check_names(kwargs)
+    check_names(kwargs, more=inspect.signature(model).parameters)
     if pretrained: return from_coco(model, 'faster_rcnn', locals())
     bb = prepare_backbone(_built(backbone), 'resnet50', neck, pretrained_backbone, channels=neck_channels,
                           norm=neck_norm, extra='pool')
     levels = pick_levels(bb)
     parts = rcnn_parts(bb, levels, num_classes, head_channels, anchor_scale, aspect_ratios, sampling_ratio,
                        anchor_sizes, rpn_convs, box_convs, head_norm) | kwargs
-    return put_together(bb, levels, parts, num_classes=num_classes, img_size=img_size, normalize=normalize)
+    return put_together(FasterRCNN, bb, levels, parts, num_classes=num_classes, img_size=img_size, normalize=normalize)

@@ -7,7 +7,9 @@ Docs: https://backbones-nb.github.io/backbones-nb/detectors/fcos.html.md"""
 # %% auto #0
 __all__ = ['NormedHead', 'FCOS', 'fcos_parts', 'model']
 
-# %% ../../nbs/detectors/35_fcos.ipynb #31fc0e80
+# %% ../../nbs/detectors/35_fcos.ipynb #21c96ac6
+import inspect
+
 from torch import nn
 from torchvision.models.detection import FCOS as TorchvisionFCOS
 from torchvision.models.detection._utils import BoxLinearCoder
@@ -15,8 +17,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
 
 from .detector import _check_sizes
-from .faster_rcnn import from_coco, pick_levels
-from .retinanet import OneStage, assemble, check_arguments, dense_backbone, head_norms
+from .faster_rcnn import check_names, from_coco, pick_levels, put_together
+from .retinanet import OneStage, dense_backbone, head_norms
 
 # %% ../../nbs/detectors/35_fcos.ipynb #939193fe
 class NormedHead(FCOSHead):
@@ -45,7 +47,7 @@ class FCOS(OneStage):
         res = self.compute_loss(seen.targets, seen.outputs, seen.anchors, seen.counts)
         return {self.renames[k]:v for k,v in res.items()}
 
-# %% ../../nbs/detectors/35_fcos.ipynb #f2d6f717
+# %% ../../nbs/detectors/35_fcos.ipynb #559cf193
 def fcos_parts(
     backbone:nn.Module, # with its neck
     num_classes:int, # background counted
@@ -56,10 +58,11 @@ def fcos_parts(
     "Returns one square per cell, as large as the stride, and the head as the backbone's channels want it."
     levels = pick_levels(backbone)
     squares = tuple((backbone.strides[i],) for i in levels)
-    return dict(anchor_generator=anchor_generator or AnchorGenerator(squares, ((1.,),)*len(squares)),
+    return dict(num_classes=num_classes,
+                anchor_generator=anchor_generator or AnchorGenerator(squares, ((1.,),)*len(squares)),
                 head=head or NormedHead(backbone.channels[levels[0]], num_classes, head_norm))
 
-# %% ../../nbs/detectors/35_fcos.ipynb #3dea57be
+# %% ../../nbs/detectors/35_fcos.ipynb #c7022b8b
 def model(
     num_classes:int=None, # background counted, as in len(class_map); None: as in the weights where pretrained
     backbone=None, # None: resnet50; a name; a `Backbone`; any module that returns maps
@@ -76,10 +79,10 @@ def model(
     **kwargs, # torchvision's: center_sampling_radius, score_thresh, nms_thresh, detections_per_img, min_size ...
 ) -> FCOS: # in training mode
     "Returns FCOS on any backbone; raises one-sentence errors where the parts do not fit."
-    check_arguments(kwargs, model, TorchvisionFCOS, 'fcos.model')
+    check_names(kwargs, 'fcos.model', inspect.signature(model).parameters, TorchvisionFCOS)
     if pretrained: return from_coco(model, 'fcos', locals())
     _check_sizes(num_classes, img_size)
     bb = dense_backbone(backbone, neck, pretrained_backbone, finest, neck_channels, neck_norm, from_c5)
     own = {k:kwargs.pop(k) for k in ('anchor_generator','head') if k in kwargs}
     parts = fcos_parts(bb, num_classes, head_norm, **own)
-    return assemble(FCOS, bb, parts | kwargs, img_size, normalize, num_classes=num_classes)
+    return put_together(FCOS, bb, pick_levels(bb), parts | kwargs, img_size, normalize, num_classes=num_classes)

@@ -158,7 +158,9 @@ def list_coco(
                  params=('parameters, M','.3f'), use=('licence',''), sha256=('sha256',''))
     return Table(rows, heads, note='AP on COCO val2017 in percent, parameters and licence as the publisher states them')
 
-# %% ../../nbs/detectors/36_pretrained.ipynb #05f91702
+# %% ../../nbs/detectors/36_pretrained.ipynb #cb21af6c
+def _said(pretrained): return repr(getattr(pretrained, 'tag', pretrained))
+
 def _tags(records): return ', '.join(f'{r.tag!r} ({r.backbone})' for r in records)
 
 def _asked_for(name, pretrained, have):
@@ -171,7 +173,7 @@ def _asked_for(name, pretrained, have):
     if found := [r for r in have if r.tag==str(pretrained)]: return found
     raise ValueError(f"{name} has no weights {str(pretrained)!r}: give True, 'coco' or one of {_tags(have)}")
 
-# %% ../../nbs/detectors/36_pretrained.ipynb #b2c20fb1
+# %% ../../nbs/detectors/36_pretrained.ipynb #e50840df
 def pick_coco(
     family:str, # 'faster_rcnn', 'mask_rcnn', 'retinanet', 'fcos' or 'efficientdet'
     pretrained=True, # True or 'coco': the best for the backbone; a member of torchvision's enums, its string; a record
@@ -190,7 +192,7 @@ def pick_coco(
     for r in found:
         if getattr(r, 'backbone', None)==wanted: return r
     what = repr(wanted) if isinstance(wanted, str) else f'a built {type(wanted).__name__}'
-    raise ValueError(f'got pretrained={str(pretrained)!r} beside the backbone {what}, but the weights are those of the '
+    raise ValueError(f'got pretrained={_said(pretrained)} beside the backbone {what}, but the weights are those of the '
         f'whole net: leave the backbone out, choose among {_tags(have)}, or give pretrained_backbone=')
 
 # %% ../../nbs/detectors/36_pretrained.ipynb #e8346e47
@@ -218,7 +220,7 @@ def load_detector(
     if body is not net.backbone: net.backbone.neck.pretrained = record.tag
     return net if num_classes in (None,net.num_classes) else net.replace_heads(num_classes)
 
-# %% ../../nbs/detectors/36_pretrained.ipynb #13107130
+# %% ../../nbs/detectors/36_pretrained.ipynb #5e932e5a
 _parts = ('neck','neck_channels','neck_norm','head_channels','mask_channels','rpn_convs','box_convs','head_norm',
           'aspect_ratios','from_c5','finest','octaves') # arguments that the shapes of the weights depend on
 COCO_CLASSES = 91 # of all weights: COCO's ids go up to 90, some are unused, and 0 is the background
@@ -236,7 +238,7 @@ def build_coco(
     "Returns the detector of published weights; raises ValueError for parts that these weights do not have."
     given = _given(build, asked)
     pretrained,backbone,classes = (given.pop(k, None) for k in ('pretrained','backbone','num_classes'))
-    if given.get('pretrained_backbone'): raise ValueError(f'got pretrained={str(pretrained)!r} beside '
+    if given.get('pretrained_backbone'): raise ValueError(f'got pretrained={_said(pretrained)} beside '
         'pretrained_backbone, but the weights of the whole net have those of the backbone: give one of the two')
     record = pick_coco(family, pretrained, backbone)
     same = record.config | dict(neck='fpn')

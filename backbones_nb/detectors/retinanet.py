@@ -6,9 +6,9 @@ Docs: https://backbones-nb.github.io/backbones-nb/detectors/retinanet.html.md"""
 
 # %% auto #0
 __all__ = ['box_losses', 'from_stride', 'dense_backbone', 'anchor_sizes', 'group_norm', 'head_norms', 'Dense', 'OneStage',
-           'RetinaNet', 'check_arguments', 'assemble', 'retinanet_parts', 'model']
+           'RetinaNet', 'retinanet_parts', 'model']
 
-# %% ../../nbs/detectors/34_retinanet.ipynb #4e1166e8
+# %% ../../nbs/detectors/34_retinanet.ipynb #2d4ad6fc
 import copy
 import inspect
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 
 from ..core.layers import make_norm
 from ..core.registry import did_you_mean
-from .detector import Detector, _check_sizes, mean_std, prepare_backbone
-from .faster_rcnn import Resize, _stub, _up, from_coco, pick_levels, roi_levels
+from .detector import Detector, _check_sizes, prepare_backbone
+from .faster_rcnn import _up, check_names, from_coco, pick_levels, put_together
 from ..necks.neck import carries_neck
 
 # %% ../../nbs/detectors/34_retinanet.ipynb #7be929e7
@@ -155,40 +155,7 @@ class RetinaNet(OneStage):
         res = self.compute_loss(seen.targets, seen.outputs, seen.anchors)
         return {self.renames[k]:v for k,v in res.items()}
 
-# %% ../../nbs/detectors/34_retinanet.ipynb #a7e7cff0
-def check_arguments(
-    kwargs, # what the caller was given beside its own arguments
-    caller, # function, for its own arguments
-    reference, # torchvision's class
-    who:str, # the caller's name, for the message
-):
-    "Raises TypeError for names that neither the caller nor torchvision's constructor takes, suggesting the nearest."
-    takes = {*inspect.signature(caller).parameters, *inspect.signature(reference.__init__).parameters, 'size_divisible'}
-    takes -= {'self','kwargs'}
-    for k in kwargs:
-        if k not in takes: raise TypeError(f'{who} takes no argument {k!r}.{did_you_mean(k, sorted(takes))}')
-
-# %% ../../nbs/detectors/34_retinanet.ipynb #905687e7
-def assemble(
-    kind, # `RetinaNet` or `FCOS`
-    backbone:nn.Module, # with its neck
-    parts:dict, # arguments of torchvision's constructor, head and anchors among them
-    img_size=None, # see `Resize`
-    normalize:bool=True,
-    **config, # num_classes
-) -> OneStage: # in training mode
-    "Returns the detector from its parts; sizes are torchvision's where `min_size` or `max_size` is given."
-    levels = pick_levels(backbone)
-    size = {k:parts.pop(k) for k in ('min_size','max_size') if k in parts}
-    mean,std = mean_std(backbone, normalize)
-    mean,std = parts.pop('image_mean', mean),parts.pop('image_std', std)
-    real = max(backbone.strides[i] for i in roi_levels(backbone, levels))
-    transform = Resize(img_size, mean, std, parts.pop('size_divisible', real), **size)
-    net = kind.reference(_stub(backbone.channels[levels[0]]), **config, **parts)
-    net.transform = transform
-    return kind(net, backbone, levels, img_size=img_size, normalize=normalize, **config)
-
-# %% ../../nbs/detectors/34_retinanet.ipynb #1e32d4a2
+# %% ../../nbs/detectors/34_retinanet.ipynb #23e7a5a3
 box_losses = 'l1','smooth_l1','giou','diou','ciou'
 
 def retinanet_parts(
@@ -212,9 +179,9 @@ def retinanet_parts(
         head = RetinaNetHead(backbone.channels[levels[0]], gen.num_anchors_per_location()[0], num_classes,
                              head_norms(head_norm) if head_norm else None)
         head.regression_head._loss_type = box_loss
-    return dict(anchor_generator=gen, head=head)
+    return dict(num_classes=num_classes, anchor_generator=gen, head=head)
 
-# %% ../../nbs/detectors/34_retinanet.ipynb #2c9b3092
+# %% ../../nbs/detectors/34_retinanet.ipynb #ffb56ac9
 def model(
     num_classes:int=None, # background counted, as in len(class_map); None: as in the weights where pretrained
     backbone=None, # None: resnet50; a name; a `Backbone`; any module that returns maps
@@ -235,10 +202,10 @@ def model(
     **kwargs, # torchvision's: score_thresh, nms_thresh, detections_per_img, topk_candidates, min_size, ...
 ) -> RetinaNet: # in training mode
     "Returns RetinaNet on any backbone; raises one-sentence errors where the parts do not fit."
-    check_arguments(kwargs, model, TorchvisionRetinaNet, 'retinanet.model')
+    check_names(kwargs, 'retinanet.model', inspect.signature(model).parameters, TorchvisionRetinaNet)
     if pretrained: return from_coco(model, 'retinanet', locals())
     _check_sizes(num_classes, img_size)
     bb = dense_backbone(backbone, neck, pretrained_backbone, finest, neck_channels, neck_norm, from_c5)
     own = {k:kwargs.pop(k) for k in ('anchor_generator','head') if k in kwargs}
     parts = retinanet_parts(bb, num_classes, head_norm, anchor_scale, aspect_ratios, octaves, box_loss, **own)
-    return assemble(RetinaNet, bb, parts | kwargs, img_size, normalize, num_classes=num_classes)
+    return put_together(RetinaNet, bb, pick_levels(bb), parts | kwargs, img_size, normalize, num_classes=num_classes)

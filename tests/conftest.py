@@ -34,3 +34,16 @@ def shared_pets():
 def toy(tmp_path_factory):
     from backbones_nb.data.toy import toy_pets
     return toy_pets(tmp_path_factory.mktemp('toy')/'pets', n=48, seed=3)
+
+
+@pytest.fixture(scope='session')
+def records(tmp_path_factory):
+    from common import draw_record
+    folder = tmp_path_factory.mktemp('drawn')
+    return [draw_record(i, folder) for i in range(23)]
+
+
+@pytest.fixture
+def colours(records, tmp_path):
+    from common import Colours, make_learner
+    return make_learner(records, tmp_path, Colours())

@@ -1,6 +1,8 @@
 import csv
 import math
+import pickle
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,18 +14,18 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
 from fastai.learner import load_learner
 from fastai.torch_core import find_bs
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import nn
+
+from common import Colours, buffers, cm, draw_record, make_dls, make_learner
 
 from backbones_nb.core.features import Backbone, feature_row
 from backbones_nb.core.layers import ConvNormAct
-from backbones_nb.data.batches import detection_dls
-from backbones_nb.data.records import ClassMap, Record
-from backbones_nb.detectors import faster_rcnn
-from backbones_nb.learners.detection import DetectionLearner, Targets, detection_learner
-from backbones_nb.learners.metrics import COCOMetric, coco_eval
+from backbones_nb.data.batches import detection_dls, open_image
+from backbones_nb.detectors import efficientdet, faster_rcnn, fcos, mask_rcnn, retinanet
+from backbones_nb.learners.detection import DetectionLearner, Targets, decode, detection_learner, keep
+from backbones_nb.learners.metrics import COCOMetric, RunLengths, coco_eval
 
-cm = ClassMap(['red','blue'])
 parts = ['classifier','box_reg','objectness','rpn_box_reg']
 
 class Tiny(Backbone):
@@ -32,38 +34,23 @@ class Tiny(Backbone):
         self.stem,self.a,self.b = ConvNormAct(3, 8, 3, 2),ConvNormAct(8, 16, 3, 2),ConvNormAct(16, 32, 3, 2)
         self.set_trunk(dict(stem=['stem'], stage1=['a'], stage2=['b']), [feature_row(16, 4, 'a'), feature_row(32, 8, 'b')], strides)
 
-def model(num_classes=3, **kw):
+lean = dict(neck_channels=16, head_channels=32, box_batch_size_per_image=16, rpn_post_nms_top_n_train=50, rpn_post_nms_top_n_test=30,
+            box_detections_per_img=10)
+
+def model(num_classes=3, family='faster_rcnn', **kw):
     torch.manual_seed(0)
-    return faster_rcnn.model(num_classes, Tiny(), neck_channels=16, head_channels=32, box_batch_size_per_image=16, rpn_post_nms_top_n_train=50,
-                             rpn_post_nms_top_n_test=30, box_detections_per_img=10, **kw)
+    if family=='faster_rcnn': return faster_rcnn.model(num_classes, Tiny(), **lean|kw)
+    if family=='mask_rcnn': return mask_rcnn.model(num_classes, Tiny(), mask_channels=16, box_score_thresh=0., **lean|kw)
+    if family=='efficientdet': return efficientdet.model('tf_efficientdet_lite0', num_classes, **dict(img_size=64, backbone=Tiny(), fpn_channels=16,
+                                                         fpn_cell_repeats=1, box_class_repeats=1, max_det_per_image=10)|kw)
+    return dict(retinanet=retinanet, fcos=fcos)[family].model(num_classes, Tiny(), **dict(neck_channels=16, score_thresh=0., detections_per_img=10)|kw)
 
-def draw(i, folder):
-    rng = np.random.RandomState(i)
-    w,h = (int(o) for o in rng.randint(50, 100, 2))
-    img,l,n = Image.new('RGB', (w,h), (90,90,90)),1+i%2,int(i%5!=4)
-    bw,bh = rng.randint(20, 40, 2)
-    x,y = rng.randint(0, w-bw),rng.randint(0, h-bh)
-    if n: ImageDraw.Draw(img).rectangle([x, y, x+bw-1, y+bh-1], fill=[(255,0,0),(0,0,255)][l-1])
-    img.save(folder/f'{i}.png')
-    return Record(image_id=f'im{i}', path=folder/f'{i}.png', size=(h,w), boxes=torch.tensor([[x,y,x+bw,y+bh]]*n, dtype=torch.float32).reshape(-1,4),
-                  labels=torch.tensor([l]*n, dtype=torch.int64), masks=None, iscrowd=torch.zeros(n, dtype=torch.int64))
-
-@pytest.fixture(scope='module')
-def records(tmp_path_factory):
-    d = tmp_path_factory.mktemp('drawn')
-    return [draw(i, d) for i in range(23)]
-
-def make_dls(records, path, **kw): return detection_dls(records[:16], records[16:], cm, **dict(size=64, bs=4, val_bs=3, seed=1, device='cpu',
-                                                                                                cache=True, path=path)|kw)
+families = ['faster_rcnn','mask_rcnn','efficientdet','retinanet','fcos']
 
 @pytest.fixture
 def learn(records, tmp_path): return make(records, tmp_path)
 
-def make(records, path, net=None, **kw):
-    res = detection_learner(make_dls(records, path), net or model(), **dict(lr=2e-3)|kw)
-    res.remove_cb(res.progress)
-    res.logger = lambda *a: None
-    return res
+def make(records, path, net=None, **kw): return make_learner(records, path, net or model(), **kw)
 
 def named(learn, row=-1): return dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[row]))
 
@@ -291,3 +278,188 @@ def test_what_does_not_fit(records, tmp_path):
     with pytest.raises(ValueError, match='no class_map'): detection_learner(DataLoaders([1], [2]), model())
     with pytest.raises(ValueError, match='AP51'): detection_learner(dls, model(), metrics='AP51')
     with pytest.raises(ValueError, match='loss_x'): make(records, tmp_path, loss_weights=dict(loss_x=1)).fit(1)
+
+
+# --- every detector
+
+@pytest.fixture(params=families)
+def family(request): return request.param
+
+def test_every_detector_in_the_same_table(records, tmp_path, family):
+    learn = make(records, tmp_path, model(family=family))
+    learn.fit(1, 1e-3)
+    r,masks = named(learn),family=='mask_rcnn'
+    names = [o.removeprefix('loss_') for o in learn.model.loss_names]
+    assert list(r)==['train_loss','valid_loss',*[f'{p}_{n}' for p in ('train','valid') for n in names],'AP','AP50',*['mask_AP','mask_AP50']*masks]
+    assert all(math.isfinite(v) for v in r.values()) and r['valid_loss']==pytest.approx(sum(r[f'valid_{n}'] for n in names), rel=1e-5)
+    state = buffers(learn.model)
+    assert learn.validate()==learn.validate() and all(torch.equal(v, state[k]) for k,v in learn.model.named_buffers())
+    res = learn.evaluate(per_class=True)
+    assert len(res)==13*(1+masks) and [res[o.name] for o in learn.metrics if isinstance(o, COCOMetric)]==learn.validate()[1+len(names):]
+
+def test_predictions_of_every_detector(records, tmp_path, family):
+    learn = make(records, tmp_path, model(family=family))
+    r = records[0]
+    big = r.image().resize((r.size[1]*3, r.size[0]*3))
+    one,many = learn.predict(r.path, score_thr=0.),learn.predict([r, big], score_thr=0.)
+    assert len(one['boxes'])>0 and set(one['names'])<={'red','blue'} and one.keys()==many[1].keys()
+    assert learn.predict(r, score_thr=2.)['names']==[] and len(learn.predict(r, score_thr=float(one['scores'].median()))['scores'])<len(one['scores'])
+    for p,(h,w) in zip((one, *many), (r.size, r.size, (r.size[0]*3, r.size[1]*3))):
+        assert (p['boxes'].min()>=0) and p['boxes'][:,2].max()<=w and p['boxes'][:,3].max()<=h
+        if family=='mask_rcnn': assert p['masks'].shape==(len(p['boxes']),h,w) and pickle.loads(pickle.dumps(p))['masks'][0].shape==(h,w)
+    assert ('masks' in one)==(family=='mask_rcnn')
+
+def test_loss_of_each_image(records, tmp_path, family):
+    "It does not depend on the batch, on the order, on chance or on what ran before; nothing of the model changes."
+    learn = make(records, tmp_path, model(family=family))
+    state = {k:v.clone() for k,v in learn.model.state_dict().items()}
+    xs,preds,targs,decoded,losses = learn.get_preds(with_input=True, with_decoded=True, with_loss=True)
+    assert all(torch.equal(v, state[k]) for k,v in learn.model.state_dict().items())
+    assert len(xs)==len(preds)==len(targs)==len(decoded)==len(losses)==7 and losses.shape==(7,) and losses.isfinite().all()
+    back = learn.dls.test_dl(records[:15:-1], with_labels=True, bs=2)
+    torch.testing.assert_close(learn.get_preds(dl=back, with_loss=True)[-1].flip(0), losses, atol=1e-4, rtol=1e-4)
+    plain = learn.get_preds()[0]
+    for a,b,c in zip(preds, plain, decoded):
+        torch.testing.assert_close(a['scores'], b['scores'], atol=1e-4, rtol=1e-3)
+        assert c['names']==[cm.get_name(int(l)) for l in a['labels']]
+    assert learn.loss_func.reduction=='mean'
+
+def test_groups_of_every_detector(records, tmp_path, family):
+    learn = make(records, tmp_path, model(family=family))
+    groups,n = learn.model.param_groups(),learn.n_backbone
+    body = {id(p) for m in learn.model.modules() if isinstance(m, Tiny) for p in m.parameters()}
+    assert n==3 and {id(p) for g in groups[:n] for p in g}==body and len(groups)>n
+    learn.freeze()
+    learn.create_opt()
+    conv = [m.weight for m in learn.model.modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.ConvTranspose2d))]
+    assert all(w.requires_grad!=(id(w) in body) for w in conv)
+    before = {k:p.clone() for k,p in learn.model.named_parameters()}
+    learn.fit(1, 1e-2)
+    moved = {id(p) for k,p in learn.model.named_parameters() if not torch.equal(p, before[k])}
+    assert all(moved & {id(p) for p in g} for g in groups[n:]) and not moved & body & {id(w) for w in conv}
+    learn.fine_tune(1, 1e-3)
+    assert all(p.requires_grad for p in learn.model.parameters()) and [h['lr'] for h in learn.opt.hypers]==sorted(h['lr'] for h in learn.opt.hypers)
+
+def test_half_precision_of_every_detector(records, tmp_path, family):
+    learn = make(records, tmp_path, model(family=family))
+    learn.to_fp16()
+    learn.fit(1, 1e-3)
+    assert all(math.isfinite(v) for v in named(learn).values())
+    assert {p['boxes'].dtype for p in learn.get_preds()[0]}=={torch.float32}
+
+def test_export_of_every_detector(records, tmp_path, family):
+    learn = make(records, tmp_path, model(family=family))
+    want = learn.predict(records[0], score_thr=0.)
+    learn.validate()
+    learn.export('x.pkl')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        got = load_learner(tmp_path/'x.pkl').predict(records[0].path, score_thr=0.)
+    assert got.keys()==want.keys() and all(torch.equal(got[k], want[k]) for k in ('boxes','labels','scores'))
+    if 'masks' in want: assert torch.equal(got['masks'].tensor(), want['masks'].tensor())
+
+# --- size at the time of the test
+
+@pytest.mark.parametrize('family', [o for o in families if o!='efficientdet'])
+def test_another_size(records, tmp_path, family):
+    learn = make(records, tmp_path, model(family=family))
+    xs,preds,targs = learn.get_preds(size=(96,128), with_input=True)
+    assert {x.shape for x in xs}=={(3,96,128)} and [t['image_id'] for t in targs]==[r.image_id for r in records[16:]]
+    assert coco_eval(preds, targs, cm)==learn.evaluate(size=(96,128), iou_type='bbox')
+    if family=='mask_rcnn': assert {p['masks'].shape[1:] for p in preds}=={t['masks'].shape[1:] for t in targs}=={(96,128)}
+    same = learn.predict(records[0], score_thr=0.)
+    assert torch.equal(learn.predict(records[0], score_thr=0., size=64)['boxes'], same['boxes'])
+    other = learn.predict(records[0], score_thr=0., size=128)
+    assert not torch.equal(other['scores'], same['scores']) and other['boxes'][:,2].max()<=records[0].size[1]
+    assert learn.dls.valid.size==(64,64) and len(learn.top_losses(2, size=96)[0])==2
+
+@pytest.mark.parametrize('make_model,words', [(partial(model, family='efficientdet'), '64x64'), (partial(model, img_size=80), '80x80'),
+                                              (partial(model, min_size=80, max_size=100), 'min_size')])
+def test_a_size_that_the_model_undoes(records, tmp_path, make_model, words):
+    learn = make(records, tmp_path, make_model())
+    for f in (learn.predict, learn.get_preds, learn.evaluate, learn.show_results, learn.top_losses):
+        with pytest.raises(ValueError, match=f'^got size=128, but this .* scales every image .*{words}.*: ') as e:
+            f(*[records[0]][:f==learn.predict], size=128)
+        assert '\n' not in str(e.value)
+    assert learn.get_preds(size=64)[0] # the loader's own is none
+
+# --- what leaves the learner
+
+def test_masks_count_in_the_table(colours):
+    r = dict(zip(['valid_loss','count','chance','AP','AP50','mask_AP','mask_AP50'], colours.validate()))
+    assert r['AP50']==r['mask_AP50']==pytest.approx(1) and 0.8<r['mask_AP']<=1
+    colours.model.find = lambda x, find=colours.model.find: (d := find(x))|dict(masks=d['masks'].roll(20, -1))
+    off = colours.evaluate()
+    assert off['AP']==r['AP'] and off['mask_AP50']<0.2 and colours.validate()[-1]==off['mask_AP50']
+
+def test_masks_have_the_size_of_the_original(colours, records):
+    for r in records[:4]:
+        for k in (1, 4):
+            img = r.image().resize((r.size[1]*k, r.size[0]*k), Image.NEAREST)
+            p = pickle.loads(pickle.dumps(colours.predict(img)))
+            truth = open_image(img).float()[[0,2]].diff(dim=0)[0].abs()>100
+            assert p['masks'].shape==(1, *truth.shape) and p['names']==[cm.get_name(int(r.labels[0]))]
+            m = p['masks'][0].bool()
+            assert ((m&truth).sum()/(m|truth).sum())>0.9 and m.dtype==torch.bool
+
+def test_what_get_preds_gives(colours):
+    xs,preds,targs,decoded,losses = colours.get_preds(with_input=True, with_decoded=True, with_loss=True)
+    want = torch.tensor([len(t['labels']) for t in targs]).float()
+    assert torch.equal((losses-want).round(decimals=5).unique(), (losses[:1]-want[:1]).round(decimals=5)) # chance is the same for all
+    assert [set(o)-set(p) for o,p in zip(decoded, preds)]==[{'names'}]*7 and xs[0].shape==(3,64,64)
+    assert colours.get_preds(with_preds=False)[0] is None and colours.get_preds(with_targs=False)[1] is None
+    assert len(colours.get_preds(score_thr=0.95)[0][0]['masks'])==0 and colours.get_preds(1, None, True)[0][0].shape==(3,64,64)
+    assert all(isinstance(o['masks'], RunLengths) for o in preds+targs)
+    assert keep(decoded[0], 0.95)['names']==[] and decode(decoded[0], cm, 0.95)['names']==[]
+
+def test_a_shuffled_loader_comes_back_in_order(colours, records):
+    dl = colours.dls.test_dl(records, with_labels=True, shuffle=True, bs=3)
+    ids = lambda **kw: [t['image_id'] for t in colours.get_preds(dl=dl, **kw)[1]]
+    assert ids()==[r.image_id for r in records]!=ids(reorder=False)
+
+@pytest.mark.parametrize('kw,error,words', [(dict(act=torch.sigmoid), ValueError, 'no activation'), (dict(save_preds='x'), ValueError, 'torch.save'),
+    (dict(concat_dim=1), ValueError, 'never concatenated'), (dict(with_los=True), TypeError, 'with_loss'),
+    (dict(dl=[1], size=32), ValueError, 'give a loader')])
+def test_what_get_preds_refuses(colours, kw, error, words):
+    with pytest.raises(error, match=words) as e: colours.get_preds(**kw)
+    assert '\n' not in str(e.value)
+
+def test_losses_need_targets(colours, records):
+    dl = colours.dls.test_dl([r.path for r in records[:3]])
+    with pytest.raises(ValueError, match='images without targets.*with_labels=True'): colours.get_preds(dl=dl, with_loss=True)
+    assert colours.validate()[-1]==pytest.approx(1) # the learner still works
+
+def test_masks_of_a_data_set_fit_into_memory(colours, records):
+    "3,000 images of 512 px with 100 detections each are 315 GB as floats."
+    g = torch.Generator().manual_seed(0)
+    yx = torch.stack(torch.meshgrid(torch.arange(512.), torch.arange(512.), indexing='ij'))[:,None]
+    at,r = torch.rand(2, 100, 1, 1, generator=g)*512,torch.rand(2, 100, 1, 1, generator=g)*120+10
+    wave = 8*torch.sin(yx[0]/5)*torch.cos(yx[1]/7) # frayed outlines
+    masks = torch.sigmoid(10-((yx-at)/r).square().sum(0)*10+wave)[:,None]
+    found = dict(boxes=torch.rand(100, 4, generator=g).cumsum(1), labels=torch.ones(100).long(), scores=torch.ones(100), masks=masks)
+    colours.model.find = lambda x: found
+    dl = colours.dls.test_dl(records[:1], with_labels=True, size=512)
+    preds,_ = colours.get_preds(dl=dl)
+    colours.validate(dl=dl)
+    per_image = [len(pickle.dumps(o)) for o in (preds, colours.metrics[-2].leader.preds)]
+    assert max(per_image)*3000<1e9 and torch.equal(preds[-1]['masks'].tensor(), masks[:,0].ge(0.5).byte())
+    boxes_only = make_learner(records, colours.path, Colours(), metrics=['AP'])
+    boxes_only.validate(dl=dl)
+    assert 'masks' not in boxes_only.metrics[-1].preds[0]
+
+def test_a_detector_of_masks_wants_masks(tmp_path):
+    dls = make_dls([draw_record(i, tmp_path, masks=False) for i in range(5)], tmp_path)
+    with pytest.raises(ValueError, match="MaskRCNN learns from masks, but record 'im0' has none"): detection_learner(dls, model(family='mask_rcnn'))
+
+def test_masks_are_drawn(colours, records, tmp_path):
+    import matplotlib.pyplot as plt
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    plt.switch_backend('agg')
+    layers = lambda fig: [len(a.images) for a in fig.axes] # the picture, and one layer for each mask
+    few = colours.dls.test_dl(records[:2], with_labels=True)
+    assert layers(colours.show_results(dl=few, max_n=2, shuffle=False))==[2]*4==layers(colours.show_results(dl=few, size=96, shuffle=False))
+    assert layers(colours.show_results(dl=few, shuffle=False, masks=False))==[1]*4 and layers(few.show_batch())==[2]*2
+    plt.close('all')
+    colours.fit(1, cbs=TensorBoardCallback(log_dir=tmp_path/'tb'))
+    acc = EventAccumulator(str(tmp_path/'tb')).Reload()
+    assert {'mask_AP','mask_AP50'}<=set(acc.Tags()['scalars']) and acc.Tags()['images']==['Sample results']

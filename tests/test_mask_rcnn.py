@@ -281,8 +281,8 @@ def test_learner_and_metrics_take_it(tmp_path):
     learn = detection_learner(dls, detector(num_classes=len(cm)), metrics=['AP', COCOMetric('AP', iou_type='segm')], path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-3)
     row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
-    assert row['train_mask']>0 and row['valid_mask']>0 and 0<=row['AP_segm']<=1
+    assert row['train_mask']>0 and row['valid_mask']>0 and 0<=row['mask_AP']<=1
     with learn.no_bar(): assert 0<=learn.evaluate(iou_type='segm')['AP']<=1
     p = learn.predict(valid[0], score_thr=0.)
-    assert 0<len(p['boxes'])<=5 and tuple(p['masks'].shape)==(len(p['boxes']),1,*valid[0].size)
+    assert 0<len(p['boxes'])<=5 and p['masks'].shape==(len(p['boxes']),*valid[0].size)
     assert learn.show_results(score_thr=0.).axes

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from backbones_nb.learners.metrics import COCOMetric, Table, coco_eval, coco_keys, coco_table, mean_box_detector
+from backbones_nb.learners.metrics import (COCOMetric, RunLengths, coco_eval, coco_keys, coco_table, compact, confusion,
+                                           mean_box_detector, run_lengths)
 
 def boxes(n, size, g, small=False):
     xy = torch.rand(n, 2, generator=g)*size*0.6
@@ -83,6 +84,39 @@ def test_boxes_equal_pycocotools(seed, classes):
 def test_masks_equal_pycocotools(seed):
     assert 0.1<check(*random_case(n=15, seed=seed, masks=True), iou_type='segm')['AP50']<1
 
+kinds = dict(float=lambda m: m.float()*0.9, soft=lambda m: m[:,None].float()*0.45+0.05, byte=lambda m: m, bool=lambda m: m.bool(), array=lambda m: m.numpy(),
+             run_lengths=run_lengths)
+
+@pytest.mark.parametrize('kind', kinds)
+@pytest.mark.parametrize('n,h,w', [(3,5,7), (1,1,1), (0,4,6), (2,64,1)])
+def test_run_lengths(kind, n, h, w):
+    m = (torch.rand(n, h, w, generator=torch.Generator().manual_seed(n))>0.5).byte()
+    r = run_lengths(kinds[kind](m))
+    assert r.shape==m.shape and len(r)==n and r.tensor().dtype==torch.uint8 and torch.equal(r.tensor(), m)
+    assert all(torch.equal(a, b) for a,b in zip(r, m)) and torch.equal(pickle.loads(pickle.dumps(r)).tensor(), m)
+    for at in (slice(1, None), [n-1]*(n>0), torch.arange(n)%2==0, np.arange(n)[::-1]):
+        assert isinstance(r[at], RunLengths) and torch.equal(r[at].tensor(), m[at.copy() if isinstance(at, np.ndarray) else at])
+
+def test_run_lengths_know_the_evaluators_form():
+    mu = pytest.importorskip('pycocotools.mask')
+    m = torch.zeros(2, 9, 11, dtype=torch.uint8)
+    m[0,2:5,3:9],m[1,:,4] = 1,1
+    assert run_lengths(m).rles()==[mu.encode(np.asfortranarray(o.numpy())) for o in m]
+
+@pytest.mark.parametrize('kind', ['byte','bool','run_lengths'])
+def test_forms_of_masks_give_the_same_numbers(kind):
+    p,t = random_case(10, masks=True)
+    to = lambda ds: [d|dict(masks=kinds[kind](d['masks'].reshape(len(d['labels']), 64, 64).ge(0.5).byte())) for d in ds]
+    want = coco_eval(p, t, iou_type='segm', per_class=True)
+    assert coco_eval(to(p), to(t), iou_type='segm', per_class=True)==want
+    both = coco_eval([compact(o) for o in p], [compact(o) for o in t], iou_type='both', per_class=True)
+    assert both==coco_eval(p, t, per_class=True)|{f'mask_{k}':v for k,v in want.items()} and len(both)==26
+
+def test_compact():
+    t = dict(boxes=torch.zeros(1,4), masks=torch.ones(1,4,4), image_id='a')
+    assert set(compact(t, False))=={'boxes','image_id'} and torch.equal(compact(t)['masks'].tensor(), torch.ones(1,4,4).byte())
+    assert 'masks' not in compact(t|dict(masks=None))
+
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
 def test_types_of_boxes(dtype):
     p,t = random_case(10)
@@ -140,7 +174,22 @@ def test_inputs_stay_as_they_are():
 def test_errors(preds, targs, words):
     with pytest.raises(ValueError, match=words): coco_eval(preds, targs)
     with pytest.raises(ValueError, match='iou_type'): coco_eval([one], [one], iou_type='keypoints')
-    with pytest.raises(ValueError, match='AP50'): COCOMetric('AP51')
+    for key in ('AP51','mask_AP51'):
+        with pytest.raises(ValueError, match='AP50.*mask_'): COCOMetric(key)
+    with pytest.raises(ValueError, match='iou_type'): COCOMetric('AP', iou_type='both')
+
+full = torch.ones(1, 8, 8)
+@pytest.mark.parametrize('preds,targs,words', [
+    ([one], [one|dict(masks=full)], 'prediction 0 has no masks'), ([one|dict(masks=full)], [one], 'target 0 has no masks'),
+    ([one|dict(masks=full[[0,0]])], [one|dict(masks=full)], '1 boxes and 2 masks'),
+    ([one|dict(masks=full)], [one|dict(masks=torch.ones(1, 9, 8))], 'image 0 .* 8x8 .* 9x8')])
+def test_masks_that_cannot_be_evaluated(preds, targs, words):
+    with pytest.raises(ValueError, match=words) as e: coco_eval(preds, targs, iou_type='segm')
+    assert '\n' not in str(e.value) and coco_eval(preds, targs)['AP50']==pytest.approx(1)
+
+def test_images_without_objects_need_no_masks():
+    hit = one|dict(masks=full)
+    assert coco_eval([none,hit], [none,hit], iou_type='segm')['AP']==pytest.approx(1)
 
 def learner(metrics, preds, targs, training=False):
     return SimpleNamespace(metrics=metrics, pred=preds, yb=(targs,), dls=SimpleNamespace(class_map=None), training=training)
@@ -159,6 +208,19 @@ def test_metrics_share_one_evaluation(monkeypatch):
     assert len(calls)==2 and [o.name for o in ms]==['AP','AP50','AR100']
     assert len(pickle.dumps(ms))<500 # the export holds no predictions
 
+def test_metrics_of_boxes_and_masks_gather_once(monkeypatch):
+    from backbones_nb.learners import metrics as m
+    calls,real = [],m.coco_eval
+    monkeypatch.setattr(m, 'coco_eval', lambda *a, **k: calls.append(a[3]) or real(*a, **k))
+    p,t = random_case(12, masks=True)
+    ms = [COCOMetric('AP50'), COCOMetric('mask_AP50'), COCOMetric('AP', iou_type='segm'), COCOMetric('mask_AP', name='m')]
+    for i in range(0, 12, 5):
+        for o in ms: o.accumulate(learner(ms, p[i:i+5], t[i:i+5]))
+    box,mask = real(p, t),real(p, t, iou_type='segm')
+    assert [o.value for o in ms]==[box['AP50'],mask['AP50'],mask['AP'],mask['AP']] and sorted(calls)==['bbox','segm']
+    assert [o.name for o in ms]==['AP50','mask_AP50','mask_AP','m'] and [len(o.preds) for o in ms]==[12,0,0,0]
+    assert all(isinstance(d['masks'], RunLengths) for d in ms[0].preds+ms[0].targets)
+
 def test_metric_skips_training_batches_and_may_be_empty():
     m = COCOMetric()
     m.accumulate(learner([m], dict(loss=torch.ones(())), [one]))
@@ -167,9 +229,10 @@ def test_metric_skips_training_batches_and_may_be_empty():
 def test_table():
     r = coco_eval(*random_case(8))
     t = coco_table(dict(net=r, mean=dict.fromkeys(coco_keys, -1)), keys=('AP','AP50'))
-    assert isinstance(t, Table) and t.splitlines()[2].split()==['net', f"{r['AP']:.3f}", f"{r['AP50']:.3f}"] and t.splitlines()[3].split()==['mean','-','-']
-    assert t.markdown.splitlines()[2]==f"| net | {r['AP']:.3f} | {r['AP50']:.3f} |"
-    assert len(coco_table(r).splitlines())==3
+    text = str(t).splitlines()
+    assert text[2].split()==['net', f"{r['AP']:.3f}", f"{r['AP50']:.3f}"] and text[3].split()==['mean','-','-']
+    assert t._repr_markdown_().splitlines()[2]==f"| net | {r['AP']:.3f} | {r['AP50']:.3f} |"
+    assert len(str(coco_table(r)).splitlines())==3 and str(coco_table(dict(a=dict(AP=.5), b={}), ('AP',), 1)).split()[-4:]==['a','0.5','b','-']
 
 def record(h, w, b, l): return SimpleNamespace(size=(h,w), boxes=torch.tensor(b, dtype=torch.float32).reshape(-1,4), labels=torch.tensor(l))
 
@@ -181,3 +244,26 @@ def test_mean_box_detector():
         torch.testing.assert_close(out['boxes'], (want*torch.tensor([90,60,90,60]))[None])
         assert out['labels'].tolist()==[2] and out['scores'].tolist()==[1]
     with pytest.raises(ValueError, match='without a single box'): mean_box_detector([record(9, 9, [], [])])
+
+def fates(preds, targs, **kw): return confusion(preds, targs, 4, **kw).nonzero().tolist()
+
+def test_confusion_by_hand():
+    b = torch.tensor([[0.,0,10,10],[20,0,30,10],[40,0,50,10]])
+    t = dict(boxes=b, labels=torch.tensor([1,2,3]))
+    p = dict(boxes=torch.cat([b[:2], b[:1], torch.tensor([[70.,0,80,10]])]), labels=torch.tensor([1,3,1,2]), scores=torch.tensor([.9,.8,.7,.6]))
+    m = confusion([p], [t], 4)
+    assert m.sum()==5 and {tuple(o) for o in m.nonzero().tolist()}=={(1,1),(2,3),(0,1),(0,2),(3,0)} # right, mistaken, repeated, on nothing, missed
+    assert confusion([p], [t], 4, score_thr=0.85).nonzero().tolist()==[[1,1],[2,0],[3,0]]
+    assert confusion([p]*3, [t]*3, 4).equal(3*m) and confusion([], [], 4).sum()==0
+
+def test_confusion_takes_the_surest_first_and_asks_for_overlap():
+    t = one|dict(labels=torch.tensor([2]))
+    p = dict(boxes=one['boxes'].repeat(2, 1), labels=torch.tensor([1,2]), scores=torch.tensor([.6,.9]))
+    assert fates([p], [t])==[[0,1],[2,2]] and fates([p|dict(scores=p['scores'].flip(0))], [t])==[[0,2],[2,1]]
+    near = one|dict(boxes=one['boxes']+torch.tensor([25.,0,25,0])) # IoU 1/3
+    assert fates([near], [one])==[[0,1],[1,0]] and fates([near], [one], iou_thr=0.3)==[[1,1]]
+    assert fates([none], [none])==[] and fates([one], [none])==[[0,1]] and fates([none], [one])==[[1,0]]
+
+def test_confusion_leaves_crowds_out():
+    crowd = dict(boxes=torch.tensor([[0.,0,100,100]]), labels=torch.tensor([1]), iscrowd=torch.tensor([1]))
+    assert fates([one], [crowd])==[] and fates([one|dict(boxes=one['boxes']+90)], [crowd])==[[0,1]] and fates([none], [crowd])==[]

@@ -105,3 +105,11 @@ class Colours(nn.Module):
         n = sum(len(t['labels']) for t in targets)/len(images)
         losses = dict(loss_count=self.weight*n, loss_chance=self.weight*torch.rand(()))
         return losses if self.training and not both else (losses,found)
+
+
+def assert_runs_on_cuda(m, x, t, key):
+    "Losses and detections on a GPU, in float32 and under autocast; `key` names a tensor of the detections."
+    m,t = m.cuda(),[{k:v.cuda() if isinstance(v, torch.Tensor) else v for k,v in o.items()} for o in t]
+    for amp in False,True:
+        with torch.autocast('cuda', dtype=torch.bfloat16, enabled=amp): losses,dets = m(x.cuda(), t, both=True)
+        assert all(v.isfinite() for v in losses.values()) and dets[0][key].is_cuda and dets[0][key].dtype==torch.float32

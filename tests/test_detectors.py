@@ -8,7 +8,7 @@ import torchvision.tv_tensors
 from torch import nn
 from torch.testing import assert_close
 
-from common import assert_same, buffers
+from common import assert_same, buffers, assert_runs_on_cuda
 
 from backbones_nb import create_backbone
 from backbones_nb.core.parity import map_weights, randomise_
@@ -378,8 +378,4 @@ def test_backbone_with_neck_exports():
 @pytest.mark.cuda
 def test_cuda():
     if not torch.cuda.is_available(): pytest.skip('no CUDA device')
-    m,(x,t) = detector().cuda(),data()
-    t = [{k:v.cuda() if isinstance(v, torch.Tensor) else v for k,v in o.items()} for o in t]
-    for amp in False,True:
-        with torch.autocast('cuda', dtype=torch.bfloat16, enabled=amp): losses,dets = m(x.cuda(), t, both=True)
-        assert all(v.isfinite() for v in losses.values()) and dets[0]['boxes'].is_cuda and dets[0]['boxes'].dtype==torch.float32
+    assert_runs_on_cuda(detector(), *data(), 'boxes')

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from torchvision.models.detection.roi_heads import maskrcnn_loss, paste_masks_in_image
 
-from common import assert_same, buffers
+from common import assert_same, buffers, assert_runs_on_cuda
 
 from backbones_nb import create_backbone
 from backbones_nb.core.parity import map_weights, randomise_
@@ -264,11 +264,7 @@ def test_learns_a_mask():
 @pytest.mark.cuda
 def test_cuda():
     if not torch.cuda.is_available(): pytest.skip('no CUDA device')
-    m,(x,t) = detector().cuda(),data()
-    t = [{k:v.cuda() if isinstance(v, torch.Tensor) else v for k,v in o.items()} for o in t]
-    for amp in False,True:
-        with torch.autocast('cuda', dtype=torch.bfloat16, enabled=amp): losses,dets = m(x.cuda(), t, both=True)
-        assert all(v.isfinite() for v in losses.values()) and dets[0]['masks'].is_cuda and dets[0]['masks'].dtype==torch.float32
+    assert_runs_on_cuda(detector(), *data(), 'masks')
 
 def test_learner_and_metrics_take_it(tmp_path):
     from backbones_nb.data.batches import detection_dls

@@ -8,13 +8,12 @@ Docs: https://backbones-nb.github.io/backbones-nb/cli/cli.html.md"""
 __all__ = ['lean', 'detectors', 'machine', 'open_data', 'get_detector', 'free_run', 'evaluate_run', 'save_picture',
            'model_builder', 'finetune', 'load_run', 'predict', 'parser', 'main']
 
-# %% ../../nbs/cli/60_cli.ipynb #9eed1432
+# %% ../../nbs/cli/60_cli.ipynb #0f74e4e1
 import argparse
 import inspect
 import json
 import os
 import platform
-import shlex
 import sys
 import time
 import warnings
@@ -220,7 +219,7 @@ def _prepare(c, out):
     learn = detection_learner(dls, model, lr=c.lr, wd=c.wd, loss_weights=c.loss_weights)
     return learn,train,valid,dict(skipped=str(report), machine=machine(dls.device))
 
-# %% ../../nbs/cli/60_cli.ipynb #3cdda431
+# %% ../../nbs/cli/60_cli.ipynb #9554dae5
 def finetune(
     data='toy', # see `open_data`
     out='runs/finetune', # the run's folder
@@ -234,12 +233,7 @@ def finetune(
     bs:int=8, # images a batch
     lr:float=1e-3, # peak learning rate of one-cycle
     wd:float=0.01, # weight decay
-    boxes:str='body', # see `open_data`
-    classes:str='species', # see `open_data`
-    valid_pct:float=0.2, # see `open_data`
-    toy_images:int=800, # see `open_data`
-    valid=None, # see `open_data`
-    images=None, # see `open_data`
+    boxes:str='body', classes:str='species', valid_pct:float=0.2, toy_images:int=800, valid=None, images=None, # see `open_data`
     seed:int=42, # of split, weights, order and augmentation
     workers:int=0, # processes that load images
     cache:bool=False, # keep decoded images in memory

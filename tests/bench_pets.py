@@ -67,14 +67,14 @@ def table(results):
     "A row for each detector, by boxes and where there are some by masks, and the mean-box detector's."
     shown = []
     for k,r in results.items():
-        cost = dict(params=r['parameters']/1e6, steps=r['steps'], minutes=r['train_seconds']/60, cpu=r['train_cpu_seconds']/60)
+        cost = dict(params=r['parameters']/1e6, steps=r['steps'], cpu=r['train_cpu_seconds']/60)
         shown.append(row(k, r['metrics']) | cost)
         if 'mask_metrics' in r: shown.append(row(f'{k}: masks', r['mask_metrics']))
     shown.append(row('mean box, most frequent class', r['mean_box']))
     heads = dict(name=('detector',''), AP=('AP','.3f'), AP50=('AP50','.3f'), AP75=('AP75','.3f'), params=('parameters, M','.2f'),
-                 steps=('steps','d'), minutes=('minutes','.1f'), cpu=('CPU minutes','.1f'))
-    return Table(shown, heads,
-                 note=f"{r['train_images']} images to learn from, {r['valid_images']} to measure on; {r['machine']}")
+                 steps=('steps','d'), cpu=('CPU minutes','.1f'))
+    machine = ', '.join(f'{k} {v}' for k,v in r['machine'].items())
+    return Table(shown, heads, note=f"{r['train_images']} images to learn from, {r['valid_images']} to measure on; {machine}")
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -90,6 +90,7 @@ def main(argv=None):
     if a.one: return finetune(out=a.one[0], force=True, **json.loads(a.one[1]))
     names = a.detectors or detectors
     if odd := set(names)-set(detectors): p.error(f"there is no detector {', '.join(sorted(odd))}: choose of {', '.join(detectors)}")
+    a.out = a.out.resolve()
     data = cut(a.data, a.breeds, a.out/'data')
     configs = {k:settings(k, data=str(data), epochs=a.epochs, seed=a.seed) for k in names}
     with ThreadPoolExecutor(a.jobs) as pool:

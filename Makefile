@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+ICEVISION = icevision==0.12.0 icedata==0.5.1
 DEMO ?= --data toy --toy-images 1400 --backbone vovnet19_slim --backbone-set "strides=[8,16]" "stem=[32,32,64]" "mids=[32,40,48,56]" "outs=[64,128,192,256]" --size 128 --epochs 8 --bs 8 --lr 1.5e-3 --lean --set neck_norm=gn anchor_scale=3.5 box_batch_size_per_image=32 rpn_post_nms_top_n_train=60 rpn_pre_nms_top_n_train=200 --loss-weights loss_classifier=3 --zoom 1 1 --color 0.1 --no-validate --seed 0 --cache
 RUN = PATH="$(abspath $(BIN)):$$PATH" "$(abspath $(BIN))/python"
 READS = settings.ini setup.py pyproject.toml backbones_nb/__init__.py
@@ -33,7 +34,8 @@ $(READY): | $(BIN)/python
 
 $(READY)-dev: | $(BIN)/python
 	@echo "Installing into $(VENV): PyTorch and its libraries, several minutes and several GB the first time."
-	$(PIP) install -q -e '.[dev,onnx]'
+	$(PIP) install -q -e '.[dev,onnx,icevision,imagenet]'
+	$(PIP) install -q --no-deps $(ICEVISION)
 	@touch $(READY) $@
 
 demo: $(READY)

@@ -44,7 +44,7 @@ def test_command_help_loads_nothing(tmp_path):
     assert loaded("from backbones_nb.cli.cli import main\ntry: main(['--help'])\nexcept SystemExit as e: assert e.code==0", tmp_path)==set()
 
 
-@pytest.mark.parametrize('extra', ['', 'dev', 'onnx'])
+@pytest.mark.parametrize('extra', ['', 'dev', 'onnx', 'icevision', 'imagenet'])
 def test_dependency_lists_have_one_home(extra):
     ini = ConfigParser(delimiters=['='])
     ini.read(root/'settings.ini', encoding='utf-8')

@@ -1,0 +1,160 @@
+"IceVision's training on our data, IceVision's models behind our contract, and both side by side on equal weights."
+import importlib.util
+import json
+
+import pytest
+
+if not importlib.util.find_spec('icevision'): pytest.skip('IceVision absent', allow_module_level=True)
+
+import torch
+
+from backbones_nb.cli.cli import lean, lean_args, main
+from backbones_nb.core.parity import map_weights
+from backbones_nb.core.registry import create_backbone
+from backbones_nb.data.batches import detection_dls
+from backbones_nb.data.pets import pets_splits
+from backbones_nb.detectors import efficientdet, faster_rcnn, mask_rcnn
+from backbones_nb.learners.detection import NoValidation, detection_learner
+from backbones_nb.learners.icevision import IceVisionBatches
+from backbones_nb.learners.icevision_compat import icevision_compat, losses_in_eval, part
+from backbones_nb.learners.icevision_learner import IceVisionDetector, icevision_learner, icevision_model, taken
+from backbones_nb.learners.metrics import coco_eval
+
+icevision_compat()
+small = dict(rpn_post_nms_top_n_train=100, rpn_post_nms_top_n_test=50, box_batch_size_per_image=32, box_detections_per_img=10,
+             box_score_thresh=1e-3)
+families = dict(faster_rcnn=small, mask_rcnn=small, efficientdet=dict(img_size=96), retinanet=dict(detections_per_img=10))
+ours = dict(faster_rcnn=faster_rcnn, mask_rcnn=mask_rcnn, efficientdet=efficientdet)
+body = 'vovnet19_slim_dw'
+
+
+@pytest.fixture(scope='module')
+def dls(toy):
+    train,valid,class_map,_ = pets_splits(toy, masks=True)
+    return detection_dls(train[:12], valid[:6], class_map, size=96, bs=3, augment=None, seed=0, device='cpu')
+
+
+def quiet_fit(learn, *args, **kwargs):
+    with learn.no_bar(), learn.no_logging(): learn.fit(*args, **kwargs)
+
+
+@pytest.mark.parametrize('family', families)
+def test_contract(family, dls):
+    torch.manual_seed(0)
+    model = icevision_model(family, len(dls.class_map), body, **families[family])
+    x,y = dls.valid.one_batch()
+    parts = model.train()(x, list(y))
+    assert set(parts)==set(model.loss_names) and all(v.isfinite() for v in parts.values())
+    sum(parts.values()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    before = {k:v.clone() for k,v in model.named_buffers()}
+    with torch.no_grad(): losses,found = model.eval()(x, list(y), both=True)
+    assert set(losses)==set(model.loss_names)
+    for d in found:
+        assert set(d)=={'boxes','labels','scores', *['masks']*(family=='mask_rcnn')}
+        assert d['boxes'].shape==(len(d['labels']),4) and (d['labels']>=1).all() and (d['labels']<len(dls.class_map)).all()
+    assert all(torch.equal(v, before[k]) for k,v in model.named_buffers())
+    alone = model.eval()(x)
+    for a,b in zip(found, alone): assert torch.equal(a['boxes'], b['boxes'])
+    none = [dict(t, **{k:t[k][:0] for k in ('boxes','labels','masks','iscrowd','area')}) for t in y]
+    assert all(v.isfinite() for v in model.train()(x, none).values())
+
+
+@pytest.mark.parametrize('family', families)
+def test_trains_by_either(family, dls, tmp_path):
+    torch.manual_seed(0)
+    model = icevision_model(family, len(dls.class_map), body, **families[family])
+    weights = {k:v.clone() for k,v in model.state_dict().items()}
+    for make in (icevision_learner, detection_learner):
+        learn = make(dls, model, path=tmp_path)
+        assert all(p.requires_grad for p in model.parameters())
+        quiet_fit(learn, 1, 1e-3, cbs=NoValidation())
+        now = model.state_dict()
+        assert not all(torch.equal(v, now[k]) for k,v in weights.items())
+        weights = {k:v.clone() for k,v in now.items()}
+    learn.freeze()
+    convs = lambda m: [o.weight for o in m.modules() if isinstance(o, torch.nn.Conv2d)] # norms go on learning
+    assert not any(p.requires_grad for p in convs(model.backbone if family=='efficientdet' else model.backbone.body.body))
+    if family!='efficientdet': assert all(p.requires_grad for p in convs(model.neck))
+
+
+@pytest.mark.parametrize('family', ours)
+def test_side_by_side(family, dls):
+    torch.manual_seed(0)
+    model = icevision_model(family, len(dls.class_map), body, **families[family])
+    quiet_fit(icevision_learner(dls, model), 2, 1e-3, cbs=NoValidation())
+    net = ours[family].model(num_classes=len(dls.class_map), backbone=create_backbone(body), **families[family])
+    map_weights(model.net.model.state_dict() if family=='efficientdet' else model.net, net)
+    x,y = dls.valid.one_batch()
+    batch,_ = next(iter(icevision_learner(dls, model).dls.valid))
+    losses_in_eval(model.net)
+    if family=='efficientdet': model.net.eval()
+    with torch.no_grad():
+        torch.manual_seed(1)
+        a = net.losses_and_detections(x, list(y))[0]
+        torch.manual_seed(1)
+        b = model.net(*batch)
+    if family=='efficientdet': assert float(sum(a.values()))==pytest.approx(float(b['loss']), rel=1e-4)
+    else: assert {k:float(v) for k,v in a.items()}==pytest.approx({k:float(v) for k,v in b.items()}, rel=1e-4)
+    preds,targets = detection_learner(dls, net).get_preds()
+    kind = 'segm' if family=='mask_rcnn' else 'bbox'
+    numbers = coco_eval(preds, targets, dls.class_map, kind)
+    mt = part(f"models.{'ross' if family=='efficientdet' else 'torchvision'}.{family}")
+    loader = dls.valid.new(cls=IceVisionBatches, collate=mt.build_infer_batch, stats=model.stats)
+    found = mt.predict_from_dl(model.net.eval(), loader, show_pbar=False, detection_threshold=0.)
+    metrics = part('metrics')
+    metric = metrics.COCOMetric(metrics.COCOMetricType.mask if kind=='segm' else metrics.COCOMetricType.bbox)
+    metric.accumulate(found)
+    assert sum(len(p['boxes']) for p in preds)>0
+    for p,q in zip(preds, (o.pred.detection for o in found)):
+        real = [i for i,l in enumerate(q.label_ids) if l>0]
+        assert p['labels'].tolist()==[q.label_ids[i] for i in real]
+        want = torch.tensor([q.bboxes[i].xyxy for i in real]).reshape(-1, 4)
+        torch.testing.assert_close(p['boxes'], want.float(), atol=1e-3, rtol=1e-5)
+    assert list(numbers.values())==pytest.approx([float(v) for v in metric.finalize().values()], abs=1e-6)
+
+
+@pytest.mark.parametrize('bad,error,match', [
+    (dict(detector='fcos'), ValueError, 'there is no model type'),
+    (dict(detector='keypoint_rcnn'), ValueError, 'keypoints'),
+    (dict(detector='efficientdet'), ValueError, 'give img_size'),
+    (dict(detector='faster_rcnn', head_channels=9), TypeError, "takes no argument 'head_channels'"),
+    (dict(detector='efficientdet', img_size=96, neck='pan'), TypeError, "takes no argument 'neck'"),
+    (dict(detector='retinanet', mask_head=1), TypeError, "takes no argument 'mask_head'")])
+def test_bad_model(bad, error, match):
+    with pytest.raises(error, match=match): icevision_model(num_classes=3, backbone=body, **bad)
+
+
+def test_bad_learner(dls):
+    with pytest.raises(ValueError, match='num_classes=9'): icevision_learner(dls, icevision_model('faster_rcnn', 9, body))
+    net = icevision_model('faster_rcnn', 3, body).net
+    with pytest.raises(ValueError, match='keypoint'): IceVisionDetector(net, 'keypoint_rcnn', 3)
+
+
+@pytest.mark.parametrize('family', families)
+def test_lean_is_taken(family):
+    args = lean_args(family, 'icevision')
+    assert set(args)<=taken(family) and set(args)<=set(lean[family]) and args
+
+
+def command(line, capsys):
+    code = main(line.split())
+    return code,capsys.readouterr()
+
+
+@pytest.mark.parametrize('family', ['faster_rcnn','mask_rcnn','efficientdet'])
+def test_engine(family, toy, tmp_path, capsys):
+    run,base = tmp_path/'run',f'finetune --data {toy} --detector {family} --backbone {body} --engine icevision'
+    assert command(f'{base} --size 64 --epochs 1 --bs 8 --lean --no-validate --seed 0 --out {run}', capsys)[0]==0
+    res = json.loads((run/'metrics.json').read_text())
+    assert res['config']['engine']=='icevision' and res['steps']>0 and ('mask_metrics' in res)==(family=='mask_rcnn')
+    image = next((toy/'images').glob('*.jpg'))
+    code,said = command(f'predict {run} {image} --threshold 0.0 --json {tmp_path}/found.json', capsys)
+    assert code==0 and str(image) in json.loads((tmp_path/'found.json').read_text())
+
+
+@pytest.mark.parametrize('option,match', [('--detector fcos', 'fcos'), ('--backbone own', 'own'), ('--bf16', 'bf16'),
+    ('--loss-weights loss_classifier=2', 'loss-weights'), ('--set head_channels=8', 'head_channels'), ('--pretrained-detector', 'pretrained-detector')])
+def test_engine_refuses(option, match, tmp_path, capsys):
+    code,said = command(f'finetune --data toy --toy-images 12 --engine icevision --out {tmp_path}/run {option}', capsys)
+    assert code==1 and match in said.err and not (tmp_path/'run').exists()

@@ -1,0 +1,590 @@
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fastai.callback import progress # noqa: F401, adds no_bar to Learner
+from fastai.data.transforms import Normalize
+from fastai.interpret import ClassificationInterpretation
+from fastai.learner import Learner, load_learner
+from fastai.metrics import accuracy
+from PIL import Image
+from timm.data import ImageNetInfo
+from torch import nn
+from torchvision.datasets import ImageFolder, ImageNet
+from torchvision.transforms import v2
+
+from backbones_nb.core.features import IMAGENET_MEAN, IMAGENET_STD
+from backbones_nb.data import imagenet
+from backbones_nb.data.class_batches import FolderDL, ImageSet, class_dls, folder_dls, plain_tfms, shard_dls
+from backbones_nb.data.imagenet import (broken_images, find_names, imagenet_folders, prepare_val, read_solution, scan_classes, synset_names,
+                                        toy_imagenet, toy_synsets)
+from backbones_nb.data.records import load_image
+from backbones_nb.data.shards import plan_shards, read_index, read_samples, write_shards
+
+arguments = dict(n_classes=4, per_class=13, val_per_class=5, size=40)
+inner = Path('ILSVRC')/'Data'/'CLS-LOC'
+
+
+def content(path): return {str(o.relative_to(path)):o.read_bytes() for o in path.rglob('*') if o.is_file()}
+
+def one_sentence(e, *parts):
+    assert '\n' not in str(e.value) and all(o in str(e.value) for o in parts), str(e.value)
+
+def killed(step, steps, f, *args, **kw):
+    "Runs `f` in a process that kills itself with -9 when it calls `os.step` once more than `steps` times."
+    def run():
+        real,calls = getattr(os, step),[]
+        def deadly(*a):
+            if len(calls)==steps: os.kill(os.getpid(), signal.SIGKILL)
+            calls.append(a)
+            return real(*a)
+        setattr(os, step, deadly)
+        f(*args, **kw)
+    p = multiprocessing.get_context('fork').Process(target=run)
+    p.start()
+    p.join(60)
+    assert p.exitcode==-signal.SIGKILL
+
+
+@pytest.fixture(scope='module')
+def fresh(tmp_path_factory): return toy_imagenet(tmp_path_factory.mktemp('fresh')/'imagenet', **arguments)
+
+@pytest.fixture
+def kaggle(fresh, tmp_path): return Path(shutil.copytree(fresh, tmp_path/'imagenet'))
+
+@pytest.fixture
+def csv(kaggle): return kaggle/'LOC_val_solution.csv'
+
+@pytest.fixture
+def val(kaggle): return kaggle/inner/'val'
+
+@pytest.fixture(scope='module')
+def ready(fresh, tmp_path_factory):
+    path = Path(shutil.copytree(fresh, tmp_path_factory.mktemp('ready')/'imagenet'))
+    prepare_val(path/'LOC_val_solution.csv', path/inner/'val')
+    for o in ('train', 'val'): write_shards(path/inner/o, path/'shards'/o, maxcount=7, progress=False)
+    return path
+
+
+# --- the validation images
+
+def test_every_image_is_moved_once(csv, val):
+    before = content(val)
+    assert str(prepare_val(csv, val, dry_run=True))=='20 to move, 0 already there, 0 missing, 0 foreign files'
+    assert content(val)==before
+    report = prepare_val(csv, val)
+    assert (report.moved, report.there, report.missing, report.foreign)==(20, 0, [], [])
+    solution = {l.split(',')[0]:l.split(',')[1].split()[0] for l in csv.read_text().splitlines()[1:]}
+    assert content(val)=={f'{solution[k[:-5]]}/{k}':v for k,v in before.items()}
+    times = {o:o.stat().st_mtime_ns for o in val.rglob('*')}
+    assert str(prepare_val(csv, val))=='0 moved, 20 already there, 0 missing, 0 foreign files'
+    assert times=={o:o.stat().st_mtime_ns for o in val.rglob('*')}
+
+
+@pytest.mark.parametrize('moves', [0, 1, 7, 19])
+def test_killed_and_resumed(csv, val, moves):
+    before = sorted(content(val).values())
+    killed('rename', moves, prepare_val, csv, val)
+    assert sorted(content(val).values())==before
+    report = prepare_val(csv, val)
+    assert (report.moved, report.there)==(20-moves, moves) and not any(o.is_file() for o in val.iterdir())
+    assert sorted(content(val).values())==before
+
+
+def test_another_process_is_quicker(csv, val, monkeypatch):
+    before,real,n = sorted(content(val).values()),os.rename,[]
+    def twice(a, b): # the other one moves each file just before this one
+        n.append(a)
+        real(a, b)
+        real(a, b)
+    monkeypatch.setattr(os, 'rename', twice)
+    prepare_val(csv, val)
+    assert len(n)==20 and sorted(content(val).values())==before
+
+
+def test_a_file_that_vanishes_is_an_error(csv, val, monkeypatch):
+    monkeypatch.setattr(os, 'rename', lambda a, b: os.remove(a) or os.stat(a))
+    with pytest.raises(FileNotFoundError): prepare_val(csv, val)
+
+
+def test_a_file_that_appears_is_not_overwritten(csv, val, monkeypatch):
+    def late(places=imagenet._places):
+        def look(d):
+            res = places(d)
+            for s in toy_synsets:
+                (val/s).mkdir(exist_ok=True)
+                for o in val.glob('*.JPEG'): (val/s/o.name).write_text('precious')
+            return res
+        return look
+    monkeypatch.setattr(imagenet, '_places', late())
+    with pytest.raises(FileExistsError, match='has appeared'): prepare_val(csv, val)
+    assert len(list(val.glob('*.JPEG')))==20 and {o.read_text() for o in val.glob('n*/*')}=={'precious'}
+
+
+def lines(csv): return csv.read_text().splitlines()
+
+wrong = dict(
+    columns=(lambda c,v: c.write_text(c.read_text().replace('PredictionString', 'label')), 'expected ImageId and PredictionString'),
+    empty=(lambda c,v: c.write_text(''), '0 rows'),
+    header=(lambda c,v: c.write_text('ImageId,PredictionString\n'), '0 rows'),
+    binary=(lambda c,v: c.write_bytes(b'\xff\xfe\x00\x81'*9), 'is no table'),
+    classes=(lambda c,v: c.write_text('\n'.join([lines(c)[0], *(l.replace(',n', ',x') for l in lines(c)[1:])])), 'gives no synset for 20 images'),
+    short=(lambda c,v: c.write_text('\n'.join(lines(c)+['ILSVRC2012_val_00000077'])), 'ILSVRC2012_val_00000077'),
+    twice=(lambda c,v: c.write_text('\n'.join(lines(c)+lines(c)[-1:])), '21 rows for 20 images'),
+    fewer=(lambda c,v: c.write_text('\n'.join(lines(c)[:-2])), 'does not name 2 images'),
+    more=(lambda c,v: c.write_text('\n'.join(lines(c)+['ILSVRC2012_val_00000077,n01440764 1 2 3 4'])), 'names 21 images'),
+    training=(lambda c,v: shutil.copy(c.with_name('LOC_train_solution.csv'), c), 'does not name 20 images'),
+    stray=(lambda c,v: (v/'photo.jpg').write_text('x'), 'photo first'),
+    both=(lambda c,v: (v/lines(c)[1].split(',')[1][:9]).mkdir() or shutil.copy(v/f"{lines(c)[1].split(',')[0]}.JPEG", v/lines(c)[1].split(',')[1][:9]),
+          'two files for 1 images'),
+    sorted=(lambda c,v: (v/'n09999999').mkdir() or shutil.move(v/'ILSVRC2012_val_00000003.JPEG', v/'n09999999'), 'disagrees with the class folder'),
+    nothing=(lambda c,v: [o.unlink() for o in v.iterdir()], 'lacks 20 images'),
+)
+
+@pytest.mark.parametrize('spoil,says', wrong.values(), ids=wrong)
+@pytest.mark.parametrize('dry_run', [False, True])
+def test_a_wrong_csv_is_refused_before_anything_moves(csv, val, spoil, says, dry_run):
+    spoil(csv, val)
+    before = content(val)
+    with pytest.raises(ValueError) as e: prepare_val(csv, val, dry_run=dry_run)
+    one_sentence(e, says)
+    assert content(val)==before
+
+
+def test_missing_images_may_be_allowed_and_foreign_files_stay(csv, val):
+    for o in ('ILSVRC2012_val_00000002.JPEG', 'ILSVRC2012_val_00000005.JPEG'): (val/o).unlink()
+    (val/'README.txt').write_text('read me')
+    (val/'._ILSVRC2012_val_00000001.JPEG').write_text('a Mac was here')
+    (val/'old').mkdir()
+    with pytest.raises(ValueError) as e: prepare_val(csv, val)
+    one_sentence(e, 'lacks 2 images, ILSVRC2012_val_00000002 first', 'allow_missing=True')
+    report = prepare_val(csv, val, allow_missing=True)
+    assert (report.moved, report.there, report.missing)==(18, 0, ['ILSVRC2012_val_00000002', 'ILSVRC2012_val_00000005'])
+    assert report.foreign==sorted(['README.txt', '._ILSVRC2012_val_00000001.JPEG', 'old'])
+    assert {o.name for o in val.iterdir()}=={*report.foreign, *sorted(toy_synsets)[:4]}
+    assert str(report)=='18 moved, 0 already there, 2 missing (ILSVRC2012_val_00000002, ILSVRC2012_val_00000005), 3 foreign files (._ILSVRC2012_val_00000001.JPEG, README.txt, old)'
+
+
+def test_what_is_not_there(tmp_path, csv, val):
+    with pytest.raises(FileNotFoundError, match='no folder'): prepare_val(csv, tmp_path/'none')
+    with pytest.raises(FileNotFoundError, match='no file'): prepare_val(tmp_path/'none.csv', val)
+
+
+# --- names, the toy, folders
+
+def test_names(fresh, tmp_path):
+    names = synset_names(fresh)
+    assert names==synset_names(fresh/'LOC_synset_mapping.txt') and list(names)==sorted(toy_synsets)[:4]
+    everything = synset_names()
+    assert len(everything)==1000 and list(everything)==sorted(everything)==ImageNetInfo().label_names() and everything['n01440764']=='tench, Tinca tinca'
+    assert {k:v for k,(v,_) in toy_synsets.items()}.items() <= everything.items() and len(toy_synsets)>=20
+    torch.save(({k:tuple(v.split(', ')) for k,v in names.items()}, []), tmp_path/'meta.bin')
+    assert synset_names(tmp_path)==names and find_names(tmp_path/'none')==everything
+    with pytest.raises(FileNotFoundError, match='neither'): synset_names(tmp_path/'none')
+    (tmp_path/'LOC_synset_mapping.txt').write_text('n01440764 tench\ntench n01440764\n')
+    with pytest.raises(ValueError, match="'tench n01440764'"): synset_names(tmp_path)
+
+
+def test_the_toy_has_the_layout_of_kaggle(fresh):
+    assert {o.name for o in fresh.iterdir()}=={'ILSVRC', 'LOC_sample_submission.csv', 'LOC_synset_mapping.txt', 'LOC_train_solution.csv', 'LOC_val_solution.csv', 'toy.json'}
+    data = fresh/inner
+    classes,files,labels = scan_classes(data/'train')
+    assert classes==sorted(toy_synsets)[:4] and np.bincount(labels).tolist()==[13]*4
+    assert read_solution(fresh/'LOC_train_solution.csv')=={Path(f.decode()).stem:classes[y] for f,y in zip(files, labels)}
+    solution = read_solution(fresh/'LOC_val_solution.csv')
+    assert sorted(solution)==sorted(o.stem for o in (data/'val').iterdir())==[f'ILSVRC2012_val_{i:08d}' for i in range(1, 21)]
+    assert list(solution)!=sorted(solution) and set(Counter(solution.values()).items())=={(c,5) for c in classes}
+    assert all(o.suffix=='.JPEG' and Image.open(o).format=='JPEG' for o in data.rglob('*') if o.is_file())
+    assert len(list((data/'test').iterdir()))==10
+
+
+def test_the_toy_depends_on_its_arguments_alone(fresh, tmp_path):
+    again = toy_imagenet(tmp_path/'a', **arguments)
+    assert content(again)==content(fresh)
+    other = content(toy_imagenet(tmp_path/'b', **arguments, seed=1))
+    assert all(other[k]!=v for k,v in content(fresh).items() if k.endswith('JPEG'))
+    for bad in (dict(n_classes=1), dict(n_classes=99), dict(per_class=0)):
+        with pytest.raises(ValueError, match='expected 2 to'): toy_imagenet(tmp_path/'c', **bad)
+    with pytest.raises(ValueError, match='holds other files'): toy_imagenet(again, **arguments, seed=2)
+
+
+def test_a_toy_is_whole_or_absent(tmp_path, monkeypatch):
+    def stop(*a): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(imagenet, '_csv', stop)
+        with pytest.raises(KeyboardInterrupt): toy_imagenet(tmp_path/'a', **arguments)
+    assert not (tmp_path/'a').exists()
+    path = toy_imagenet(tmp_path/'a', **arguments)
+    prepare_val(path/'LOC_val_solution.csv', path/inner/'val')
+    prepared = content(path)
+    assert content(toy_imagenet(path, **arguments))==prepared
+
+
+def test_the_scan_agrees_with_torchvision(ready):
+    train,_ = imagenet_folders(ready)
+    (train/'notes.txt').write_text('not a class')
+    classes,files,labels = scan_classes(train)
+    theirs = ImageFolder(train)
+    assert theirs.classes==classes and theirs.samples==[(str(train/os.fsdecode(f)), y) for f,y in zip(files, labels)]
+
+
+def test_torchvisions_layout(ready, tmp_path):
+    for o in ('train', 'val'): shutil.copytree(ready/inner/o, tmp_path/o)
+    torch.save(({k:tuple(v.split(', ')) for k,v in synset_names(ready).items()}, []), tmp_path/'meta.bin')
+    dls,theirs = folder_dls(tmp_path, 16, bs=4, num_workers=0),ImageNet(tmp_path, 'val')
+    assert [*dls.vocab]==theirs.wnids and dls.valid.dataset.items==theirs.samples
+    assert [dls.valid.dataset.name(i) for i in range(4)]==[o[0] for o in theirs.classes]
+    (tmp_path/'meta.bin').unlink()
+    assert [*folder_dls(tmp_path, 16, bs=4, num_workers=0).vocab]==theirs.wnids
+
+
+def test_folders_that_do_not_fit(fresh, ready, tmp_path):
+    with pytest.raises(ValueError) as e: folder_dls(fresh, 16, bs=4)
+    one_sentence(e, 'run prepare_val first')
+    with pytest.raises(FileNotFoundError, match='no folder .*train'): folder_dls(tmp_path, 16)
+    copy = Path(shutil.copytree(ready/inner, tmp_path/'data'))
+    shutil.rmtree(copy/'val'/'n02782093')
+    with pytest.raises(ValueError) as e: folder_dls(copy, 16, bs=4)
+    one_sentence(e, "only in training ['n02782093']", 'validation 3')
+    (copy/'val'/'n02782093').mkdir()
+    with pytest.raises(ValueError, match='n02782093 has no images'): folder_dls(copy, 16, bs=4)
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(ValueError, match='unpack'): scan_classes(tmp_path/'empty')
+
+
+def test_broken_images_are_named(ready, tmp_path):
+    copy = Path(shutil.copytree(ready/inner, tmp_path/'data'))
+    assert broken_images(copy/'train')==[]
+    a,b = sorted((copy/'train'/'n01443537').iterdir())[:2]
+    a.write_bytes(a.read_bytes()[:300])
+    b.write_text('<html>')
+    found = broken_images(copy/'train', workers=2)
+    assert len(found)==2 and a.name in found[0] and b.name in found[1]
+    dls = folder_dls(copy, 16, bs=52, num_workers=0)
+    with pytest.raises(ValueError, match='cannot be read as an image'): dls.train.one_batch()
+    with pytest.raises(ValueError, match=b.name): write_shards(copy/'train', tmp_path/'s', progress=False)
+
+
+# --- shards
+
+def test_the_plan():
+    sizes = np.array([5,1,1,9,1,1,1])
+    assert [o.tolist() for o in plan_shards(sizes, np.arange(7), 3, 99)]==[[0,1,2],[3,4,5],[6]]
+    assert [o.tolist() for o in plan_shards(sizes, np.arange(7)[::-1], 99, 4)]==[[6,5,4],[3],[2,1],[0]]
+
+
+def test_shards_hold_every_file_once(ready):
+    folder,out = ready/inner/'train',ready/'shards'/'train'
+    index = read_index(out)
+    classes,files,labels = scan_classes(folder)
+    assert index['count']==52 and index['classes']==classes and [o['count'] for o in index['shards']]==[7]*7+[3]
+    assert sorted(o.name for o in out.iterdir())==['index.json', *(f'shard-{i:06d}.tar' for i in range(8))]
+    got = list(read_samples(out, index, 0, 52))
+    assert len({o['__key__'] for o in got})==52
+    about = [json.loads(o['json']) for o in got]
+    assert all((folder/a['file']).read_bytes()==o['jpg'] and classes[int(o['cls'])]==a['synset']==a['file'][:9] for a,o in zip(about, got))
+    assert sorted(a['file'] for a in about)==[f.decode() for f in files] and [int(o['cls']) for o in got]!=sorted(labels.tolist())
+
+
+def test_any_stretch_in_any_order(ready):
+    out = ready/'shards'/'train'
+    index = read_index(out)
+    everything = [o['__key__'] for o in read_samples(out, index, 0, 52)]
+    for a,b in ((0,1), (6,8), (3,31), (50,52), (9,9)): assert [o['__key__'] for o in read_samples(out, index, a, b)]==everything[a:b]
+    turned = [o['__key__'] for o in read_samples(out, index, 2, 11, range(7,-1,-1))]
+    assert turned==(everything[49:]+everything[42:49]+everything[35:42])[2:11]
+
+
+def test_webdatasets_own_loader_reads_them(ready):
+    import webdataset as wds
+    urls = [str(o) for o in sorted((ready/'shards'/'val').glob('*.tar'))]
+    got = list(wds.WebDataset(urls, shardshuffle=False).decode('pil').to_tuple('jpg', 'cls', 'json'))
+    assert len(got)==20 and all(np.array_equal(img, load_image(ready/inner/'val'/about['file'])) for img,_,about in got)
+    assert Counter(c for _,c,_ in got)=={i:5 for i in range(4)}
+
+
+@pytest.mark.parametrize('steps', [0, 1, 4, 8])
+def test_packing_is_killed_and_resumed(ready, tmp_path, steps):
+    folder,kw = ready/inner/'train',dict(maxcount=7, progress=False)
+    killed('replace', steps, write_shards, folder, tmp_path/'s', **kw)
+    assert len([o for o in (tmp_path/'s').glob('*.tar')])==max(steps-1, 0)
+    with pytest.raises((ValueError, FileNotFoundError)): read_index(tmp_path/'s')
+    done = {o:o.stat().st_mtime_ns for o in (tmp_path/'s').glob('*.tar')}
+    write_shards(folder, tmp_path/'s', workers=2, **kw)
+    assert content(tmp_path/'s')==content(ready/'shards'/'train')
+    assert done.items() <= {o:o.stat().st_mtime_ns for o in (tmp_path/'s').glob('*.tar')}.items()
+    assert write_shards(folder, tmp_path/'s', **kw)==read_index(ready/'shards'/'train')
+
+
+def test_limits_and_seeds_of_shards(ready, tmp_path):
+    folder = ready/inner/'val'
+    index = write_shards(folder, tmp_path/'a', maxsize=4000, seed=1, progress=False)
+    for o in index['shards']:
+        size = sum(len(s['jpg']) for s in read_samples(tmp_path/'a', dict(shards=[o]), 0, o['count']))
+        assert size<=4000 or o['count']==1
+    assert len(index['shards'])>2
+    order = lambda k,i: [s['jpg'] for s in read_samples(tmp_path/k, i, 0, 20)]
+    assert order('a', index)==order('b', write_shards(folder, tmp_path/'b', seed=1, progress=False))!=order('c', write_shards(folder, tmp_path/'c', seed=2, progress=False))
+    for bad in (dict(maxcount=0), dict(maxsize=0)):
+        with pytest.raises(ValueError, match='expected at least 1'): write_shards(folder, tmp_path/'d', **bad)
+    with pytest.raises(ValueError, match='other images or other arguments'): write_shards(folder, tmp_path/'a', maxsize=5000, progress=False)
+    (tmp_path/'letters').mkdir()
+    (tmp_path/'letters'/'dear.txt').write_text('x')
+    with pytest.raises(ValueError, match='holds other files'): write_shards(folder, tmp_path/'letters', progress=False)
+
+
+def test_broken_shards_are_named(ready, tmp_path):
+    out = Path(shutil.copytree(ready/'shards', tmp_path/'shards'))
+    tar = out/'val'/'shard-000001.tar'
+    whole = tar.read_bytes()
+    index = read_index(out/'val')
+    for n in (700, 3000): # within a header, within a file
+        tar.write_bytes(whole[:n])
+        with pytest.raises(ValueError) as e: shard_dls(out, 16, bs=4)
+        one_sentence(e, str(tar), f'has {n} bytes')
+        with pytest.raises(ValueError) as e: list(read_samples(out/'val', index, 0, 20))
+        one_sentence(e, str(tar), 'run write_shards again')
+    assert write_shards(ready/inner/'val', out/'val', maxcount=7, progress=False)==index and content(out)==content(ready/'shards') # mended
+    with tarfile.open(tar, 'w') as f:
+        for name,b in (('0.jpg', b'no image'), ('0.cls', b'1')):
+            info = tarfile.TarInfo(name)
+            info.size = len(b)
+            f.addfile(info, io.BytesIO(b))
+    with pytest.raises(ValueError) as e: list(read_samples(out/'val', index, 7, 14))
+    one_sentence(e, 'holds 1 samples, expected 7')
+    index['shards'][1] |= dict(count=1, bytes=tar.stat().st_size)
+    index['count'] -= 6
+    (out/'val'/'index.json').write_text(json.dumps(index))
+    with pytest.raises(ValueError) as e: list(shard_dls(out, 16, bs=4, num_workers=0).valid)
+    one_sentence(e, 'sample 0 of', str(tar), 'mend its image')
+    tar.unlink()
+    with pytest.raises(ValueError, match='has 0 bytes'): shard_dls(out, 16, bs=4)
+    with pytest.raises(FileNotFoundError, match='write_shards'): shard_dls(tmp_path, 16, bs=4)
+
+
+def test_without_the_library(ready, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, 'webdataset', None)
+    with pytest.raises(ImportError) as e: shard_dls(ready/'shards', 16, bs=4)
+    one_sentence(e, 'pip install webdataset')
+    with pytest.raises(ImportError, match='pip install webdataset'): write_shards(ready/inner/'val', tmp_path/'s')
+    assert not (tmp_path/'s').exists() and len(folder_dls(ready, 16, bs=4, num_workers=0).valid)==5
+
+
+# --- loaders
+
+def loaders(ready, kind, **kw):
+    "Images of 8x8 without chance, so that each can be recognised."
+    plain = v2.Resize((8,8))
+    make,path = dict(folder=(folder_dls, ready), shard=(shard_dls, ready/'shards'))[kind]
+    return make(path, **dict(bs=4, tfms=(plain, plain), mean=None, num_workers=0, device='cpu') | (dict(buffer=10) if kind=='shard' else {}) | kw)
+
+def seen(batch): return [(x.numpy().tobytes(), int(y)) for x,y in zip(*batch)]
+def flat(batches): return [o for b in batches for o in b]
+def passed(dl): return [seen(b) for b in dl]
+
+@pytest.fixture(scope='module')
+def truth(ready):
+    def read(split):
+        classes,files,labels = scan_classes(ready/inner/split)
+        ds = ImageSet(files, labels, classes, v2.Resize((8,8)), folder=ready/inner/split)
+        return Counter((x.float().div(255).numpy().tobytes(), y) for x,y in (ds[i] for i in range(len(ds))))
+    return {o:read(o) for o in ('train', 'val')}
+
+both = pytest.mark.parametrize('kind', ['folder', 'shard'])
+
+
+@both
+@pytest.mark.parametrize('world,workers,bs', [(1,0,4), (2,0,3), (3,0,4), (2,2,3), (1,3,4), (30,0,4)])
+def test_validation_sees_each_sample_once(ready, truth, kind, world, workers, bs):
+    ranks = [loaders(ready, kind, bs=1, val_bs=bs, rank=r, world=world, num_workers=workers).valid for r in range(world)]
+    batches = [passed(dl) for dl in ranks]
+    assert [len(o) for o in batches]==[len(dl) for dl in ranks]
+    assert Counter(flat(flat(batches)))==truth['val']
+    sizes = [len(flat(o)) for o in batches]
+    assert max(sizes)-min(sizes)<=1
+
+
+@both
+@pytest.mark.parametrize('world,workers', [(1,0), (2,0), (3,0), (2,2), (1,3)])
+def test_training_gives_each_rank_as_many_batches(ready, truth, kind, world, workers):
+    ranks = [loaders(ready, kind, rank=r, world=world, num_workers=workers, seed=3).train for r in range(world)]
+    epochs = [[passed(dl) for dl in ranks] for _ in range(2)]
+    for e in epochs:
+        assert [len(o) for o in e]==[len(dl) for dl in ranks]==[52//(4*world)]*world and {len(b) for b in flat(e)}=={4}
+        assert Counter(flat(flat(e))) <= truth['train'] and len(set(flat(flat(e))))==52//(4*world)*4*world
+    assert epochs[0]!=epochs[1]
+    again = [passed(loaders(ready, kind, rank=r, world=world, num_workers=workers, seed=3).train) for r in range(world)]
+    assert again==epochs[0]
+    assert passed(loaders(ready, kind, rank=0, world=world, num_workers=workers, seed=4).train)!=epochs[0][0]
+
+
+def test_what_is_dropped_differs_between_epochs(ready, truth):
+    for kind in ('folder', 'shard'):
+        dl = loaders(ready, kind, bs=17).train # one of 52 is left out
+        left = {next(iter(truth['train']-Counter(flat(passed(dl))))) for _ in range(6)}
+        assert len(left)>1
+
+
+@pytest.mark.parametrize('world', [2, 3])
+def test_ranks_share_the_batches_of_one_process(ready, world):
+    kw = dict(tfms=(v2.RandomResizedCrop(8), v2.Resize((8,8))), seed=5)
+    ranks = [passed(loaders(ready, 'folder', rank=r, world=world, **kw).train) for r in range(world)]
+    alone = passed(loaders(ready, 'folder', bs=4*world, **kw).train)
+    assert [Counter(flat(o)) for o in zip(*ranks)]==[Counter(o) for o in alone]
+    assert alone==passed(loaders(ready, 'folder', bs=4*world, num_workers=2, **kw).train) # chance does not depend on workers
+
+
+@both
+@pytest.mark.parametrize('workers', [0, 2, 3])
+@pytest.mark.parametrize('start', [1, 4])
+def test_an_epoch_goes_on_in_its_middle(ready, kind, workers, start):
+    kw = dict(tfms=(v2.RandomResizedCrop(8), v2.Resize((8,8))), num_workers=workers, rank=1, world=2)
+    dl = loaders(ready, kind, **kw).train
+    epochs = [passed(dl) for _ in range(3)]
+    resumed = loaders(ready, kind, **kw).train
+    resumed.set_epoch(1, start)
+    assert passed(resumed)==epochs[1][start:] and passed(resumed)==epochs[2]
+
+
+def test_copies_of_an_image_go_to_different_ranks(ready):
+    def ranks(tfm, world):
+        for r in range(world):
+            dl = loaders(ready, 'folder', rank=r, world=world, tfms=(tfm, tfm)).train
+            dl.shuffle_fn = lambda idxs: [i//2 for i in idxs] # each image twice in a row
+            yield passed(dl)
+    a,b = ranks(v2.Resize((8,8)), 2)
+    assert a==b
+    a,b = ranks(v2.RandomResizedCrop(8), 2)
+    assert a!=b
+
+
+@both
+def test_rank_and_world_come_from_the_environment(ready, kind, monkeypatch):
+    monkeypatch.setenv('RANK', '1')
+    monkeypatch.setenv('WORLD_SIZE', '3')
+    dls = loaders(ready, kind)
+    assert [(o.rank, o.world, o.new().rank, o.new().world) for o in dls]==[(1,3,1,3)]*2
+    assert (dls.test_dl([]).rank, dls.test_dl([]).world)==(0, 1)
+    with pytest.raises(RuntimeError, match='do not wrap it'): next(dls.train.create_batches([0,1])) # as a wrapper calls it
+    with pytest.raises(ValueError, match='rank 3 of 3'): loaders(ready, kind, rank=3)
+    with pytest.raises(ValueError) as e: loaders(ready, kind, bs=18)
+    one_sentence(e, 'got 52 training images', '18 for each of 3')
+
+
+@both
+def test_pixels_and_their_undoing(ready, kind):
+    dls = loaders(ready, kind, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    raw = loaders(ready, kind).valid.one_batch()[0]
+    assert raw.dtype==torch.float32 and 0<=raw.min()<.2<.8<raw.max()<=1
+    x,y = dls.valid.one_batch()
+    m,s = (torch.tensor(o).view(3,1,1) for o in (IMAGENET_MEAN, IMAGENET_STD))
+    assert torch.allclose(x.as_subclass(torch.Tensor), (raw.as_subclass(torch.Tensor)-m)/s, atol=1e-6)
+    assert torch.allclose(dls.valid.decode((x,y))[0], raw, atol=1e-6)
+    both = v2.Compose([v2.Resize((8,8)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    done = loaders(ready, kind, mean=IMAGENET_MEAN, std=IMAGENET_STD, tfms=(both, both), normalized=True)
+    z,_ = done.valid.one_batch()
+    assert torch.allclose(z, x, atol=1e-6) and torch.allclose(done.valid.decode((z,y))[0], raw, atol=1e-6)
+    assert any(isinstance(o, Normalize) for o in done.train.after_batch.fs)
+
+
+@both
+@pytest.mark.cuda
+def test_batches_on_a_gpu(ready, kind):
+    x,y = loaders(ready, kind, mean=IMAGENET_MEAN, std=IMAGENET_STD, device='cuda', pin_memory=True).valid.one_batch()
+    assert x.is_cuda and y.is_cuda
+    assert torch.allclose(x.cpu(), loaders(ready, kind, mean=IMAGENET_MEAN, std=IMAGENET_STD).valid.one_batch()[0], atol=1e-5)
+
+
+def test_plain_tfms():
+    train,valid = plain_tfms(32)
+    img = Image.fromarray(np.arange(60*100*3).reshape(60,100,3).astype(np.uint8))
+    assert train(img).size==valid(img).size==(32,32) and np.array_equal(valid(img), v2.CenterCrop(32)(v2.Resize(37)(img)))
+    assert np.array_equal(plain_tfms(32, resize=32)[1](img), v2.CenterCrop(32)(v2.Resize(32)(img)))
+
+
+class Mean(nn.Module):
+    "Colours alone."
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 4))
+    def forward(self, x): return self.net(x)
+
+@both
+def test_a_learner_works_on_both(ready, kind, tmp_path):
+    torch.manual_seed(0)
+    dls = loaders(ready, kind, mean=IMAGENET_MEAN)
+    learn = Learner(dls, Mean(), metrics=accuracy, path=tmp_path)
+    classes = sorted(toy_synsets)[:4]
+    assert dls.c==4 and [*dls.vocab]==classes and dls.n_inp==1
+    with learn.no_bar(), learn.no_logging():
+        before = learn.validate()[0]
+        learn.fit(3, 1e-2)
+        assert learn.validate()[0]<before
+        preds,y = learn.get_preds()
+        assert preds.shape==(20,4) and torch.allclose(preds.sum(1), torch.ones(20), atol=1e-5)
+        assert accuracy(preds, y)==pytest.approx(learn.validate()[1]) and Counter(y.tolist())=={i:5 for i in range(4)}
+        assert len(learn.get_preds(ds_idx=0)[1])==52
+        files = sorted((ready/inner/'val'/classes[2]).iterdir())
+        name,i,p = learn.predict(files[0])
+        assert name==toy_synsets[classes[int(i)]][0].partition(',')[0] and p.argmax()==i
+        assert torch.allclose(learn.predict(load_image(files[0]))[2], p) and torch.allclose(learn.predict(np.asarray(load_image(files[0])))[2], p)
+        alone,_ = learn.get_preds(dl=dls.test_dl(files))
+        assert torch.allclose(alone[0], p, atol=1e-6) and len(alone)==5
+        with_labels,y = learn.get_preds(dl=dls.test_dl([(f, 2) for f in files], with_labels=True))
+        assert torch.equal(with_labels, alone) and y.tolist()==[2]*5
+        assert ClassificationInterpretation.from_learner(learn).confusion_matrix().sum()==20
+        learn.export(tmp_path/'l.pkl')
+        assert (tmp_path/'l.pkl').stat().st_size<200_000
+        loaded = load_learner(tmp_path/'l.pkl')
+        with loaded.no_bar(): assert torch.allclose(loaded.predict(files[0])[2], p)
+
+
+def test_pictures_show_names(ready, monkeypatch):
+    import matplotlib.pyplot as plt
+    for kind in ('folder', 'shard'):
+        dls = loaders(ready, kind)
+        dls.show_batch(max_n=4)
+        names = {toy_synsets[o][0].partition(',')[0] for o in sorted(toy_synsets)[:4]}
+        assert {o.get_title() for o in plt.gcf().axes} <= names
+        plt.close('all')
+        dls.test_dl(list((ready/inner/'test').iterdir())[:2]).show_batch()
+        assert len(plt.gcf().axes)==2
+        plt.close('all')
+
+
+def test_top_losses_show_the_right_files(ready):
+    learn = Learner(loaders(ready, 'folder'), Mean())
+    with learn.no_bar():
+        interp = ClassificationInterpretation.from_learner(learn)
+        losses,idx = interp.top_losses(3)
+        again = nn.functional.cross_entropy(learn.model(interp[idx][0]), interp[idx][2], reduction='none')
+    assert torch.allclose(losses, again.detach(), atol=1e-5)
+    assert interp.top_losses(3, items=True)[2]==[learn.dls.valid.dataset.items[i] for i in idx]
+
+
+def test_classes_can_be_told_apart(tmp_path):
+    path = toy_imagenet(tmp_path/'toy', n_classes=6, per_class=40, val_per_class=15, size=40)
+    prepare_val(path/'LOC_val_solution.csv', path/inner/'val')
+    torch.manual_seed(0)
+    conv = lambda i,o: [nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU()]
+    net = nn.Sequential(*conv(3,16), *conv(16,32), *conv(32,64), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 6))
+    learn = Learner(folder_dls(path, 32, bs=16, num_workers=0, device='cpu', tfms=(v2.Resize((32,32)),)*2), net, metrics=accuracy)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(6, 3e-3)
+        assert learn.validate()[1]>.6
+
+
+def test_data_sets_of_other_classes(ready):
+    _,files,labels = scan_classes(ready/inner/'val')
+    a,b = (ImageSet(files, labels, v, v2.Resize((8,8)), folder=ready/inner/'val') for v in ('abcd', 'abdc'))
+    with pytest.raises(ValueError, match='same classes'): class_dls(FolderDL, a, b, 4, None, None)

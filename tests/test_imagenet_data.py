@@ -588,3 +588,18 @@ def test_data_sets_of_other_classes(ready):
     _,files,labels = scan_classes(ready/inner/'val')
     a,b = (ImageSet(files, labels, v, v2.Resize((8,8)), folder=ready/inner/'val') for v in ('abcd', 'abdc'))
     with pytest.raises(ValueError, match='same classes'): class_dls(FolderDL, a, b, 4, None, None)
+
+
+def test_command(tmp_path, capsys):
+    from backbones_nb.cli.cli import main
+    data = toy_imagenet(tmp_path/'data', n_classes=3, per_class=4, val_per_class=2, test=1, size=32)
+    val = data/'ILSVRC'/'Data'/'CLS-LOC'/'val'
+    theirs = ['imagenet', 'prepare', '--val_solution_path', f"{data/'LOC_val_solution.csv'}", '--val_image_dir', f'{val}']
+    assert main([*theirs, '--dry-run'])==0 and '6 to move' in capsys.readouterr().out and len(list(val.glob('*.JPEG')))==6
+    assert main(theirs)==0 and '6 moved' in capsys.readouterr().out and not list(val.glob('*.JPEG'))
+    assert main(theirs)==0 and '0 moved, 6 already there' in capsys.readouterr().out
+    assert main(['imagenet', 'shard', f'{data}', f"{tmp_path/'shards'}", '--maxcount', '5'])==0
+    assert 'val: 6 images of 3 classes in 2 shards' in capsys.readouterr().out
+    (val/next(val.iterdir()).name/'stranger.JPEG').write_bytes(b'')
+    assert main(theirs)==1 and 'stranger' in capsys.readouterr().err
+    assert main(['imagenet', 'shard', f"{tmp_path/'none'}", f"{tmp_path/'s'}"])==1

@@ -8,7 +8,7 @@ Docs: https://backbones-nb.github.io/backbones-nb/cli/cli.html.md"""
 __all__ = ['lean', 'detectors', 'engines', 'machine', 'open_data', 'get_detector', 'free_run', 'evaluate_run', 'save_picture',
            'model_builder', 'lean_args', 'finetune', 'load_run', 'predict', 'parser', 'main']
 
-# %% ../../nbs/cli/60_cli.ipynb #0f74e4e1
+# %% ../../nbs/cli/60_cli.ipynb #cc2415e3
 import argparse
 import inspect
 import json
@@ -22,6 +22,8 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+
+from .imagenet import imagenet_options, run_imagenet
 
 # %% ../../nbs/cli/60_cli.ipynb #59e4001d
 def machine(
@@ -430,7 +432,7 @@ def _check_options(sub):
     a('--small', type=float, metavar='PIXELS', help='a box with a shorter side is called tiny')
     a('--all', action='store_true', default=False, help='list every problem, not examples of each kind')
 
-# %% ../../nbs/cli/60_cli.ipynb #faea75e0
+# %% ../../nbs/cli/60_cli.ipynb #32a57307
 def parser() -> argparse.ArgumentParser:
     "Returns the parser of the command `backbones-nb`."
     p = argparse.ArgumentParser('backbones-nb', description='Detection backbones: list them, compare them with their references, train a detector on them, use it.')
@@ -446,9 +448,10 @@ def parser() -> argparse.ArgumentParser:
     d.add_argument('--json', metavar='FILE', help='write the detections to a file')
     _check_options(sub)
     _parity_options(sub)
+    imagenet_options(sub)
     return p
 
-# %% ../../nbs/cli/60_cli.ipynb #638287d3
+# %% ../../nbs/cli/60_cli.ipynb #3f3d6e69
 def _list(a):
     from backbones_nb.core.registry import list_backbones
     names = list_backbones(a.pattern)
@@ -470,7 +473,8 @@ def _check(a):
     return int(not report.ok)
 
 def _run(a):
-    if a.command in ('list','parity','check'): return dict(list=_list, parity=_parity, check=_check)[a.command](a)
+    own = dict(list=_list, parity=_parity, check=_check, imagenet=run_imagenet)
+    if a.command in own: return own[a.command](a)
     os.environ.setdefault('MPLBACKEND', 'Agg')
     warnings.filterwarnings('ignore', category=FutureWarning) # of libraries, not the user's to mend
     if a.command=='predict':

@@ -28,8 +28,7 @@ from backbones_nb.core.parity import randomise_
 from backbones_nb.core.registry import create_backbone, list_backbones
 from backbones_nb.core.weights import WeightRecord
 from backbones_nb.data.pets import breed_of, read_list
-from backbones_nb.detectors import faster_rcnn
-from backbones_nb.learners.classify import Classifier, add_normalize, backbone_learner, classifier, pools
+from backbones_nb.learners.classify import backbone_learner, classifier, pools
 
 small = 'vovnet19_slim_dw'
 some = [small, 'resnet18', 'resnet18_fpn', 'mobilenet_v3_small', 'darknet19', 'regnet_y_400mf', 'timm/resnet10t', 'timm/vit_tiny_patch16_224']

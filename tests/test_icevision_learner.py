@@ -1,12 +1,16 @@
 "IceVision's training on our data, IceVision's models behind our contract, and both side by side on equal weights."
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 if not importlib.util.find_spec('icevision'): pytest.skip('IceVision absent', allow_module_level=True)
 
 import torch
+from fastai.learner import load_learner
 
 from backbones_nb.cli.cli import lean, lean_args, main
 from backbones_nb.core.parity import map_weights
@@ -111,6 +115,8 @@ def test_side_by_side(family, dls):
         assert p['labels'].tolist()==[q.label_ids[i] for i in real]
         want = torch.tensor([q.bboxes[i].xyxy for i in real]).reshape(-1, 4)
         torch.testing.assert_close(p['boxes'], want.float(), atol=1e-3, rtol=1e-5)
+    through = detection_learner(dls, model).evaluate(iou_type=kind) # IceVision's model behind our contract
+    assert list(numbers.values())==pytest.approx([v for k,v in through.items()], abs=1e-6)
     assert list(numbers.values())==pytest.approx([float(v) for v in metric.finalize().values()], abs=1e-6)
 
 
@@ -119,16 +125,52 @@ def test_side_by_side(family, dls):
     (dict(detector='keypoint_rcnn'), ValueError, 'keypoints'),
     (dict(detector='efficientdet'), ValueError, 'give img_size'),
     (dict(detector='faster_rcnn', head_channels=9), TypeError, "takes no argument 'head_channels'"),
+    (dict(detector='efficientdet', img_size=100), ValueError, 'cannot work at 100x100'),
     (dict(detector='efficientdet', img_size=96, neck='pan'), TypeError, "takes no argument 'neck'"),
     (dict(detector='retinanet', mask_head=1), TypeError, "takes no argument 'mask_head'")])
 def test_bad_model(bad, error, match):
     with pytest.raises(error, match=match): icevision_model(num_classes=3, backbone=body, **bad)
 
 
+@pytest.mark.parametrize('family', ['faster_rcnn','retinanet','efficientdet'])
+def test_stock_models(family, dls, tmp_path):
+    mt = part(f"models.{'ross' if family=='efficientdet' else 'torchvision'}.{family}")
+    name,size = ('tf_lite0',dict(img_size=96)) if family=='efficientdet' else ('resnet18_fpn',{})
+    net = mt.model(backbone=getattr(mt.backbones, name)(pretrained=False), num_classes=len(dls.class_map), **size)
+    learn = detection_learner(dls, IceVisionDetector(net, mt, len(dls.class_map), img_size=96 if size else None), path=tmp_path)
+    quiet_fit(learn, 1, 1e-4, cbs=NoValidation())
+    learn.export('learner.pkl')
+    a,b = [o.predict(dls.valid_ds.items[0], score_thr=0.) for o in (learn, load_learner(tmp_path/'learner.pkl'))]
+    assert torch.equal(a['scores'], b['scores'])
+
+
+def test_loads_where_icevision_was_never_started(dls, tmp_path):
+    learn = detection_learner(dls, icevision_model('efficientdet', len(dls.class_map), body, img_size=96), path=tmp_path)
+    learn.export('learner.pkl')
+    code = ("import requests, sys\ndef refuse(*a, **k): raise ConnectionError('no network')\nrequests.get = refuse\n"
+            "from fastai.learner import load_learner\nprint(type(load_learner(sys.argv[1]).model).__name__)")
+    env = os.environ | dict(HOME=str(tmp_path/'home'), HF_HUB_OFFLINE='1')
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(tmp_path/'learner.pkl')], capture_output=True, text=True, env=env)
+    assert done.returncode==0 and 'IceVisionDetector' in done.stdout, done.stderr[-2000:]
+
+
+def test_both_leaves_the_mode(dls):
+    x,y = dls.valid.one_batch()
+    for family in ('faster_rcnn','efficientdet'):
+        model = icevision_model(family, len(dls.class_map), body, **families[family]).train()
+        model(x, list(y), both=True)
+        assert model.net.training and set(model(x, list(y)))==set(model.loss_names)
+
+
 def test_bad_learner(dls):
     with pytest.raises(ValueError, match='num_classes=9'): icevision_learner(dls, icevision_model('faster_rcnn', 9, body))
     net = icevision_model('faster_rcnn', 3, body).net
     with pytest.raises(ValueError, match='keypoint'): IceVisionDetector(net, 'keypoint_rcnn', 3)
+    with pytest.raises(TypeError, match="expected a model of IceVision's efficientdet"): IceVisionDetector(net, 'efficientdet', 3)
+    with pytest.raises(ValueError, match='the model has 3 with background'): IceVisionDetector(net, 'faster_rcnn', 5)
+    with pytest.raises(TypeError, match='wrap a model of IceVision'): icevision_learner(dls, net)
+    small_net = icevision_model('efficientdet', len(dls.class_map), body, img_size=128).eval()
+    with pytest.raises(ValueError, match='an image of 96x96, but this efficientdet was built for 128x128'): small_net(dls.valid.one_batch()[0])
 
 
 @pytest.mark.parametrize('family', families)

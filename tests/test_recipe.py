@@ -439,7 +439,7 @@ def test_resumed_average_is_the_uninterrupted_one(tmp_path):
 
 def test_the_wrong_average_is_refused(tmp_path):
     state = learner(tmp_path, [ema:=R.ModelEMA()]) and ema.state_dict()
-    other = learner(tmp_path, [ema2:=R.ModelEMA()], net=flat(3))
+    other = learner(tmp_path, [R.ModelEMA()], net=flat(3))
     with pytest.raises(RuntimeError, match='size mismatch'): other.model_ema.load_state_dict(state)
 
 

@@ -294,13 +294,15 @@ def _ice_record(image_id, path, size, boxes, labels, iscrowd, class_map, parts=N
 
 def _ice_map(class_map): return part('core').ClassMap(class_map.names[1:], class_map.names[0])
 
-# %% ../../nbs/learners/55_icevision.ipynb #17bbd398
+# %% ../../nbs/learners/55_icevision.ipynb #27d2bcb4
 def to_records(
     records, # our `Record`s
     class_map, # our `ClassMap`
 ) -> tuple: # list of IceVision's records, IceVision's ClassMap
     "Returns the same data for IceVision, with masks where a record has them; raises ValueError for unknown labels."
     _start()
+    odd = next((o for o in records if not isinstance(o, Record)), None)
+    if odd is not None: raise TypeError(f'got a {type(odd).__name__}, expected our Record: records of IceVision are for from_records')
     _check_labels(records, class_map)
     cm = _ice_map(class_map)
     return [_ice_record(r.image_id, r.path, r.size, r.boxes, r.labels, r.iscrowd, cm, _parts(r.masks, len(r.labels)))
@@ -337,7 +339,7 @@ def _from_parser(r):
     own = len(parts)==1 and isinstance(parts[0], RecordMasks)
     return _our_record(r, size, parts[0].read if own else IceVisionMasks(parts, size, n, name))
 
-# %% ../../nbs/learners/55_icevision.ipynb #050ade66
+# %% ../../nbs/learners/55_icevision.ipynb #0280e2d2
 def from_records(
     records, # IceVision's records as a parser gives them
     class_map=None, # our `ClassMap`; None: that of the records
@@ -345,6 +347,7 @@ def from_records(
     "Returns the same data for our loaders; raises ValueError naming the record that cannot be converted."
     _start()
     records = list(records)
+    if any(isinstance(o, Record) for o in records): raise TypeError("got our Record, expected IceVision's: ours are for to_records")
     if class_map is None:
         if not records: raise ValueError('got no records and no class map, expected at least one of both')
         class_map = _our_map(records[0])
@@ -355,7 +358,7 @@ def from_records(
     _check_labels(res, class_map)
     return res,class_map
 
-# %% ../../nbs/learners/55_icevision.ipynb #5975d39a
+# %% ../../nbs/learners/55_icevision.ipynb #9f5bc573
 def _each(tfms):
     for o in tfms:
         yield o
@@ -365,10 +368,11 @@ def normalisation(
     tfm, # IceVision's transform, such as `tfms.A.Adapter([...])`, or None
 ): # (mean, std), or None where it does not normalise
     "Returns what albumentations' `Normalize` among the transforms does; raises ValueError where it cannot be undone."
-    found = [o for o in _each(getattr(tfm, 'tfms_list', ())) if type(o).__name__=='Normalize']
+    top = getattr(tfm, 'tfms_list', ())
+    found = [o for o in _each(top) if type(o).__name__=='Normalize']
     if not found: return None
     o = found[0]
-    if len(found)>1 or o.normalization!='standard' or o.max_pixel_value!=255 or o.p<1: raise ValueError(
+    if len(found)>1 or not any(o is t for t in top) or o.normalization!='standard' or o.max_pixel_value!=255 or o.p<1: raise ValueError(
         f'cannot undo {o}: leave Normalize out of the transforms, since our detectors normalise themselves')
     return o.mean,o.std
 
@@ -405,7 +409,7 @@ class IceVisionDL(DetectionDL):
         still = dataset is None and 'tfm' in kwargs and isinstance(self.dataset, IceVisionItems) # results are wanted
         return super().new(self.dataset.fixed() if still else dataset, cls, **kwargs)
 
-# %% ../../nbs/learners/55_icevision.ipynb #0bf7cc9d
+# %% ../../nbs/learners/55_icevision.ipynb #528a0948
 def icevision_dls(
     train_ds, # IceVision's `Dataset` to learn from
     valid_ds, # and to measure on
@@ -423,6 +427,8 @@ def icevision_dls(
 
     Raises TypeError or ValueError for data that cannot be."""
     _start()
+    if getattr(train_ds, 'records', None) == []: raise ValueError('got an empty Dataset to learn from, expected at least '
+        'one record: look at what the parser kept')
     train = IceVisionItems(train_ds, still=valid_ds)
     valid = IceVisionItems(valid_ds, train.class_map)
     if size is None: size = tuple(train[0][0].shape[-2:])
@@ -453,7 +459,7 @@ class IceVisionBatches(DetectionDL):
         if b is not None: raise ValueError("got a batch of IceVision's: show it with model_type.show_batch(batch)")
         return self.new(cls=DetectionDL).show_batch(**kwargs)
 
-# %% ../../nbs/learners/55_icevision.ipynb #2942b540
+# %% ../../nbs/learners/55_icevision.ipynb #05a98fac
 @patch
 def ice_record(self:IceVisionBatches,
     img:Tensor, # (3,H,W), float in [0,1]
@@ -478,8 +484,8 @@ def create_batch(self:IceVisionBatches,
     b, # list of (image, target)
 ) -> tuple: # ((images, targets), records)
     "Returns IceVision's batch; crowd boxes are in the records, which COCO's metric reads, and not in the targets."
-    batch,_ = self.collate([self.ice_record(*o, crowd=False) for o in b])
     records = [self.ice_record(*o) for o in b]
+    batch,_ = self.collate([self.ice_record(*o, crowd=False) if o[1]['iscrowd'].any() else r for o,r in zip(b, records)])
     for r in records: r.unload()
     return batch,records
 

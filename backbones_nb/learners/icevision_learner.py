@@ -7,15 +7,18 @@ Docs: https://backbones-nb.github.io/backbones-nb/learners/icevision_learner.htm
 # %% auto #0
 __all__ = ['loss_names', 'IceVisionDetector', 'taken', 'icevision_model', 'icevision_learner']
 
-# %% ../../nbs/learners/57_icevision_learner.ipynb #0abd4453
+# %% ../../nbs/learners/57_icevision_learner.ipynb #0ccc6930
 import inspect
+from math import log2
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torchvision.transforms.v2 import functional as F
 
 from ..core.registry import did_you_mean
 from ..data.batches import hw
+from ..detectors.efficientdet import check_size, effdet_rows, pick_levels
 from ..detectors.detector import check_images, check_targets, mean_std
 from .icevision import families, family_of, icevision_backbone, to_loaders
 from .icevision_compat import icevision_compat, losses_in_eval, part
@@ -33,7 +36,7 @@ def _rows(found):
     found = [d[(d[:,5]>0) & (d[:,2:4]>d[:,:2]).all(1)] for d in found]
     return [dict(boxes=d[:,:4], labels=d[:,5].long(), scores=d[:,4]) for d in found]
 
-# %% ../../nbs/learners/57_icevision_learner.ipynb #79fb0f6b
+# %% ../../nbs/learners/57_icevision_learner.ipynb #1b58a2b1
 class _Torchvision:
     "How the families of torchvision are asked."
     def losses(self, net, images, targets): return net(images, targets)
@@ -51,7 +54,9 @@ class _Effdet:
         return dict(loss_classifier=res['class_loss'], loss_box_reg=res['loss']-res['class_loss'])
 
     def both(self, net, images, targets):
-        res = net(torch.stack(images), dict(_yxyx(targets), img_scale=None, img_size=None))
+        n,(h,w) = len(images),images[0].shape[-2:]
+        where = dict(img_scale=images[0].new_ones(n), img_size=images[0].new_tensor([[w,h]]*n)) # boxes are clipped to it
+        res = net(torch.stack(images), dict(_yxyx(targets), **where))
         parts = dict(loss_classifier=res['class_loss'], loss_box_reg=res['loss']-res['class_loss'])
         return parts,_rows(res['detections'])
 
@@ -59,11 +64,30 @@ class _Effdet:
         none = [dict(boxes=images[0].new_zeros(0, 4), labels=images[0].new_zeros(0, dtype=torch.int64))]*len(images)
         return self.both(net, images, none)[1]
 
-# %% ../../nbs/learners/57_icevision_learner.ipynb #3f0ca779
+# %% ../../nbs/learners/57_icevision_learner.ipynb #d504cd52
 _rcnn = 'loss_classifier','loss_box_reg','loss_objectness','loss_rpn_box_reg'
 loss_names = dict(faster_rcnn=_rcnn, mask_rcnn=(*_rcnn[:2],'loss_mask',*_rcnn[2:]),
                   retinanet=('classification','bbox_regression'), efficientdet=_rcnn[:2])
 
+def _classes(family, net): # background counted
+    if family=='efficientdet': return net.model.config.num_classes+1
+    if family=='retinanet': return net.head.classification_head.num_classes
+    return net.roi_heads.box_predictor.cls_score.out_features
+
+def _check_net(family, net, num_classes):
+    "Raises TypeError or ValueError where the model is not of that family or has other classes."
+    if family=='keypoint_rcnn': raise ValueError('keypoint_rcnn gives keypoints, which our learner cannot measure: use its own')
+    try: has = _classes(family, net)
+    except AttributeError: raise TypeError(f'got a {type(net).__name__}, expected a model of IceVision\'s {family}: '
+        'give the model type that built it') from None
+    if has!=num_classes: raise ValueError(f'got num_classes={num_classes}, but the model has {has} with background: '
+        'give what it was built with')
+
+def _revive(): # of a pickle: what it names is imported after this
+    icevision_compat()
+    return IceVisionDetector.__new__(IceVisionDetector)
+
+# %% ../../nbs/learners/57_icevision_learner.ipynb #d5402e35
 class IceVisionDetector(nn.Module):
     "A model of IceVision behind our contract: losses in training, detections in eval, both for validation."
     def __init__(self,
@@ -75,13 +99,11 @@ class IceVisionDetector(nn.Module):
     ):
         super().__init__()
         self.family = family_of(model_type)
-        if self.family=='keypoint_rcnn': raise ValueError('keypoint_rcnn gives keypoints, which our learner cannot measure: '
-            'use its own learner')
+        _check_net(self.family, net, num_classes)
         self.net,self.num_classes,self.img_size = net,num_classes,img_size and hw(img_size)
         self.target_keys = ('boxes','labels') + ('masks',)*(self.family=='mask_rcnn')
         self.stats = mean_std(self.backbone) if stats is None else stats
         self.ask = _Effdet() if self.family=='efficientdet' else _Torchvision()
-
         self.loss_names = loss_names[self.family]
 
     @property
@@ -89,21 +111,30 @@ class IceVisionDetector(nn.Module):
     @property
     def neck(self): return getattr(getattr(self.backbone, 'body', None), 'neck', None) # `freeze` leaves it to learn
     def param_groups(self): return self.net.param_groups()
+    def __reduce__(self): return _revive,(),self.__dict__
 
-    def forward(self,
-        images, # RGB float in [0,1], list of (3,H,W) or batch (B,3,H,W)
-        targets=None, # list of dicts, needed for losses
-        both:bool=False, # losses and detections
-    ): # training: dict of losses; eval: list of dict(boxes, labels, scores); both: (losses, detections)
-        "Returns losses, detections or both; raises one-sentence errors on input that cannot be."
-        images = check_images(images)
-        wanted = both or self.training
-        if wanted: targets = check_targets(targets, images, self.num_classes, self.target_keys)
-        images = [F.normalize(o, *self.stats) for o in images]
-        if both: return self.ask.both(self.net.eval(), images, targets)
-        return self.ask.losses(self.net, images, targets) if self.training else self.ask.detections(self.net, images)
+# %% ../../nbs/learners/57_icevision_learner.ipynb #1afd2045
+@patch
+def forward(self:IceVisionDetector,
+    images, # RGB float in [0,1], list of (3,H,W) or batch (B,3,H,W)
+    targets=None, # list of dicts, needed for losses
+    both:bool=False, # losses and detections
+): # training: dict of losses; eval: list of dict(boxes, labels, scores); both: (losses, detections)
+    "Returns losses, detections or both; raises one-sentence errors on input that cannot be."
+    images = check_images(images)
+    wanted = both or self.training
+    if wanted: targets = check_targets(targets, images, self.num_classes, self.target_keys)
+    odd = next((tuple(o.shape[-2:]) for o in images if tuple(o.shape[-2:])!=self.img_size), None)
+    if self.img_size and odd: raise ValueError(f'got an image of {odd[0]}x{odd[1]}, but this {self.family} was built for '
+        '{0}x{1}: bring all images to that size'.format(*self.img_size))
+    images = [F.normalize(o, *self.stats) for o in images]
+    if both:
+        res = self.ask.both(self.net.eval(), images, targets)
+        self.net.train(self.training)
+        return res
+    return self.ask.losses(self.net, images, targets) if self.training else self.ask.detections(self.net, images)
 
-# %% ../../nbs/learners/57_icevision_learner.ipynb #9e94aa35
+# %% ../../nbs/learners/57_icevision_learner.ipynb #ae7727c6
 _ours = dict(neck='neck', neck_channels='channels', neck_norm='norm') # name here -> argument of `icevision_backbone`
 _effdet_takes = 'max_det_per_image','soft_nms','label_smoothing','legacy_focal','jit_loss' # what IceVision hands on
 
@@ -125,8 +156,12 @@ def _sort(family, args):
     def some(names): return {k:v for k,v in args.items() if k in names}
     neck = some(('effdet',)) | {_ours[k]:v for k,v in some(_ours).items()}
     return neck,some(('anchor_scale',)),some(takes - {'effdet','anchor_scale', *_ours})
+def _check_size(config, size):
+    row,body = effdet_rows[config.model_name],config.find(8)
+    picked = pick_levels(body.strides, row['min_level'], row['max_level'])
+    check_size(body, [(int(log2(body.strides[i])), i) for i in picked], size, row['max_level'])
 
-# %% ../../nbs/learners/57_icevision_learner.ipynb #d9a9e206
+# %% ../../nbs/learners/57_icevision_learner.ipynb #342b5046
 def icevision_model(
     detector:str, # 'faster_rcnn', 'mask_rcnn', 'retinanet' or 'efficientdet'
     num_classes:int, # background counted
@@ -146,11 +181,12 @@ def icevision_model(
     elif img_size is None: raise ValueError('efficientdet is built for one size: give img_size, such as dls.train.size')
     else: rest['img_size'] = hw(img_size)
     config = icevision_backbone(backbone, **neck, **(backbone_args or {}))(pretrained=pretrained)
+    if family=='efficientdet': _check_size(config, hw(img_size))
     build = part(f'models.{families[family]}').model
     net = build(backbone=config, num_classes=num_classes, **config.model_args(family, **anchors) | rest)
     return IceVisionDetector(net, family, num_classes, img_size=rest.get('img_size'))
 
-# %% ../../nbs/learners/57_icevision_learner.ipynb #c5e3374c
+# %% ../../nbs/learners/57_icevision_learner.ipynb #1175432b
 def icevision_learner(
     dls, # our `DetectionDataLoaders`
     model:IceVisionDetector, # whose `net` is trained
@@ -159,6 +195,8 @@ def icevision_learner(
 ): # a fastai Learner
     "Returns IceVision's learner on our data, nothing frozen; raises ValueError where the classes differ."
     icevision_compat()
+    if not isinstance(model, IceVisionDetector): raise TypeError(f'got a {type(model).__name__}, expected what icevision_model '
+        'returns: wrap a model of IceVision in IceVisionDetector(net, model_type, len(class_map))')
     if model.num_classes!=len(dls.class_map): raise ValueError(f'the model has num_classes={model.num_classes}, but the '
         f'class map has {len(dls.class_map)} classes with background: build it with num_classes=len(class_map)')
     model_type = part(f'models.{families[model.family]}')

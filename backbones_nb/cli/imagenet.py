@@ -1,4 +1,4 @@
-"""After this chapter you can bring ImageNet from Kaggle's archive into the form that a training reads, with two commands that may be stopped and repeated at any time.
+"""After this chapter you can bring ImageNet from Kaggle's archive into the form that a training reads, train on it and measure published weights, with four commands that may be stopped and repeated at any time.
 
 Docs: https://backbones-nb.github.io/backbones-nb/cli/imagenet.html.md"""
 
@@ -12,13 +12,27 @@ import argparse
 import sys
 from pathlib import Path
 
-# %% ../../nbs/cli/63_imagenet.ipynb #8bd8c6bb
+# %% ../../nbs/cli/63_imagenet.ipynb #0dc7a232
+def _run_options(cmd):
+    "The commands of training, whose arguments are those of its module, and of evaluation."
+    t = cmd.add_parser('train', help='train a classifier; --help gives the arguments', prefix_chars='\0', add_help=False)
+    t.add_argument('args', nargs='*')
+    e = cmd.add_parser('evaluate', help='measure published weights with their own preprocessing')
+    e.add_argument('name', metavar='NAME', help="see 'backbones-nb list'")
+    e.add_argument('--data', required=True, metavar='DIR', help='folder with val, or Kaggle\'s')
+    e.add_argument('--pretrained', default=True, metavar='TAG', help='which weights; without, the best with a stated licence')
+    e.add_argument('--bs', type=int, default=64, help='images a batch')
+    e.add_argument('--workers', type=int, default=4, help='processes that read images')
+    e.add_argument('--size', type=int, metavar='PIXELS', help='side of the crop, where it should not be that of the weights')
+    e.add_argument('--resize', type=int, metavar='PIXELS', help='shorter side before the crop, likewise')
+
+# %% ../../nbs/cli/63_imagenet.ipynb #5b7a6e84
 def imagenet_options(
     sub, # what argparse's `add_subparsers` returns
 ):
     "Adds the command `imagenet` and its own commands."
-    top = sub.add_parser('imagenet', help='prepare ImageNet for training', description='Brings ImageNet from Kaggle\'s archive '
-        'into class folders and shards; both commands may be stopped and repeated.')
+    top = sub.add_parser('imagenet', help='prepare ImageNet, train on it, measure weights on it', description='Brings ImageNet from Kaggle\'s archive '
+        'into class folders and shards, trains on them, measures on them; all of it may be stopped and repeated.')
     cmd = top.add_subparsers(dest='task', required=True, metavar='TASK')
     p = cmd.add_parser('prepare', help='sort the validation images into class folders')
     p.add_argument('--val-solution', '--val_solution_path', required=True, metavar='FILE', help='LOC_val_solution.csv')
@@ -32,8 +46,9 @@ def imagenet_options(
     s.add_argument('--maxsize', type=int, default=200_000_000, help='bytes in a shard')
     s.add_argument('--seed', type=int, default=0, help='of the order')
     s.add_argument('--workers', type=int, default=1, help='shards written at once')
+    _run_options(cmd)
 
-# %% ../../nbs/cli/63_imagenet.ipynb #d2315490
+# %% ../../nbs/cli/63_imagenet.ipynb #b2df752b
 def _prepare(a):
     from backbones_nb.data.imagenet import prepare_val
     print(prepare_val(a.val_solution, a.val_dir, a.dry_run, a.allow_missing))
@@ -45,8 +60,16 @@ def _shard(a):
         index = write_shards(folder, Path(a.out)/name, a.maxcount, a.maxsize, a.seed, a.workers, sys.stderr.isatty())
         print(f"{name}: {index['count']} images of {len(index['classes'])} classes in {len(index['shards'])} shards")
 
+def _train(a):
+    from backbones_nb.learners.imagenet import main
+    main(a.args)
+
+def _evaluate(a):
+    from backbones_nb.learners.imagenet import evaluate_imagenet
+    print(evaluate_imagenet(a.name, a.data, a.pretrained, a.size, a.resize, a.bs, a.workers))
+
 def run_imagenet(
     a, # what argparse has read
 ):
     "Runs one of the commands; raises what they raise."
-    return dict(prepare=_prepare, shard=_shard)[a.task](a)
+    return dict(prepare=_prepare, shard=_shard, train=_train, evaluate=_evaluate)[a.task](a)

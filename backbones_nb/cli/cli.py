@@ -205,7 +205,7 @@ def model_builder(
     if backbone is None: return partial(build, pretrained_backbone=pretrained, **kwargs)
     return partial(build, backbone=create_backbone(backbone, pretrained, **(backbone_args or {})), **kwargs)
 
-# %% ../../nbs/cli/60_cli.ipynb #d42c2a98
+# %% ../../nbs/cli/60_cli.ipynb #fa1b3a50
 engines = 'fastai','icevision'
 
 def _icevision_builder(c, args):
@@ -216,9 +216,8 @@ def _icevision_builder(c, args):
            ('--pretrained-detector', c.pretrained_detector), ('--loss-weights', c.loss_weights)]
     if odd := next((k for k,given in has if given), None): raise ValueError(f'got {odd} beside --engine icevision, which '
         'does not have it: leave one of the two out')
-    from backbones_nb.learners.icevision_learner import icevision_model, taken
-    odd = next((k for k in args if k not in taken(c.detector)), None)
-    if odd: raise TypeError(f"IceVision's {c.detector} takes no argument {odd!r}: leave --set {odd} out")
+    from backbones_nb.learners.icevision_learner import icevision_model, sort_args
+    sort_args(c.detector, args) # raises for what it does not take
     return partial(icevision_model, c.detector, backbone=c.backbone, pretrained=c.pretrained, img_size=c.size,
                    backbone_args=c.backbone_args, **args)
 

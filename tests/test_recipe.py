@@ -648,6 +648,12 @@ def test_table_has_all_fields():
     assert list(R.recipe_table(R.recipe('vt_default', epochs=7)).loc['epochs'])==[7]
 
 
+def test_recipes_of_one_name_stay_apart():
+    t = R.recipe_table(R.recipe('vt_default'), R.recipe('vt_default', epochs=7), R.recipe('vt_small'))
+    assert list(t.columns)==['vt_default','vt_default','vt_small'] and list(t.loc['epochs'])==[100,7,100]
+    assert list(t.loc['amp'])==['fp16','fp16','fp16'] and t.loc['ema_decay'].isna().all()
+
+
 def names(cbs): return sorted(type(o).__name__ for o in cbs)
 
 

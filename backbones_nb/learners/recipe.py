@@ -400,7 +400,7 @@ class Recipe:
     channels_last:bool = False
     clip:float = None # largest norm of the gradient
 
-# %% ../../nbs/learners/53_recipe.ipynb #544eda60
+# %% ../../nbs/learners/53_recipe.ipynb #67b3e084
 _vt = 'github.com/gau-nernst/vision-toolbox, README.md, configs/ and classifier.py of 2022-04'
 _tv = 'pytorch.org/blog/how-to-train-state-of-the-art-models-using-torchvision-latest-primitives'
 _default = Recipe('vt_default', _vt, erase_value='random', amp='fp16')
@@ -423,8 +423,9 @@ def recipe(
 def recipe_table(
     *rows, # `Recipe`s; none: all of `recipes`
 ) -> pd.DataFrame: # a line per field, a column per recipe
-    "Returns recipes side by side."
-    return pd.DataFrame({r.name:asdict(r) for r in rows or recipes.values()}, dtype=object).drop('name')
+    "Returns recipes side by side, also those of equal names."
+    rows = rows or tuple(recipes.values())
+    return pd.DataFrame([asdict(r) for r in rows], [r.name for r in rows], dtype=object).drop(columns='name').T
 
 # %% ../../nbs/learners/53_recipe.ipynb #36ae90dd
 def recipe_tfms(

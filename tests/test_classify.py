@@ -195,7 +195,7 @@ def test_as_vision_learner_does(dls):
     takes = [inspect.signature(f).parameters for f in (backbone_learner, vision_learner)]
     assert {k for k in takes[0] if k in takes[1] and takes[0][k].default!=takes[1][k].default}=={'pretrained','pool','splitter'}
     for k in ('lr','wd','moms','train_bn','wd_bn_bias','opt_func','path','model_dir','n_out','normalize'): assert getattr(ours, k)==getattr(theirs, k), k
-    assert type(ours) is Learner and type(ours.loss_func) is type(theirs.loss_func) and ours.n_out==ours.model.num_classes==3
+    assert isinstance(ours, Learner) and type(ours.loss_func) is type(theirs.loss_func) and ours.n_out==ours.model.num_classes==3
     assert (ours.arch,ours.pretrained)==(small,None)
 
 def test_normalisation(colours, tmp_path, half):

@@ -252,7 +252,7 @@ class DetectionDataset:
         "Decodes everything now, so that workers inherit it."
         if self.cache: [self[i] for i in range(len(self))]
 
-# %% ../../nbs/data/43_batches.ipynb #9f714102
+# %% ../../nbs/data/43_batches.ipynb #36698058
 class DetectionDL(DataLoader):
     "fastai's `DataLoader` over a `DetectionDataset`: batches of one image tensor and a tuple of targets."
     n_inp = 1
@@ -268,6 +268,7 @@ class DetectionDL(DataLoader):
         super().__init__(dataset, bs=bs, **kwargs)
         self.size,self.class_map,self.tfm,self.seed = hw(size),class_map,tfm,seed
         self.to_batch,self.epoch = ToBatch(size),0
+        self.rank,self.world,self.equal = 0,1,False
         if seed is not None: self.rng.seed(seed)
 
     @property
@@ -303,6 +304,35 @@ def create_batch(self:DetectionDL,
     "Returns a batch: images stacked, targets as they are."
     if not self.dataset.targets: return (TensorImage(torch.stack(b)),)
     return TensorImage(torch.stack([o[0] for o in b])),tuple(o[1] for o in b)
+
+# %% ../../nbs/data/43_batches.ipynb #1e67fbc8
+@patch
+def for_process(self:DetectionDL,
+    rank:int=0, # number of the process
+    world:int=1, # how many there are
+    equal:bool=False, # equally many full batches for each, leaving out the rest; False: every item once
+):
+    "Gives only the part of one process from now on; without arguments everything again."
+    if not 0<=rank<world: raise ValueError(f'got rank {rank} of {world} processes, expected 0 to {world-1}')
+    self.rank,self.world,self.equal = rank,world,equal
+
+@patch
+def positions(self:DetectionDL) -> np.ndarray: # ints
+    "Returns which positions of the order belong to the process."
+    i = np.arange(self.n)
+    if self.equal: i = i[:self.n//(self.bs*self.world)*self.bs*self.world]
+    return i[i//self.bs%self.world==self.rank]
+
+@patch
+def get_idxs(self:DetectionDL):
+    idxs = super(DetectionDL, self).get_idxs()
+    return idxs if self.world==1 else [idxs[i] for i in self.positions()]
+
+@patch
+def __len__(self:DetectionDL):
+    if self.world==1: return super(DetectionDL, self).__len__()
+    n = len(self.positions())
+    return n//self.bs if self.drop_last else -(-n//self.bs)
 
 # %% ../../nbs/data/43_batches.ipynb #9dcc3ba5
 @patch

@@ -8,7 +8,7 @@ Docs: https://backbones-nb.github.io/backbones-nb/learners/fastai.html.md"""
 __all__ = ['Targets', 'DetectionLoss', 'LossMeans', 'DetectionPrecision', 'keep', 'decode', 'fixed_rng', 'DetectionLearner',
            'gives_masks', 'groups', 'loss_names', 'detection_learner', 'NoValidation']
 
-# %% ../../nbs/learners/51_fastai.ipynb #beb23ee1
+# %% ../../nbs/learners/51_fastai.ipynb #c8d8bb37
 import inspect
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -31,6 +31,7 @@ from torch.amp import GradScaler, autocast
 from ..core.draw import show_side_by_side
 from ..core.registry import did_you_mean
 from ..data.batches import hw, open_image, unletterbox, unletterbox_masks
+from .distributed import ManyProcesses
 from .metrics import COCOMetric, RunLengths, coco_eval, compact, run_lengths
 
 # %% ../../nbs/learners/51_fastai.ipynb #0be35524
@@ -211,10 +212,14 @@ class _Switches:
         if type(cb).__module__=='fastai.callback.tensorboard': _mend_tensorboard(cb)
         return super().add_cb(cb)
 
-# %% ../../nbs/learners/51_fastai.ipynb #e9033fe9
-class DetectionLearner(_Parted, _Switches, Learner):
+# %% ../../nbs/learners/51_fastai.ipynb #de963ac3
+class DetectionLearner(_Parted, _Switches, ManyProcesses, Learner):
     "fastai's `Learner` for detectors: losses and detections of a validation batch come from one pass."
     loss_parts = None # the losses of the current batch by name
+    find_unused_parameters = True # backbones keep the layers after their last map
+
+    @property
+    def batch_number(self): return self.iter*getattr(self.dl, 'world', 1) + getattr(self.dl, 'rank', 0)
 
     def _split(self, b):
         super()._split(b)
@@ -228,7 +233,7 @@ class DetectionLearner(_Parted, _Switches, Learner):
             from backbones_nb.learners.interpret import one_by_one
             parts,self.pred = one_by_one(self.model, *self.xb, self.yb[0])
         else:
-            with torch.no_grad(), fixed_rng(self.xb[0].device, self.iter):
+            with torch.no_grad(), fixed_rng(self.xb[0].device, self.batch_number):
                 parts,self.pred = self.model(*self.xb, list(self.yb[0]), both=True)
         self('after_pred')
         if len(self.yb):

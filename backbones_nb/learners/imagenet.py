@@ -8,7 +8,7 @@ Docs: https://backbones-nb.github.io/backbones-nb/learners/imagenet.html.md"""
 __all__ = ['plan', 'open_imagenet', 'save_run', 'train_imagenet', 'published_classifier', 'interpolation', 'eval_tfm', 'eval_dl',
            'class_numbers', 'Evaluation', 'accuracy', 'evaluate_imagenet', 'main']
 
-# %% ../../nbs/learners/58_imagenet.ipynb #cb36af4b
+# %% ../../nbs/learners/58_imagenet.ipynb #41455930
 import argparse
 import ast
 import inspect
@@ -29,22 +29,21 @@ import torchvision
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.torch_core import default_device, num_distrib, rank_distrib, set_seed
-from fastcore.basics import noop
 from fastcore.docments import docments
 from fastprogress.fastprogress import progress_bar
 from safetensors.torch import save
-from torch import nn
 from torchvision.transforms import v2
 
-# %% ../../nbs/learners/58_imagenet.ipynb #485a4472
+# %% ../../nbs/learners/58_imagenet.ipynb #b187ed16
 from ..core.registry import create_backbone, has_backbone
 from ..core.weights import fetch_weights, pick_weights, read_weights
 from ..data.class_batches import FolderDL, ImageSet, ShardDL, ShardSet, folder_dls, shard_dls, to_float
 from ..data.imagenet import imagenet_folders, scan_classes, synset_names
 from ..data.shards import _replace, index_name
 from ..detectors.detector import mean_std
-from .checkpoints import Checkpoint, Distributed, MeanLoss, TopK, find_ema, join_processes
+from .checkpoints import Checkpoint, find_ema
 from .classify import backbone_learner, classifier
+from .distributed import TopK, join_processes
 from .recipe import ModelEMA, Recipe, recipe_args, recipe_cbs, recipe_tfms, valid_tfm
 from .recipe import recipe as find_recipe
 
@@ -156,12 +155,10 @@ def save_run(
     _replace(out/'metrics.json', lambda f: f.write(json.dumps(res, indent=1).encode()))
     return res
 
-# %% ../../nbs/learners/58_imagenet.ipynb #adafacc2
-def _make(data, backbone, r, bs, lr, pretrained, acc, workers, seed, sync_bn, device, cbs):
+# %% ../../nbs/learners/58_imagenet.ipynb #b0e75ed6
+def _make(data, backbone, r, bs, lr, pretrained, acc, workers, seed, device, cbs):
     "The learner before its training."
     world = num_distrib() or 1
-    if sync_bn and device.type!='cuda': raise ValueError(f'got sync_bn=True on {device.type}, where torch has no '
-        'synchronised batch norm: leave it out')
     set_seed(seed)
     body = create_backbone(backbone, pretrained=pretrained) if isinstance(backbone, str) else backbone
     dls = open_imagenet(data, recipe_tfms(r, *mean_std(body)), bs, workers, seed=seed, device=device)
@@ -170,15 +167,10 @@ def _make(data, backbone, r, bs, lr, pretrained, acc, workers, seed, sync_bn, de
     learn = backbone_learner(dls, body, metrics=[TopK(1), TopK(5)], cbs=ema + list(cbs), **args)
     for o in ema: o.swap = False
     learn.unfreeze()
-    learn.recorder.loss = MeanLoss()
-    if sync_bn and world>1: learn.model = nn.SyncBatchNorm.convert_sync_batchnorm(learn.model)
-    if rank_distrib():
-        learn.logger = noop
-        learn.remove_cb(learn.progress)
     set_seed(seed+rank_distrib()) # each process mixes images in its own way
     return learn
 
-# %% ../../nbs/learners/58_imagenet.ipynb #4f09a808
+# %% ../../nbs/learners/58_imagenet.ipynb #c66203d0
 def _open_run(out, resume, weights):
     "The run's folder, if it may be used."
     out = Path(out)
@@ -196,9 +188,9 @@ def _config(backbone, r, pretrained, **given):
 def _fit(learn, r, bs, acc, cbs):
     world = num_distrib() or 1
     tricks = [o for o in recipe_cbs(r, bs, world, acc) if not isinstance(o, ModelEMA)] # the learner has its average
-    learn.fit(r.epochs, cbs=tricks + cbs + [Distributed()]*(world>1))
+    learn.fit(r.epochs, cbs=tricks + cbs)
 
-# %% ../../nbs/learners/58_imagenet.ipynb #286b43b2
+# %% ../../nbs/learners/58_imagenet.ipynb #55e12c7a
 def train_imagenet(
     data, # folder of images or of shards, as for `open_imagenet`
     out, # folder for results, made where it is not there
@@ -225,9 +217,10 @@ def train_imagenet(
     config = _config(backbone, r, pretrained, bs=bs, lr=lr, acc=acc, seed=seed, sync_bn=sync_bn, **readers)
     device = join_processes(device)
     logs = _loggers(log, out, config)
-    learn = _make(data, backbone, r, bs, lr, pretrained, acc, workers, seed, sync_bn, device, cbs)
-    _fit(learn, r, bs, acc, logs + [Checkpoint(out/'checkpoint.pt', every, config)])
-    learn.results = save_run(learn, out, weights, config=config, seconds=round(time.time()-start, 1))
+    learn = _make(data, backbone, r, bs, lr, pretrained, acc, workers, seed, device, cbs)
+    with learn.distrib_ctx(sync_bn):
+        _fit(learn, r, bs, acc, logs + [Checkpoint(out/'checkpoint.pt', every, config)])
+        learn.results = save_run(learn, out, weights, config=config, seconds=round(time.time()-start, 1))
     return learn
 
 # %% ../../nbs/learners/58_imagenet.ipynb #38060223

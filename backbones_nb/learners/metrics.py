@@ -6,7 +6,7 @@ Docs: https://backbones-nb.github.io/backbones-nb/learners/metrics.html.md"""
 
 # %% auto #0
 __all__ = ['coco_keys', 'RunLengths', 'run_lengths', 'compact', 'coco_anns', 'coco_eval', 'coco_table', 'MeanBoxDetector',
-           'mean_box_detector', 'COCOMetric', 'confusion']
+           'mean_box_detector', 'DetectionMetric', 'COCOMetric', 'confusion']
 
 # %% ../../nbs/learners/50_metrics.ipynb #80fe8c2e
 from collections.abc import Mapping, Sequence
@@ -215,21 +215,24 @@ def mean_box_detector(
     if not labels: raise ValueError(f'got {len(boxes)} records without a single box: give records that have some')
     return MeanBoxDetector(torch.cat(boxes).mean(0), int(np.bincount(labels).argmax()))
 
-# %% ../../nbs/learners/50_metrics.ipynb #8f3c035a
-class _Gathered(Metric):
+# %% ../../nbs/learners/50_metrics.ipynb #13478f20
+class DetectionMetric(Metric):
     "Detections and targets of a validation, gathered once and evaluated once for boxes and once for masks."
     def reset(self): self.preds,self.targets,self.class_map,self._res,self.leader = [],[],None,{},self
+
+    def lead(self, learn) -> list: # the learner's metrics of this kind
+        "Chooses the first such metric of the learner, which gathers for all."
+        same = [m for m in learn.metrics if isinstance(m, DetectionMetric)] or [self]
+        self.leader,self.class_map,self._res = same[0],getattr(learn.dls, 'class_map', None),{}
+        return same
 
     def accumulate(self, learn):
         "Stores the batch, on the first such metric only; skips training batches, which have no detections."
         if not isinstance(learn.pred, (list,tuple)): return
-        same = [m for m in learn.metrics if isinstance(m, _Gathered)] or [self]
-        self.leader = same[0]
+        masks = any(m.iou_type=='segm' for m in self.lead(learn))
         if self.leader is not self: return
-        masks = any(m.iou_type=='segm' for m in same)
         self.preds += [compact(o, masks) for o in learn.pred]
         self.targets += [compact(o, masks) for o in learn.yb[0]]
-        self.class_map,self._res = getattr(learn.dls, 'class_map', None),{}
 
     @property
     def results(self):
@@ -239,8 +242,8 @@ class _Gathered(Metric):
             lead._res[kind] = coco_eval(lead.preds, lead.targets, lead.class_map, kind, per_class=True)
         return lead._res[kind]
 
-# %% ../../nbs/learners/50_metrics.ipynb #dbf631c4
-class COCOMetric(_Gathered):
+# %% ../../nbs/learners/50_metrics.ipynb #cd53c9fb
+class COCOMetric(DetectionMetric):
     """One of COCO's numbers as a fastai metric, over `learn.pred` (detections) and the targets of the batch.
 
     Several of them on one learner gather and evaluate once."""

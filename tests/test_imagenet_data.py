@@ -6,7 +6,10 @@ import shutil
 import signal
 import sys
 import tarfile
+import threading
 from collections import Counter
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +27,13 @@ from torchvision.datasets import ImageFolder, ImageNet
 from torchvision.transforms import v2
 
 from backbones_nb.core.features import IMAGENET_MEAN, IMAGENET_STD
-from backbones_nb.data import imagenet
-from backbones_nb.data.class_batches import FolderDL, ImageSet, class_dls, folder_dls, plain_tfms, shard_dls
+from backbones_nb.core.weights import write_whole
+from backbones_nb.data import imagenet, shards
+from backbones_nb.data.class_batches import FolderDL, ImageSet, ShardSet, class_dls, folder_dls, plain_tfms, shard_dls
 from backbones_nb.data.imagenet import (broken_images, find_names, imagenet_folders, prepare_val, read_solution, scan_classes, synset_names,
                                         toy_imagenet, toy_synsets)
 from backbones_nb.data.records import load_image
-from backbones_nb.data.shards import plan_shards, read_index, read_samples, write_shards
+from backbones_nb.data.shards import as_place, has_shards, join_place, plan_shards, read_index, read_samples, read_shard, write_shards
 
 arguments = dict(n_classes=4, per_class=13, val_per_class=5, size=40)
 inner = Path('ILSVRC')/'Data'/'CLS-LOC'
@@ -378,6 +382,232 @@ def test_without_the_library(ready, monkeypatch, tmp_path):
     one_sentence(e, 'pip install webdataset')
     with pytest.raises(ImportError, match='pip install webdataset'): write_shards(ready/inner/'val', tmp_path/'s')
     assert not (tmp_path/'s').exists() and len(folder_dls(ready, 16, bs=4, num_workers=0).valid)==5
+
+
+# --- what is written is whole or absent
+
+@pytest.mark.parametrize('shared', [False, True])
+def test_a_write_that_fails_leaves_the_old_one(tmp_path, shared):
+    a,b = tmp_path/'new'/'a.pt',tmp_path/'new'/'b.pt'
+    with write_whole(a, shared) as part: torch.save(torch.ones(3), part)
+    with pytest.raises(ZeroDivisionError), write_whole(a, shared) as part:
+        part.write_text('half')
+        1/0
+    assert torch.equal(torch.load(a), torch.ones(3)) and list(a.parent.iterdir())==[a]
+    with write_whole(a, shared) as one, write_whole(b, shared) as two: # at the same time, in one folder
+        two.write_text('b')
+        one.write_text('a')
+        assert one.name=='a.pt' and not b.exists()
+    assert (a.read_text(), b.read_text())==('a', 'b') and sorted(a.parent.iterdir())==[a, b]
+    with pytest.raises(FileNotFoundError), write_whole(a, shared): pass # nothing was written
+    assert a.read_text()=='a' and sorted(a.parent.iterdir())==[a, b]
+
+
+def test_two_writers_of_one_file(tmp_path):
+    f = tmp_path/'f'
+    with write_whole(f, shared=True) as one, write_whole(f, shared=True) as two:
+        one.write_text('1')
+        two.write_text('2')
+    assert f.read_text()=='1' and list(tmp_path.iterdir())==[f]
+
+
+def test_a_writer_that_was_killed(tmp_path):
+    f = tmp_path/'f'
+    def save(text):
+        with write_whole(f) as part: part.write_text(text)
+    save('first')
+    killed('replace', 0, save, 'second')
+    assert f.read_text()=='first' and len(list(tmp_path.iterdir()))==2
+    save('third')
+    assert f.read_text()=='third' and list(tmp_path.iterdir())==[f]
+
+
+def test_a_folder_is_written_whole(tmp_path):
+    def make(folder):
+        (folder/'deep').mkdir(parents=True)
+        (folder/'deep'/'file').write_text('x')
+    with write_whole(tmp_path/'d') as part: make(part)
+    with pytest.raises(OSError), write_whole(tmp_path/'d') as part: make(part) # one with something in it is not replaced
+    assert content(tmp_path)=={'d/deep/file':b'x'} and [o.name for o in tmp_path.iterdir()]==['d']
+
+
+# --- shards elsewhere
+
+class Server(SimpleHTTPRequestHandler):
+    "Gives out files; `cut` bytes of a tar file in one answer at most, `says` whether their number is told, `ranges` whether it can begin anywhere."
+    def log_message(self, *args): pass
+    def do_GET(self):
+        o,f = self.server,Path(self.translate_path(self.path))
+        o.asked.append((self.path, self.headers.get('Range')))
+        if o.busy:
+            o.busy -= 1
+            return self.send_error(503)
+        if not f.is_file(): return self.send_error(404)
+        body = f.read_bytes()
+        at = int(self.headers['Range'][6:-1]) if o.ranges and self.headers.get('Range') else 0
+        self.send_response(206 if at else 200)
+        if at: self.send_header('Content-Range', f'bytes {at}-{len(body)-1}/{len(body)}')
+        if o.says: self.send_header('Content-Length', str(len(body)-at))
+        self.end_headers()
+        self.wfile.write(body[at:][:o.cut if f.suffix=='.tar' else None])
+
+@pytest.fixture
+def server(ready, tmp_path, monkeypatch):
+    shutil.copytree(ready/'shards', tmp_path/'shards')
+    s = ThreadingHTTPServer(('127.0.0.1', 0), partial(Server, directory=tmp_path))
+    s.asked,s.busy,s.cut,s.says,s.ranges = [],0,None,True,True
+    s.waits,s.folder,s.url = [],tmp_path/'shards',f'http://127.0.0.1:{s.server_port}/shards'
+    monkeypatch.setattr(shards, 'sleep', s.waits.append)
+    threading.Thread(target=s.serve_forever, args=(.01,), daemon=True).start()
+    yield s
+    s.shutdown()
+    s.server_close()
+
+def addresses(server): return [server.url, server.url+'/', server.folder.as_uri(), f'pipe:cat {server.folder}/{{}}']
+
+
+def test_places():
+    assert as_place('a/b')==as_place(Path('a/b'))==Path('a/b') and as_place('file:///a%20b/c')==Path('/a b/c')
+    for o in ('https://host/a', 'HTTP://host/a', 'gs://bucket/a', 'hf://datasets/me/a', 'pipe:cat /x/{}'): assert as_place(o)==o
+    assert join_place('https://host/a/', 'b')=='https://host/a/b' and join_place('file:///a', 'b')==Path('/a/b')
+    assert join_place(join_place('https://host/a/{}?key=1', 'train'), 'x.tar')=='https://host/a/train/x.tar/{}?key=1'
+    for bad in ('s3://bucket/a', 'pipe:cat /x'):
+        with pytest.raises(ValueError) as e: shard_dls(bad, 16)
+        one_sentence(e, f"got '{bad}'", 'pipe:aws s3 cp')
+    for bad in ('https://host/a', 'pipe:cat s3://x/{}'):
+        with pytest.raises(ValueError) as e: shard_dls(Path(bad), 16)
+        one_sentence(e, 'give it as a string')
+
+
+def test_which_places_hold_shards(ready):
+    assert [has_shards(o) for o in (ready/'shards'/'train', (ready/'shards'/'val').as_uri(), ready, 'https://host/a')]==[True, True, False, True]
+
+
+def test_samples_from_elsewhere_are_those_of_the_folder(server):
+    index = read_index(server.folder/'train')
+    for o in addresses(server):
+        at = join_place(o, 'train')
+        assert read_index(at)==index
+        for a,b in ((0,52), (3,31)):
+            far,near = (list(read_samples(p, index, a, b, range(7,-1,-1))) for p in (at, server.folder/'train'))
+            drop = lambda rows: [{k:v for k,v in r.items() if k!='__url__'} for r in rows]
+            assert drop(far)==drop(near) and len(far)==b-a
+    server.asked.clear()
+    list(read_samples(server.url+'/train', index, 8, 15))
+    assert server.asked==[('/shards/train/shard-000001.tar', None), ('/shards/train/shard-000002.tar', None)] and not server.waits
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_batches_from_elsewhere_are_those_of_the_folder(server, ready, workers):
+    kw = dict(bs=4, tfms=(v2.RandomResizedCrop(8), v2.Resize((8,8))), mean=None, num_workers=workers, device='cpu', seed=3, buffer=10, world=1)
+    near = shard_dls(ready/'shards', **kw)
+    for o in addresses(server)[::2] if workers else addresses(server):
+        far = shard_dls(o, **kw)
+        near.train.set_epoch(0)
+        assert passed(far.train)==passed(near.train) and passed(far.valid)==passed(near.valid)
+        local = o.startswith('file')
+        assert far.path==(server.folder if local else Path('.')) and [far.valid.dataset.name(i) for i in range(4)]==[near.valid.dataset.name(i) for i in range(4)]
+    assert find_names(server.url)==synset_names()
+
+
+@pytest.mark.parametrize('says', [True, False])
+@pytest.mark.parametrize('ranges', [True, False])
+def test_a_connection_that_breaks_is_made_again(server, says, ranges):
+    index = read_index(server.folder/'train')
+    size = index['shards'][0]['bytes']
+    server.says,server.ranges,server.cut,server.busy = says,ranges,(size//3 if ranges else None),2
+    got = list(read_samples(server.url+'/train', index, 0, 7))
+    assert [o['jpg'] for o in got]==[o['jpg'] for o in read_samples(server.folder/'train', index, 0, 7)]
+    assert server.waits[:2]==[1, 2] and [r for _,r in server.asked[:3]]==[None]*3
+    if ranges: assert [r for _,r in server.asked[3:]][0]==f'bytes={size//3}-'
+
+
+def test_a_server_that_cannot_begin_in_the_middle(server, monkeypatch):
+    index = read_index(server.folder/'train')
+    server.ranges,server.cut = False,5000
+    monkeypatch.setattr(shards, 'sleep', lambda s: setattr(server, 'cut', None)) # it is well again
+    got = list(read_samples(server.url+'/train', index, 0, 7))
+    assert [o['jpg'] for o in got]==[o['jpg'] for o in read_samples(server.folder/'train', index, 0, 7)] and len(server.asked)==2
+
+
+@pytest.mark.parametrize('says', [True, False])
+@pytest.mark.parametrize('cut', ['header', 'file', 'between'])
+def test_a_cut_shard_elsewhere_is_named(server, says, cut):
+    index,tar = read_index(server.folder/'val'),server.folder/'val'/'shard-000001.tar'
+    with tarfile.open(tar) as f: at = f.getmembers()[9].offset # the fourth sample begins there
+    n = at + dict(header=100, file=700, between=0)[cut]
+    tar.write_bytes(tar.read_bytes()[:n])
+    server.says = says
+    for o in (server.url, f'pipe:cat {server.folder}/{{}}'):
+        dl = shard_dls(o, 16, bs=4, val_bs=20, num_workers=0).valid
+        with pytest.raises(ValueError) as e: list(dl)
+        one_sentence(e, 'shard-000001.tar', str(n), str(index['shards'][1]['bytes']), 'copy it again')
+
+
+def test_a_worker_names_the_cut_shard(server):
+    tar = server.folder/'val'/'shard-000001.tar'
+    tar.write_bytes(tar.read_bytes()[:3000])
+    with pytest.raises(ValueError) as e: list(shard_dls(server.url, 16, bs=4, num_workers=1).valid)
+    assert f'{server.url}/val/shard-000001.tar cannot be read (it has 3000 bytes' in str(e.value).splitlines()[-1]
+
+
+def test_a_server_that_always_hangs_up(server):
+    index = read_index(server.folder/'val')
+    server.cut,server.ranges = 5000,False
+    with pytest.raises(ValueError) as e: list(read_samples(server.url+'/val', index, 0, 20))
+    one_sentence(e, 'val/shard-000000.tar cannot be read', 'it ends after 5000 of')
+    assert server.waits==[1, 2, 3] and len(server.asked)==4
+    server.cut = None
+    whole = list(read_shard(server.url+'/val/shard-000000.tar', 0, 7))
+    assert len(whole)==7
+    with pytest.raises(ValueError, match='holds 7 samples, expected 8'): list(read_shard(server.url+'/val/shard-000000.tar', 0, 8))
+
+
+def test_a_shard_that_is_away_or_another(server):
+    index = read_index(server.folder/'val')
+    (server.folder/'val'/'shard-000000.tar').unlink()
+    for o,says in ((server.url, '404'), (server.folder.as_uri(), 'No such file'), (f'pipe:cat {server.folder}/{{}}', 'exit 1')):
+        with pytest.raises(ValueError) as e: list(read_samples(join_place(o, 'val'), index, 0, 20))
+        one_sentence(e, 'shard-000000.tar cannot be read', says)
+    assert server.waits==[1, 2, 3] # of the command alone
+    (server.folder/'val'/'shard-000000.tar').write_text('<html>')
+    with pytest.raises(ValueError) as e: list(read_samples(server.url+'/val', index, 0, 20))
+    one_sentence(e, 'shard-000000.tar cannot be read (it has 6 bytes, expected')
+
+
+def test_wrong_addresses(server, monkeypatch):
+    with pytest.raises(FileNotFoundError) as e: shard_dls(server.url+'/none', 16)
+    one_sentence(e, f'there is no {server.url}/none/train/index.json')
+    for bad in ('http://127.0.0.1:1/x', 'http://nowhere.invalid/x', 'http://host:port/x', 'http:///x', 'pipe:false {}'):
+        with pytest.raises(ConnectionError) as e: shard_dls(bad, 16)
+        one_sentence(e, 'train/index.json', 'cannot be fetched', 'check address and network')
+    server.busy = 1
+    with pytest.raises(ConnectionError) as e: shard_dls(server.url, 16)
+    one_sentence(e, '503')
+    monkeypatch.setattr(shards, 'seconds', .2)
+    monkeypatch.setattr(Server, 'do_GET', lambda self: threading.Event().wait(1)) # silent
+    with pytest.raises(ConnectionError) as e: shard_dls(server.url, 16)
+    one_sentence(e, 'timed out')
+
+
+one = dict(name='a.tar', count=1, bytes=9)
+whole = dict(complete=True, count=1, classes=['a'], shards=[one])
+others = [b'<html>', b'\xff\xfe', b'[]', b'3', b'{}', *(json.dumps(whole|o).encode() for o in (
+    dict(count=2), dict(classes=[]), dict(shards=['a.tar']), dict(shards=[one|dict(name='../a.tar')]), dict(shards=[one|dict(name='a; rm x')]),
+    dict(shards=[one|dict(name=3)]), dict(shards=[one|dict(bytes='9')]), dict(shards=3)))]
+
+@pytest.mark.parametrize('data', others)
+def test_what_is_no_index_is_refused(server, data):
+    (server.folder/'train'/'index.json').write_bytes(data)
+    for o in (server.url, server.folder):
+        with pytest.raises(ValueError) as e: shard_dls(o, 16)
+        one_sentence(e, f'{o}/train/index.json is not an index of shards')
+
+
+def test_shards_that_are_not_complete_elsewhere(server):
+    (server.folder/'train'/'index.json').write_text(json.dumps(dict(fingerprint='', complete=False)))
+    with pytest.raises(ValueError) as e: ShardSet(server.url+'/train', v2.Resize(8))
+    one_sentence(e, f'the shards of {server.url}/train are not complete')
 
 
 # --- loaders

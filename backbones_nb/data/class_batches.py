@@ -8,7 +8,7 @@ Docs: https://backbones-nb.github.io/backbones-nb/data/class_batches.html.md"""
 __all__ = ['plain_tfms', 'seeded', 'ClassSet', 'ImageSet', 'RankedDL', 'FolderDL', 'ClassDataLoaders', 'to_float', 'Normalized',
            'same_classes', 'class_dls', 'folder_dls', 'ShardSet', 'ShardDL', 'shard_dls']
 
-# %% ../../nbs/data/48_class_batches.ipynb #e2589981
+# %% ../../nbs/data/48_class_batches.ipynb #b100573f
 import io
 import os
 import random
@@ -31,9 +31,9 @@ from torchvision.transforms.v2 import functional as F
 
 from ..core.features import IMAGENET_MEAN, IMAGENET_STD
 from .batches import open_image
-from .imagenet import find_names, imagenet_folders, scan_classes
+from .imagenet import find_names, imagenet_folders, scan_classes, synset_names
 from .records import load_image
-from .shards import read_index, read_samples, webdataset
+from .shards import as_place, join_place, read_index, read_samples, webdataset
 
 # %% ../../nbs/data/48_class_batches.ipynb #f0ede65a
 def plain_tfms(
@@ -275,15 +275,15 @@ def folder_dls(
         sets.append(ImageSet(files, labels, classes, f, names, folder))
     return class_dls(FolderDL, *sets, bs, mean, std, path=path, **kwargs)
 
-# %% ../../nbs/data/48_class_batches.ipynb #ff2e0fae
+# %% ../../nbs/data/48_class_batches.ipynb #f1baed26
 class ShardSet(ClassSet):
     "The samples of a folder of shards."
     def __init__(self,
-        folder, # of `write_shards`
+        folder, # of `write_shards`, or its address
         tfm, # as for `ClassSet`
         names=None, # as for `ClassSet`
     ):
-        self.folder,self.index = Path(folder),read_index(folder)
+        self.folder,self.index = as_place(folder),read_index(folder)
         super().__init__(self.index['classes'], tfm, names)
 
     def __len__(self): return self.index['count']
@@ -336,9 +336,9 @@ def make_batches(self:ShardDL, samps):
         with seeded(self.seed, epoch, zlib.crc32(s['__key__'].encode())): return ds.sample(s)
     yield from map(self.do_batch, self.chunkify(map(item, islice(stream, done, None))))
 
-# %% ../../nbs/data/48_class_batches.ipynb #f1f61a65
+# %% ../../nbs/data/48_class_batches.ipynb #db938c35
 def shard_dls(
-    path, # folder with the two folders of shards
+    path, # folder with the two folders of shards, or its address, as for `as_place`
     size:int=224, # side of the images in a batch, pixels
     bs:int=64, # of one process
     train='train', # name of the folder
@@ -346,11 +346,13 @@ def shard_dls(
     tfms=None, # of training and of validation, each from a PIL image to one or to a tensor; None: `plain_tfms(size)`
     mean=IMAGENET_MEAN, # of the normalisation, for RGB in [0,1]; None: none
     std=IMAGENET_STD, # of the normalisation
-    names=None, # class -> what is shown for it; None: those that `find_names` finds
+    names=None, # class -> what is shown for it; None: those of `find_names`, or of ImageNet-1k elsewhere
     **kwargs, # for `class_dls`, as in `folder_dls`; for `ShardDL`: buffer, seed, rank, world, num_workers, ...
 ) -> ClassDataLoaders:
     "Returns loaders of shards, streamed; raises an error that names what does not fit."
     webdataset()
-    names = find_names(path) if names is None else names
-    sets = [ShardSet(Path(path)/o, f, names) for o,f in zip((train, valid), tfms or plain_tfms(size))]
-    return class_dls(ShardDL, *sets, bs, mean, std, path=path, **kwargs)
+    path = as_place(path)
+    local = isinstance(path, Path)
+    if names is None: names = find_names(path) if local else synset_names()
+    sets = [ShardSet(join_place(path, o), f, names) for o,f in zip((train, valid), tfms or plain_tfms(size))]
+    return class_dls(ShardDL, *sets, bs, mean, std, path=path if local else '.', **kwargs)

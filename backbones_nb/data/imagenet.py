@@ -8,12 +8,11 @@ Docs: https://backbones-nb.github.io/backbones-nb/data/imagenet.html.md"""
 __all__ = ['toy_synsets', 'draw_synset', 'toy_imagenet', 'synset_names', 'find_names', 'read_solution', 'ValReport',
            'prepare_val', 'imagenet_folders', 'scan_classes', 'broken_images']
 
-# %% ../../nbs/data/46_imagenet.ipynb #47c68813
+# %% ../../nbs/data/46_imagenet.ipynb #cbf7130b
 import csv
 import json
 import os
 import re
-import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import torch
 from PIL import Image, ImageDraw
 from timm.data import ImageNetInfo
 
+from ..core.weights import write_whole
 from .records import load_image
 
 # %% ../../nbs/data/46_imagenet.ipynb #f958c973
@@ -140,7 +140,7 @@ def _draw_all(root, synsets, per_class, val_per_class, test, seed, size):
     _csv(root/'LOC_sample_submission.csv', [(f, _boxes(synsets[0], (50,50))) for f,_ in rows])
     (root/'LOC_synset_mapping.txt').write_text('\n'.join(f'{s} {toy_synsets[s][0]}' for s in synsets) + '\n')
 
-# %% ../../nbs/data/46_imagenet.ipynb #47c3eb9d
+# %% ../../nbs/data/46_imagenet.ipynb #0b8df42d
 def toy_imagenet(
     dest, # folder to make; one that is finished and made with the same arguments is left as it is
     n_classes:int=20, # the first of `toy_synsets`
@@ -159,12 +159,9 @@ def toy_imagenet(
     if (dest/mark).exists() and json.loads((dest/mark).read_text())==args: return dest
     if dest.exists() and any(dest.iterdir()): raise ValueError(f'{dest} holds other files than a toy ImageNet of '
         f'{args}: give another folder, or remove this one')
-    part = dest.with_name(dest.name+'.part')
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    _draw_all(part, sorted(toy_synsets)[:n_classes], **{k:v for k,v in args.items() if k!='n_classes'})
-    (part/mark).write_text(json.dumps(args))
-    os.replace(part, dest)
+    with write_whole(dest) as part:
+        _draw_all(part, sorted(toy_synsets)[:n_classes], **{k:v for k,v in args.items() if k!='n_classes'})
+        (part/mark).write_text(json.dumps(args))
     return dest
 
 # %% ../../nbs/data/46_imagenet.ipynb #c9a192d3

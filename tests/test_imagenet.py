@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def test_shards_are_resumed(data, tmp_path):
     train_imagenet(data/'shards', tmp_path/'whole', **kw)
     with pytest.raises(KeyboardInterrupt): train_imagenet(data/'shards', tmp_path/'parts', cbs=[Stop(5)], **kw)
     assert position(tmp_path/'parts')==(0, 4)
-    with pytest.raises(ValueError, match='with workers=2, and this one has workers=1'): train_imagenet(data/'shards', tmp_path/'parts', **kw | dict(workers=1))
+    with pytest.raises(ValueError, match='with data.workers=2, and this one has data.workers=1'): train_imagenet(data/'shards', tmp_path/'parts', **kw | dict(workers=1))
     train_imagenet(data/'shards', tmp_path/'parts', **kw)
     assert results(tmp_path/'parts')==results(tmp_path/'whole')
 
@@ -93,8 +94,7 @@ def life(data, out, kw, torn):
         def deadly(state, f):
             calls.append(1)
             if len(calls)<2: return real(state, f)
-            f.write(b'half')
-            f.flush()
+            f.write_bytes(b'half')
             os.kill(os.getpid(), signal.SIGKILL)
         if torn: checkpoints.torch.save = deadly
         train_imagenet(data, out, **kw)
@@ -255,6 +255,35 @@ def test_wrong_arguments(data, tmp_path, name):
     assert not (tmp_path/'checkpoint.pt').exists()
 
 
+def test_other_images_are_not_mixed_in(data, tmp_path):
+    kw,mine = small | dict(epochs=1),tmp_path/'imagenet'
+    shutil.copytree(data/inner, mine)
+    train_imagenet(mine, tmp_path/'run', **kw)
+    stem = max(o.name for o in (mine/'train').iterdir())
+    for o in ('train', 'val'): (mine/o/stem).rename(mine/o/'n99999999')
+    with pytest.raises(ValueError, match="data.classes=.*data.train.files='.*data.valid.files="): train_imagenet(mine, tmp_path/'run', **kw)
+    with pytest.raises(ValueError, match="data.train.kind='folders'.*this one has data.train.kind='shards'"): train_imagenet(data/'shards', tmp_path/'run', **kw)
+
+
+def test_a_finished_run_keeps_its_figures(data, tmp_path):
+    kw = small | dict(epochs=2)
+    with pytest.raises(KeyboardInterrupt): train_imagenet(data, tmp_path, cbs=[Stop(13)], **kw)
+    first = torch.load(tmp_path/'checkpoint.pt', weights_only=True)['seconds']
+    train_imagenet(data, tmp_path, **kw)
+    res = json.loads((tmp_path/'metrics.json').read_text())
+    assert res['seconds']>=first>0 and res['processes']==1 and res['lr']==pytest.approx(train_imagenet(data, tmp_path, **kw).lr)
+    assert json.loads((tmp_path/'metrics.json').read_text())==res
+
+
+def test_tensorboard_after_an_interruption(data, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    kw = small | dict(epochs=2, log='tensorboard', every=5)
+    with pytest.raises(KeyboardInterrupt): train_imagenet(data, tmp_path, cbs=[Stop(13)], **kw) # goes on from step 10
+    train_imagenet(data, tmp_path, **kw)
+    seen = EventAccumulator(str(tmp_path/'tensorboard')).Reload()
+    assert [o.step for o in seen.Scalars('train_loss')]==list(range(1, 17)) and [o.step for o in seen.Scalars('top1')]==[8, 16]
+
+
 def test_wandb_that_is_absent(data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', None)
     with pytest.raises(ImportError, match="log='wandb' needs .*pip install wandb"): train_imagenet(data, tmp_path, **small | dict(log='wandb'))
@@ -280,6 +309,10 @@ def test_the_command(data, tmp_path, capsys):
     assert (r['warmup'],r['trivial'],r['channels_last'],r['name'])==(.5,False,True,'vt_small') and '"top1"' in capsys.readouterr().out
 
 
+def test_weights_without_a_head(data):
+    with pytest.raises(ValueError, match="weights 'vt' of vovnet39 are of the backbone alone, so there is no classifier"): evaluate_imagenet('vovnet39', data, 'vt', device='cpu')
+
+
 def test_heads_that_are_not_linear(tmp_path):
     net = torchvision.models.mobilenet_v3_small().eval()
     torch.save(net.state_dict(), tmp_path/'net.pth')
@@ -292,7 +325,7 @@ def test_heads_that_are_not_linear(tmp_path):
     assert torch.equal(published_classifier('timm/test_resnet', r)[0](x), net(x))
     torch.save(create_backbone('darknet19', variant='vt').state_dict(), tmp_path/'body.pth')
     r = WeightRecord('darknet19', 'mine', 'us', url=(tmp_path/'body.pth').as_uri(), licence='mit', config=dict(variant='vt'))
-    with pytest.raises(ValueError, match="'mine' of darknet19 come with no classifier, expected one linear layer"): published_classifier('darknet19', r)
+    with pytest.raises(ValueError, match="'mine' of darknet19 are of the backbone alone"): published_classifier('darknet19', r)
 
 
 class FakeWandb(SimpleNamespace):

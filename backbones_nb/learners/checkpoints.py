@@ -7,8 +7,10 @@ Docs: https://backbones-nb.github.io/backbones-nb/learners/checkpoints.html.md""
 # %% auto #0
 __all__ = ['rng_state', 'set_rng_state', 'find_ema', 'Checkpoint']
 
-# %% ../../nbs/learners/59_checkpoints.ipynb #add4950c
+# %% ../../nbs/learners/59_checkpoints.ipynb #091cfe2d
 import random
+import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,8 +20,8 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import distributed as dist
 
+from ..core.weights import write_whole
 from ..data.class_batches import RankedDL
-from ..data.shards import _replace
 from .recipe import ModelEMA
 
 # %% ../../nbs/learners/59_checkpoints.ipynb #c1282dc2
@@ -39,7 +41,7 @@ def set_rng_state(
     np.random.set_state((kind,keys.numpy().astype(np.uint32),*rest))
     random.setstate(state['python'])
 
-# %% ../../nbs/learners/59_checkpoints.ipynb #b30a0cb4
+# %% ../../nbs/learners/59_checkpoints.ipynb #954c0cd8
 def find_ema(learn): return next((o for o in learn.cbs if isinstance(o, ModelEMA)), None)
 
 class Checkpoint(Callback):
@@ -52,7 +54,8 @@ class Checkpoint(Callback):
     ):
         if every is not None and every<1: raise ValueError(f'got every={every}, expected a number of batches, at least '
             '1, or None')
-        self.file,self.every,self.config,self.active,self.state = file,every,dict(config or {}),False,None
+        self.file,self.every,self.config,self.active,self.state = Path(file),every,dict(config or {}),False,None
+        self.seconds = 0. # of all sessions together
 
 # %% ../../nbs/learners/59_checkpoints.ipynb #1ba07d83
 def _plain(v): return v.item() if isinstance(v, np.generic) else v # torch.load takes no numbers of numpy
@@ -68,7 +71,7 @@ def _set_history(rec, state):
     rec.smooth_loss.count,val = state['smooth']
     rec.smooth_loss.val = torch.tensor(val)
 
-# %% ../../nbs/learners/59_checkpoints.ipynb #bf3fd1d2
+# %% ../../nbs/learners/59_checkpoints.ipynb #615b417c
 @patch
 def collect(self:Checkpoint,
     epoch:int, # that the training goes on with
@@ -81,7 +84,8 @@ def collect(self:Checkpoint,
         dist.all_gather_object(rng, rng_state())
     opt,scaler,ema = self.opt.state_dict(),getattr(self.learn, 'scaler', None),find_ema(self.learn)
     return dict(config=self.config, n_epoch=self.n_epoch, n_iter=len(self.dls.train), epoch=epoch, batch=batch,
-                pct_train=self.pct_train, train_iter=self.train_iter, model=get_model(self.model).state_dict(),
+                pct_train=self.pct_train, train_iter=self.train_iter, seconds=time.time()-self.begun,
+                model=(ema and ema.own) or get_model(self.model).state_dict(),
                 opt=dict(state=list(opt['state']), hypers=[{k:_plain(v) for k,v in o.items()} for o in opt['hypers']]),
                 ema=ema and ema.state_dict(), scaler=scaler and scaler.state_dict(), rng=rng,
                 history=_history(self.recorder))
@@ -90,7 +94,9 @@ def collect(self:Checkpoint,
 def save(self:Checkpoint, epoch, batch):
     "Writes the state beside the last one, and then puts it in its place, in one step."
     state = self.collect(epoch, batch)
-    if not rank_distrib(): _replace(self.file, lambda f: torch.save(state, f))
+    self.seconds = state['seconds']
+    if rank_distrib(): return
+    with write_whole(self.file) as part: torch.save(state, part)
 
 # %% ../../nbs/learners/59_checkpoints.ipynb #5f1fef7f
 @patch
@@ -121,7 +127,7 @@ def after_epoch(self:Checkpoint):
 @patch
 def after_fit(self:Checkpoint): self.active,self.state = False,None
 
-# %% ../../nbs/learners/59_checkpoints.ipynb #adea9a88
+# %% ../../nbs/learners/59_checkpoints.ipynb #2a5b1990
 @patch
 def read(self:Checkpoint):
     "Returns the state that the file holds, None where there is none; raises ValueError for one that does not fit."
@@ -134,10 +140,16 @@ def read(self:Checkpoint):
     if state[0] is not None: self.check(state[0])
     return state[0]
 
+def _flat(config, at=''):
+    "A dict without dicts in it, such as {'recipe.lr': 0.5}."
+    res = {}
+    for k,v in config.items(): res |= _flat(v, f'{at}{k}.') if isinstance(v, dict) else {f'{at}{k}':v}
+    return res
+
 @patch
 def check(self:Checkpoint, state):
-    now = self.config | dict(n_epoch=self.n_epoch, n_iter=len(self.dls.train), processes=num_distrib() or 1)
-    was = state['config'] | dict(n_epoch=state['n_epoch'], n_iter=state['n_iter'], processes=len(state['rng']))
+    now = _flat(self.config) | dict(n_epoch=self.n_epoch, n_iter=len(self.dls.train), processes=num_distrib() or 1)
+    was = _flat(state['config']) | dict(n_epoch=state['n_epoch'], n_iter=state['n_iter'], processes=len(state['rng']))
     odd = [k for k in {**was, **now} if was.get(k)!=now.get(k)]
     if odd: raise ValueError(f"{self.file} was written by a training with "
         f"{', '.join(f'{k}={was.get(k)!r}' for k in odd)}, and this one has "
@@ -174,7 +186,7 @@ class _Rewind(Callback):
 
     def after_train(self): self.learn.remove_cb(self)
 
-# %% ../../nbs/learners/59_checkpoints.ipynb #4a0064d4
+# %% ../../nbs/learners/59_checkpoints.ipynb #c3514ecd
 @patch
 def before_fit(self:Checkpoint):
     if hasattr(self.learn, 'lr_finder'): return
@@ -184,6 +196,8 @@ def before_fit(self:Checkpoint):
     self.active,self.state = True,self.read()
     self.first = self.state['epoch'] if self.state else 0
     if self.state: self.load(self.state)
+    self.seconds = self.state['seconds'] if self.state else 0.
+    self.begun = time.time()-self.seconds
 
 @patch
 def before_epoch(self:Checkpoint):

@@ -30,7 +30,7 @@ from ..data.batches import DetectionDL
 from ..data.class_batches import RankedDL
 from .metrics import DetectionMetric
 
-# %% ../../nbs/learners/64_distributed.ipynb #80fc81ab
+# %% ../../nbs/learners/64_distributed.ipynb #3ca41314
 def join_processes(
     device=None, # None: the GPU of this process, else fastai's default
 ) -> torch.device: # of this process
@@ -38,7 +38,9 @@ def join_processes(
     local = int(os.environ.get('LOCAL_RANK', 0))
     if device is None: device = f'cuda:{local}' if torch.cuda.is_available() else default_device()
     device = torch.device(device)
-    if device.type=='cuda': torch.cuda.set_device(device)
+    if device.type=='cuda':
+        if device.index is None: device = torch.device('cuda', local)
+        torch.cuda.set_device(device)
     if num_distrib()>1 and not dist.is_initialized():
         dist.init_process_group('nccl' if device.type=='cuda' else 'gloo')
         atexit.register(dist.destroy_process_group)

@@ -8,15 +8,15 @@ Docs: https://backbones-nb.github.io/backbones-nb/learners/imagenet.html.md"""
 __all__ = ['plan', 'open_imagenet', 'save_run', 'train_imagenet', 'published_classifier', 'interpolation', 'eval_tfm', 'eval_dl',
            'class_numbers', 'Evaluation', 'accuracy', 'evaluate_imagenet', 'main']
 
-# %% ../../nbs/learners/58_imagenet.ipynb #41455930
+# %% ../../nbs/learners/58_imagenet.ipynb #68be3d77
 import argparse
 import ast
+import hashlib
 import inspect
 import json
 import os
 import re
 import sys
-import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,20 +31,20 @@ from fastai.learner import Learner
 from fastai.torch_core import default_device, num_distrib, rank_distrib, set_seed
 from fastcore.docments import docments
 from fastprogress.fastprogress import progress_bar
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torchvision.transforms import v2
 
-# %% ../../nbs/learners/58_imagenet.ipynb #b187ed16
+# %% ../../nbs/learners/58_imagenet.ipynb #1b605744
 from ..core.registry import create_backbone, has_backbone
-from ..core.weights import fetch_weights, pick_weights, read_weights
+from ..core.weights import fetch_weights, pick_weights, read_weights, write_whole
 from ..data.class_batches import FolderDL, ImageSet, ShardDL, ShardSet, folder_dls, shard_dls, to_float
 from ..data.imagenet import imagenet_folders, scan_classes, synset_names
-from ..data.shards import _replace, index_name
+from ..data.shards import as_place, has_shards, join_place
 from ..detectors.detector import mean_std
 from .checkpoints import Checkpoint, find_ema
 from .classify import backbone_learner, classifier
 from .distributed import TopK, join_processes
-from .recipe import ModelEMA, Recipe, recipe_args, recipe_cbs, recipe_tfms, valid_tfm
+from .recipe import ModelEMA, Recipe, recipe_args, recipe_cbs, recipe_tfms, recipes, valid_tfm
 from .recipe import recipe as find_recipe
 
 # %% ../../nbs/learners/58_imagenet.ipynb #c72b6e2d
@@ -67,23 +67,22 @@ def plan(
     if ema is not None: given['ema_decay'] = ema or None
     return find_recipe(recipe, **{k:v for k,v in given.items() if v is not None or k in ('amp','ema_decay')} | changes)
 
-# %% ../../nbs/learners/58_imagenet.ipynb #f45df0bd
-def _sharded(data): return (Path(data)/'train'/index_name).exists()
-
+# %% ../../nbs/learners/58_imagenet.ipynb #2db6786f
 def open_imagenet(
-    data, # Kaggle's folder after `prepare_val`, any with class folders in train and val, or one with shards in both
+    data, # Kaggle's folder after `prepare_val`, any with class folders or shards in train and val, or an address of shards
     tfms, # of training and of validation, as of `recipe_tfms`
     bs:int, # of one process
     workers:int=0, # that read, for each process
     **kwargs, # for `folder_dls` or `shard_dls`
 ): # ClassDataLoaders
     "Returns loaders of folders or of shards, whichever are there; the transforms have to normalise."
-    data = Path(data)
-    if not data.is_dir(): raise FileNotFoundError(f'there is no folder {data}: give one with train and val in it')
-    make = shard_dls if _sharded(data) else folder_dls
+    data = as_place(data)
+    if isinstance(data, Path) and not data.is_dir(): raise FileNotFoundError(f'there is no folder {data}: give one with '
+        'train and val in it')
+    make = shard_dls if has_shards(join_place(data, 'train')) else folder_dls
     return make(data, bs=bs, tfms=tfms, normalized=True, num_workers=workers, **kwargs)
 
-# %% ../../nbs/learners/58_imagenet.ipynb #f6d8767a
+# %% ../../nbs/learners/58_imagenet.ipynb #b5c2a500
 class _HistoryCSV(Callback):
     "Writes a line for each epoch."
     order = 91 # after the checkpoint, so that a resumed history is whole
@@ -92,9 +91,9 @@ class _HistoryCSV(Callback):
     def after_epoch(self):
         rec = self.recorder
         table = pd.DataFrame([list(o) for o in rec.values], columns=list(rec.metric_names)[1:-1])
-        _replace(self.file, lambda f: f.write(table.to_csv(index_label='epoch').encode()))
+        with write_whole(self.file) as part: table.to_csv(part, index_label='epoch')
 
-# %% ../../nbs/learners/58_imagenet.ipynb #063a05d2
+# %% ../../nbs/learners/58_imagenet.ipynb #e6db5279
 def _wandb(out, config):
     try: import wandb
     except ImportError as e: raise ImportError(f"log='wandb' needs Weights & Biases, which cannot be imported ({e}): "
@@ -104,19 +103,26 @@ def _wandb(out, config):
         def before_fit(self):
             self.learn.gather_args = dict # fastai 2.8.12 fails where an argument is a number; ours are in `config`
             super().before_fit()
-    if wandb.run is None: wandb.init(project='backbones-nb', name=out.name, dir=out, config=config)
+    run = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16] # the same folder goes on with the same run
+    if wandb.run is None: wandb.init(project='backbones-nb', name=out.name, id=run, resume='allow', dir=out, config=config)
     return WandbRun(log_preds=False)
 
 def _tensorboard(out):
-    try: from fastai.callback.tensorboard import TensorBoardCallback
+    try: from fastai.callback.tensorboard import SummaryWriter, TensorBoardCallback
     except ImportError as e: raise ImportError(f"log='tensorboard' needs TensorBoard, which cannot be imported ({e}): "
         'pip install tensorboard') from e
-    return TensorBoardCallback(out/'tensorboard', trace_model=False, log_preds=False)
+    class TensorBoardRun(TensorBoardCallback):
+        def before_batch(self):
+            "At the first batch it is known where the training goes on; what was written for later steps is purged."
+            if not (self.run and self.training) or self.writer.purge_step is not None: return
+            self.writer.close()
+            self.writer = SummaryWriter(self.log_dir, purge_step=self.train_iter+1)
+        def after_batch(self):
+            if self.run and self.training: super().after_batch()
+    return TensorBoardRun(out/'tensorboard', trace_model=False, log_preds=False)
 
 def _loggers(log, out, config):
     "What only the first process does."
-    if log not in ('csv','tensorboard','wandb'): raise ValueError(f"got log={log!r}, expected 'csv', 'tensorboard' or "
-        "'wandb'; history.csv is always written")
     if rank_distrib(): return []
     out.mkdir(parents=True, exist_ok=True)
     more = dict(csv=list, tensorboard=lambda: [_tensorboard(out)], wandb=lambda: [_wandb(out, config)])[log]()
@@ -135,7 +141,7 @@ def _measure(learn):
     learn.model = net
     return res
 
-# %% ../../nbs/learners/58_imagenet.ipynb #cbae53b5
+# %% ../../nbs/learners/58_imagenet.ipynb #df9018a5
 def save_run(
     learn, # a Learner
     out:Path, # folder
@@ -150,9 +156,8 @@ def save_run(
     nets = dict(net=learn.model) | (dict(average=ema.average.module) if ema and ema.average else {})
     for k,m in nets.items():
         sd = {n:v.detach().cpu().contiguous() for n,v in m.state_dict().items()}
-        _replace(out/f'{k}.{weights}', (lambda f: f.write(save(sd))) if weights=='safetensors' else
-                 (lambda f: torch.save(sd, f)))
-    _replace(out/'metrics.json', lambda f: f.write(json.dumps(res, indent=1).encode()))
+        with write_whole(out/f'{k}.{weights}') as part: (save_file if weights=='safetensors' else torch.save)(sd, part)
+    with write_whole(out/'metrics.json') as part: part.write_text(json.dumps(res, indent=1))
     return res
 
 # %% ../../nbs/learners/58_imagenet.ipynb #b0e75ed6
@@ -170,10 +175,12 @@ def _make(data, backbone, r, bs, lr, pretrained, acc, workers, seed, device, cbs
     set_seed(seed+rank_distrib()) # each process mixes images in its own way
     return learn
 
-# %% ../../nbs/learners/58_imagenet.ipynb #c66203d0
-def _open_run(out, resume, weights):
+# %% ../../nbs/learners/58_imagenet.ipynb #71a1fa4f
+def _open_run(out, resume, weights, log):
     "The run's folder, if it may be used."
     out = Path(out)
+    if log not in ('csv','tensorboard','wandb'): raise ValueError(f"got log={log!r}, expected 'csv', 'tensorboard' or "
+        "'wandb'; history.csv is always written")
     if weights not in ('safetensors', 'pth'): raise ValueError(f"got weights={weights!r}, expected 'safetensors' or "
         "'pth'")
     if not resume and (out/'checkpoint.pt').exists(): raise ValueError(f'{out} holds a checkpoint: go on from it with '
@@ -185,12 +192,22 @@ def _config(backbone, r, pretrained, **given):
     name = backbone if isinstance(backbone, str) else getattr(backbone, 'name', None) or type(backbone).__name__
     return dict(backbone=name, recipe=asdict(r), pretrained=getattr(pretrained, 'tag', pretrained), **given)
 
+def _about(dls):
+    "What the images of a run are, so that it is not resumed with others."
+    def one(dl):
+        ds = dl.dataset
+        files = ds.index['fingerprint'] if isinstance(dl, ShardDL) else \
+            hashlib.sha256(ds.files.tobytes()+ds.labels.tobytes()).hexdigest()
+        return dict(kind='shards' if isinstance(dl, ShardDL) else 'folders', images=len(ds), files=files[:16])
+    readers = dict(workers=dls.train.fake_l.num_workers) if isinstance(dls.train, ShardDL) else {} # each has its stretch
+    return dict(classes=list(dls.vocab), train=one(dls.train), valid=one(dls.valid), **readers)
+
 def _fit(learn, r, bs, acc, cbs):
     world = num_distrib() or 1
     tricks = [o for o in recipe_cbs(r, bs, world, acc) if not isinstance(o, ModelEMA)] # the learner has its average
     learn.fit(r.epochs, cbs=tricks + cbs)
 
-# %% ../../nbs/learners/58_imagenet.ipynb #55e12c7a
+# %% ../../nbs/learners/58_imagenet.ipynb #c912bdd3
 def train_imagenet(
     data, # folder of images or of shards, as for `open_imagenet`
     out, # folder for results, made where it is not there
@@ -212,15 +229,14 @@ def train_imagenet(
     **changes, # for `plan`: epochs, size, ema, amp, channels_last, and all fields of the recipe
 ) -> Learner: # with `results`, which metrics.json holds too
     "Trains a classifier, goes on after an interruption, measures it, and writes all into `out`."
-    out,r,start = _open_run(out, resume, weights),plan(recipe, **changes),time.time()
-    readers = dict(workers=workers) if _sharded(data) else {} # of shards each worker has its own stretch
-    config = _config(backbone, r, pretrained, bs=bs, lr=lr, acc=acc, seed=seed, sync_bn=sync_bn, **readers)
-    device = join_processes(device)
-    logs = _loggers(log, out, config)
+    out,r,device = _open_run(out, resume, weights, log),plan(recipe, **changes),join_processes(device)
     learn = _make(data, backbone, r, bs, lr, pretrained, acc, workers, seed, device, cbs)
+    config = _config(backbone, r, pretrained, bs=bs, lr=lr, acc=acc, seed=seed, sync_bn=sync_bn, data=_about(learn.dls))
+    logs,saver = _loggers(log, out, config),Checkpoint(out/'checkpoint.pt', every, config)
     with learn.distrib_ctx(sync_bn):
-        _fit(learn, r, bs, acc, logs + [Checkpoint(out/'checkpoint.pt', every, config)])
-        learn.results = save_run(learn, out, weights, config=config, seconds=round(time.time()-start, 1))
+        _fit(learn, r, bs, acc, logs + [saver])
+        facts = dict(seconds=round(saver.seconds, 1), processes=num_distrib() or 1, lr=learn.lr)
+        learn.results = save_run(learn, out, weights, config=config, **facts)
     return learn
 
 # %% ../../nbs/learners/58_imagenet.ipynb #38060223
@@ -239,7 +255,7 @@ def _published_head(sd, record, channels):
     b,w = sorted(rest.values(), key=torch.Tensor.dim)
     return w.flatten(1),b
 
-# %% ../../nbs/learners/58_imagenet.ipynb #79a2cddd
+# %% ../../nbs/learners/58_imagenet.ipynb #5a46b611
 @torch.no_grad()
 def published_classifier(
     name:str, # a registered name
@@ -248,6 +264,9 @@ def published_classifier(
     "Returns a backbone with the head that was published with it: ours, or the publisher's whole net."
     if not has_backbone(name): create_backbone(name) # raises, suggesting the nearest names
     record = pick_weights(name, pretrained)
+    if not record.drop and not name.startswith('timm/'): raise ValueError(f'the weights {record.tag!r} of {name} are of '
+        'the backbone alone, so there is no classifier to measure: choose others of list_weights, or train a classifier '
+        'with train_imagenet(pretrained=...)')
     if name.startswith('timm/'):
         file = dict(file=str(fetch_weights(record)))
         return timm.create_model(name.removeprefix('timm/'), pretrained=True, pretrained_cfg_overlay=file).eval(),record
@@ -289,7 +308,7 @@ def eval_tfm(
         if isinstance(o, v2.Resize): o.interpolation = v2.InterpolationMode(interpolation(record))
     return tfm
 
-# %% ../../nbs/learners/58_imagenet.ipynb #20d2a668
+# %% ../../nbs/learners/58_imagenet.ipynb #3df49cb9
 def eval_dl(
     data, # as for `open_imagenet`; training images need not be there
     tfm, # that normalises
@@ -298,9 +317,9 @@ def eval_dl(
     device=None, # None: fastai's default
 ): # FolderDL or ShardDL
     "Returns a loader of the validation images alone."
-    shards = Path(data)/'val'
+    shards = join_place(data, 'val')
     kw = dict(bs=bs, num_workers=workers, after_batch=[to_float], device=torch.device(device or default_device()))
-    if (shards/index_name).exists(): return ShardDL(ShardSet(shards, tfm), **kw)
+    if has_shards(shards): return ShardDL(ShardSet(shards, tfm), **kw)
     folder = imagenet_folders(data, 'val', 'val')[0]
     classes,files,labels = scan_classes(folder)
     return FolderDL(ImageSet(files, labels, classes, tfm, folder=folder), **kw)
@@ -376,13 +395,20 @@ def evaluate_imagenet(
     return Evaluation(name, record.tag, top1, top5, record.top1, record.metrics.get('acc@5'), len(dl.dataset),
                       crop.size[0], shown.size[0], shown.interpolation.value)
 
-# %% ../../nbs/learners/58_imagenet.ipynb #b7d95470
-def _parser():
-    p = argparse.ArgumentParser('python -m backbones_nb.learners.imagenet', description=train_imagenet.__doc__)
+# %% ../../nbs/learners/58_imagenet.ipynb #eebcd098
+_said = dict(recipe=f"a row of the recipes: {', '.join(recipes)}", backbone='a name, as backbones-nb list shows them',
+             weights='safetensors or pth', log='csv, tensorboard or wandb', resume='go on where the folder holds a checkpoint',
+             pretrained='begin with published weights, with the best ones or those of a tag',
+             data='folder with train and val in it, of images or of shards, or the address of shards')
+
+def _parser(prog):
+    p = argparse.ArgumentParser(prog, description=train_imagenet.__doc__)
     takes = {k:(o,docments(f, full=True)[k]) for f in (plan, train_imagenet)
              for k,o in inspect.signature(f).parameters.items() if k not in ('cbs','changes')}
     for k,(o,doc) in takes.items():
-        flag,kw = f"--{k.replace('_', '-')}",dict(help=doc.docment.replace('%', '%%'))
+        flag,text = f"--{k.replace('_', '-')}",_said.get(k) or doc.docment.replace('None: ', 'default: ').replace('`', '')
+        if o.default not in (None, False, inspect.Parameter.empty): text += f' (default: {o.default})'
+        kw = dict(help=text.replace('%', '%%'))
         if o.default is inspect.Parameter.empty: kw['required'] = True
         elif k=='pretrained': kw |= dict(nargs='?', const=True, default=False, metavar='TAG')
         elif doc.anno is bool: kw |= dict(action=argparse.BooleanOptionalAction, default=o.default)
@@ -391,22 +417,24 @@ def _parser():
     p.add_argument('--set', nargs='*', default=[], metavar='FIELD=VALUE', help='other fields of the recipe: warmup=1')
     return p
 
-# %% ../../nbs/learners/58_imagenet.ipynb #f34c5a97
+# %% ../../nbs/learners/58_imagenet.ipynb #2f2111ac
 def _value(s):
     try: return ast.literal_eval(s)
     except (ValueError, SyntaxError): return s
 
 def main(
     argv=None, # None: the command line's
+    prog:str='python -m backbones_nb.learners.imagenet', # what the help calls the program
 ): # the Learner
     "Trains as the arguments say, those of `train_imagenet`; ends the process with one sentence where it cannot."
-    a = vars(_parser().parse_args(argv))
+    a = vars(_parser(prog).parse_args(argv))
     changes = a.pop('set')
     if bad := [o for o in changes if '=' not in o]: sys.exit(f'error: got --set {bad[0]}, expected FIELD=VALUE')
     try: learn = train_imagenet(**a, **{k:_value(v) for k,v in (o.split('=', 1) for o in changes)})
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as e:
         if os.environ.get('BACKBONES_NB_DEBUG'): raise
-        sys.exit(f'error: {str(e).splitlines()[-1].strip()}') # fastai puts a line before errors of callbacks
+        said = str(e).splitlines()[-1].strip() # before it lies what fastai says of callbacks, and torch of workers
+        sys.exit(f"error: {re.sub(r'^[A-Za-z]+Error: ', '', said)}")
     if not rank_distrib(): print(json.dumps({k:v for k,v in learn.results.items() if k in ('net','average')}, indent=1))
     return learn
 

@@ -287,7 +287,7 @@ def test_export_with_a_free_batch_and_size():
 
 @pytest.mark.skipif(not any(map(shutil.which, ('c++','g++','clang++'))), reason='no C++ compiler')
 @pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
-@pytest.mark.parametrize('kw', [{}, dict(same=True, fusion='sum')], ids=str)
+@pytest.mark.parametrize('kw', [{}, pytest.param(dict(same=True, fusion='sum'), marks=pytest.mark.slow)], ids=str)
 def test_compile(backend, kw):
     m = randomise_(make(layers=1, **kw)).eval()
     torch._dynamo.reset()

@@ -2,12 +2,14 @@ import io
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import sys
 import tarfile
 import threading
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,13 +23,15 @@ from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
 from fastai.metrics import accuracy
 from PIL import Image
+from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 from torch import nn
 from torchvision.datasets import ImageFolder, ImageNet
+from torchvision.models import resnet18
 from torchvision.transforms import v2
 
 from backbones_nb.core.features import IMAGENET_MEAN, IMAGENET_STD
-from backbones_nb.core.weights import write_whole
+from backbones_nb.core.weights import weight_records, write_whole
 from backbones_nb.data import imagenet, shards
 from backbones_nb.data.class_batches import FolderDL, ImageSet, ShardSet, class_dls, folder_dls, plain_tfms, shard_dls
 from backbones_nb.data.imagenet import (broken_images, find_names, imagenet_folders, prepare_val, read_solution, scan_classes, synset_names,
@@ -152,7 +156,7 @@ wrong = dict(
     both=(lambda c,v: (v/lines(c)[1].split(',')[1][:9]).mkdir() or shutil.copy(v/f"{lines(c)[1].split(',')[0]}.JPEG", v/lines(c)[1].split(',')[1][:9]),
           'two files for 1 images'),
     sorted=(lambda c,v: (v/'n09999999').mkdir() or shutil.move(v/'ILSVRC2012_val_00000003.JPEG', v/'n09999999'), 'disagrees with the class folder'),
-    nothing=(lambda c,v: [o.unlink() for o in v.iterdir()], 'lacks 20 images'),
+    nothing=(lambda c,v: [o.unlink() for o in v.iterdir()], 'holds none of them'),
 )
 
 @pytest.mark.parametrize('spoil,says', wrong.values(), ids=wrong)
@@ -182,6 +186,8 @@ def test_missing_images_may_be_allowed_and_foreign_files_stay(csv, val):
 def test_what_is_not_there(tmp_path, csv, val):
     with pytest.raises(FileNotFoundError, match='no folder'): prepare_val(csv, tmp_path/'none')
     with pytest.raises(FileNotFoundError, match='no file'): prepare_val(tmp_path/'none.csv', val)
+    for allow in (False, True): # the folder above
+        with pytest.raises(ValueError, match='holds none of them: give the folder they are in'): prepare_val(csv, val.parent, allow_missing=allow)
 
 
 # --- names, the toy, folders
@@ -276,7 +282,9 @@ def test_broken_images_are_named(ready, tmp_path):
     assert len(found)==2 and a.name in found[0] and b.name in found[1]
     dls = folder_dls(copy, 16, bs=52, num_workers=0)
     with pytest.raises(ValueError, match='cannot be read as an image'): dls.train.one_batch()
-    with pytest.raises(ValueError, match=b.name): write_shards(copy/'train', tmp_path/'s', progress=False)
+    shutil.copy(ready/inner/'train'/'n01443537'/b.name, b)
+    with pytest.raises(ValueError) as e: write_shards(copy/'train', tmp_path/'s', progress=False) # its head can be read
+    one_sentence(e, a.name, 'replace it')
 
 
 # --- shards
@@ -429,6 +437,22 @@ def test_a_folder_is_written_whole(tmp_path):
     with write_whole(tmp_path/'d') as part: make(part)
     with pytest.raises(OSError), write_whole(tmp_path/'d') as part: make(part) # one with something in it is not replaced
     assert content(tmp_path)=={'d/deep/file':b'x'} and [o.name for o in tmp_path.iterdir()]==['d']
+
+
+writers = dict(torch=lambda f: torch.save(torch.ones(99_999), f), stream=lambda f: torch.save(torch.ones(99_999), open(f, 'wb')),
+               safetensors=lambda f: save_file(dict(a=torch.ones(99_999)), f), text=lambda f: f.write_text('x'*99_999))
+
+@pytest.mark.parametrize('name', writers)
+def test_a_full_disk(tmp_path, name):
+    f = tmp_path/'f'
+    f.write_text('old')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError) as e, write_whole(f) as part: writers[name](part)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    one_sentence(e, f'{f} cannot be written', 'free space', 'what was there before is whole')
+    assert f.read_text()=='old' and list(tmp_path.iterdir())==[f]
 
 
 # --- shards elsewhere
@@ -820,16 +844,72 @@ def test_data_sets_of_other_classes(ready):
     with pytest.raises(ValueError, match='same classes'): class_dls(FolderDL, a, b, 4, None, None)
 
 
-def test_command(tmp_path, capsys):
-    from backbones_nb.cli.cli import main
-    data = toy_imagenet(tmp_path/'data', n_classes=3, per_class=4, val_per_class=2, test=1, size=32)
-    val = data/'ILSVRC'/'Data'/'CLS-LOC'/'val'
-    theirs = ['imagenet', 'prepare', '--val_solution_path', f"{data/'LOC_val_solution.csv'}", '--val_image_dir', f'{val}']
-    assert main([*theirs, '--dry-run'])==0 and '6 to move' in capsys.readouterr().out and len(list(val.glob('*.JPEG')))==6
-    assert main(theirs)==0 and '6 moved' in capsys.readouterr().out and not list(val.glob('*.JPEG'))
-    assert main(theirs)==0 and '0 moved, 6 already there' in capsys.readouterr().out
-    assert main(['imagenet', 'shard', f'{data}', f"{tmp_path/'shards'}", '--maxcount', '5'])==0
-    assert 'val: 6 images of 3 classes in 2 shards' in capsys.readouterr().out
-    (val/next(val.iterdir()).name/'stranger.JPEG').write_bytes(b'')
-    assert main(theirs)==1 and 'stranger' in capsys.readouterr().err
-    assert main(['imagenet', 'shard', f"{tmp_path/'none'}", f"{tmp_path/'s'}"])==1
+@pytest.fixture
+def command(capsys):
+    def run(text):
+        "Exit code and what was printed."
+        from backbones_nb.cli.cli import main
+        code = main(['imagenet', *text.split()])
+        return code,''.join(capsys.readouterr())
+    return run
+
+
+def test_command(tmp_path, command):
+    data,shards = toy_imagenet(tmp_path/'data', n_classes=3, per_class=4, val_per_class=2, test=1, size=32),tmp_path/'shards'
+    val = data/inner/'val'
+    theirs = f"prepare --val_solution_path {data/'LOC_val_solution.csv'} --val_image_dir {val}"
+    assert command(f'shard {data} {shards}')==(1, f"error: {val} has no class folders, only images: run 'backbones-nb imagenet prepare' first\n")
+    assert not shards.exists()
+    assert '6 to move' in command(f'{theirs} --dry-run')[1] and len(list(val.glob('*.JPEG')))==6
+    lost = val/'ILSVRC2012_val_00000001.JPEG'
+    kept = lost.read_bytes()
+    lost.unlink()
+    assert (o := command(theirs))[0]==1 and o[1].endswith('unpack the archive again, or say --allow-missing\n')
+    lost.write_bytes(kept)
+    assert '6 moved' in command(theirs)[1] and not list(val.glob('*.JPEG'))
+    assert command(theirs)==(0, '0 moved, 6 already there, 0 missing, 0 foreign files\n')
+    assert command(f'shard {data} {shards} --maxcount 5')==(0, 'train: 12 images of 3 classes in 3 shards\nval: 6 images of 3 classes in 2 shards\n')
+    shutil.copytree(data/inner/'train', tmp_path/'less'/'train')
+    shutil.copytree(val/'n01443537', tmp_path/'less'/'val'/'n01443537')
+    assert 'training has 3 classes and validation 1' in command(f"shard {tmp_path/'less'} {tmp_path/'s'}")[1] and not (tmp_path/'s').exists()
+    (val/'n01443537'/'stranger.JPEG').write_bytes(b'')
+    assert (o := command(theirs))[0]==1 and 'stranger' in o[1]
+    assert command(f"shard {tmp_path/'none'} {tmp_path/'s'}")[0]==1
+
+
+def test_command_that_checks(ready, tmp_path, command):
+    data = Path(shutil.copytree(ready/inner, tmp_path/'data'))
+    assert command(f'check --data {data}')==(0, 'broken images in train: none\nbroken images in val: none\n')
+    assert 'holds shards: give the images' in command(f"check --data {ready/'shards'}")[1]
+    file = min((data/'val').glob('*/*'))
+    file.write_bytes(file.read_bytes()[:300])
+    code,out = command(f'check --data {data} --workers 2')
+    assert code==1 and out.count(str(file))==1 and out.endswith('broken images in val: 1\n')
+
+
+def test_what_commands_say(ready, tmp_path, command, monkeypatch):
+    train = f"train --data {ready/'shards'} --out {tmp_path} --backbone vovnet19_slim_dw --device cpu --workers 0 --size 32 --bs 8"
+    assert (o := command(f'{train} --recipe torchvision'))[0]==1 and o[1].endswith('say --set reps=1, or give class folders\n') and '█' not in o[1]
+    assert command(f'{train} --pretrained')[1]=='error: vovnet19_slim_dw has no published weights that this version can load: leave --pretrained out, or take another net\n'
+    assert command(f'evaluate resnet18 --data {ready}')[1].endswith('ask for them by their tag, --pretrained IMAGENET1K_V1\n')
+    with pytest.raises(SystemExit) as e: command('train --data')
+    assert e.value.code==2
+    monkeypatch.setitem(sys.modules, 'webdataset', None)
+    assert 'pip install webdataset' in command(f"shard {ready} {tmp_path/'s'}")[1]
+    monkeypatch.setenv('BACKBONES_NB_DEBUG', '1')
+    with pytest.raises(ImportError): command(f"shard {ready} {tmp_path/'s'}")
+
+
+def test_command_that_evaluates(ready, command, monkeypatch, tmp_path):
+    net = resnet18()
+    torch.save(net.state_dict(), tmp_path/'net.pth')
+    record = replace(weight_records('resnet18')[0], url=(tmp_path/'net.pth').as_uri(), sha256=None)
+    monkeypatch.setattr('backbones_nb.learners.imagenet.pick_weights', lambda *a: record)
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path/'hub'))
+    args = f'evaluate resnet18 --data {ready} --size 32 --bs 4 --device cpu --workers'
+    assert (o := command(f'{args} 0'))[0]==0 and '20 images, shorter side 37 px, crop 32 px' in o[1] and '█' not in o[1]
+    broken = Path(shutil.copytree(ready/inner, tmp_path/'data'))
+    file = min((broken/'val').glob('*/*'))
+    file.write_bytes(file.read_bytes()[:300])
+    code,out = command(f'{args} 1'.replace(str(ready), str(broken)))
+    assert code==1 and out.strip().startswith(f'error: {file} cannot be read') and out.count('\n')==1 # from another process, in one line

@@ -1,4 +1,4 @@
-"""After this chapter you can bring ImageNet from Kaggle's archive into the form that a training reads, train on it and measure published weights, with four commands that may be stopped and repeated at any time.
+"""After this chapter you can bring ImageNet from Kaggle's archive into the form that a training reads, look for broken images, train on it and measure published weights, with five commands that may be stopped and repeated at any time.
 
 Docs: https://backbones-nb.github.io/backbones-nb/cli/imagenet.html.md"""
 
@@ -7,30 +7,35 @@ Docs: https://backbones-nb.github.io/backbones-nb/cli/imagenet.html.md"""
 # %% auto #0
 __all__ = ['imagenet_options', 'run_imagenet']
 
-# %% ../../nbs/cli/63_imagenet.ipynb #72629dcf
+# %% ../../nbs/cli/63_imagenet.ipynb #96e70db8
 import argparse
+import os
+import re
 import sys
+import warnings
 from pathlib import Path
 
-# %% ../../nbs/cli/63_imagenet.ipynb #0dc7a232
+# %% ../../nbs/cli/63_imagenet.ipynb #1b323275
 def _run_options(cmd):
     "The commands of training, whose arguments are those of its module, and of evaluation."
     t = cmd.add_parser('train', help='train a classifier; --help gives the arguments', prefix_chars='\0', add_help=False)
     t.add_argument('args', nargs='*')
     e = cmd.add_parser('evaluate', help='measure published weights with their own preprocessing')
     e.add_argument('name', metavar='NAME', help="see 'backbones-nb list'")
-    e.add_argument('--data', required=True, metavar='DIR', help='folder with val, or Kaggle\'s')
+    e.add_argument('--data', required=True, metavar='DIR', help="folder with val in it, of images or of shards, or Kaggle's")
     e.add_argument('--pretrained', default=True, metavar='TAG', help='which weights; without, the best with a stated licence')
-    e.add_argument('--bs', type=int, default=64, help='images a batch')
-    e.add_argument('--workers', type=int, default=4, help='processes that read images')
+    e.add_argument('--bs', type=int, default=64, help='images a batch; default 64')
+    e.add_argument('--workers', type=int, default=4, help='processes that read images; default 4')
     e.add_argument('--size', type=int, metavar='PIXELS', help='side of the crop, where it should not be that of the weights')
     e.add_argument('--resize', type=int, metavar='PIXELS', help='shorter side before the crop, likewise')
+    e.add_argument('--device', metavar='NAME', help="where to compute, such as cpu or cuda:1; without, the GPU where there is one")
 
-# %% ../../nbs/cli/63_imagenet.ipynb #5b7a6e84
+# %% ../../nbs/cli/63_imagenet.ipynb #7ac479d0
 def imagenet_options(
     sub, # what argparse's `add_subparsers` returns
 ):
     "Adds the command `imagenet` and its own commands."
+    root = "folder with train and val, or Kaggle's"
     top = sub.add_parser('imagenet', help='prepare ImageNet, train on it, measure weights on it', description='Brings ImageNet from Kaggle\'s archive '
         'into class folders and shards, trains on them, measures on them; all of it may be stopped and repeated.')
     cmd = top.add_subparsers(dest='task', required=True, metavar='TASK')
@@ -39,8 +44,11 @@ def imagenet_options(
     p.add_argument('--val-dir', '--val_image_dir', required=True, metavar='DIR', help='folder of the validation images, ILSVRC/Data/CLS-LOC/val')
     p.add_argument('--dry-run', action='store_true', help='count what would be moved, and move nothing')
     p.add_argument('--allow-missing', action='store_true', help='go on where the list names images that are not there')
+    c = cmd.add_parser('check', help='decode every image and name the broken ones', formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    c.add_argument('--data', required=True, metavar='DIR', help=root)
+    c.add_argument('--workers', type=int, default=8, help='images decoded at once')
     s = cmd.add_parser('shard', help='pack class folders into tar files', formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    s.add_argument('data', metavar='DATA', help='folder with train and val, or Kaggle\'s')
+    s.add_argument('data', metavar='DATA', help=root)
     s.add_argument('out', metavar='OUT', help='folder for the shards, which gets train and val')
     s.add_argument('--maxcount', type=int, default=1000, help='images in a shard')
     s.add_argument('--maxsize', type=int, default=200_000_000, help='bytes in a shard')
@@ -48,28 +56,81 @@ def imagenet_options(
     s.add_argument('--workers', type=int, default=1, help='shards written at once')
     _run_options(cmd)
 
-# %% ../../nbs/cli/63_imagenet.ipynb #b2df752b
+# %% ../../nbs/cli/63_imagenet.ipynb #2053a79e
+def _quiet():
+    "Keeps out of the output what is not the user's."
+    from fastprogress import fastprogress
+    warnings.filterwarnings('ignore', category=FutureWarning) # of libraries
+    if not sys.stdout.isatty(): fastprogress.NO_BAR,fastprogress.ConsoleProgressBar.fill = True,''
+
 def _prepare(a):
     from backbones_nb.data.imagenet import prepare_val
     print(prepare_val(a.val_solution, a.val_dir, a.dry_run, a.allow_missing))
 
+def _check(a):
+    "Prints what is broken; that is the request's failure."
+    from backbones_nb.data.imagenet import broken_images, imagenet_folders
+    from backbones_nb.data.shards import has_shards
+    if has_shards(Path(a.data)/'train'): raise ValueError(f'{a.data} holds shards: give the images that they were made '
+        'of')
+    found = {o.name:broken_images(o, a.workers, sys.stderr.isatty()) for o in imagenet_folders(a.data)}
+    for name,bad in found.items(): print(*bad, f"broken images in {name}: {len(bad) or 'none'}", sep='\n')
+    return int(any(found.values()))
+
 def _shard(a):
-    from backbones_nb.data.imagenet import imagenet_folders
+    from backbones_nb.data.class_batches import same_classes
+    from backbones_nb.data.imagenet import imagenet_folders, scan_classes
     from backbones_nb.data.shards import write_shards
-    for name,folder in zip(('train','val'), imagenet_folders(a.data)):
+    folders = imagenet_folders(a.data)
+    same_classes(*(scan_classes(o)[0] for o in folders)) # packing takes hours: what cannot be is said before it
+    for name,folder in zip(('train','val'), folders):
         index = write_shards(folder, Path(a.out)/name, a.maxcount, a.maxsize, a.seed, a.workers, sys.stderr.isatty())
         print(f"{name}: {index['count']} images of {len(index['classes'])} classes in {len(index['shards'])} shards")
 
+# %% ../../nbs/cli/63_imagenet.ipynb #28630e9e
 def _train(a):
     from backbones_nb.learners.imagenet import main
-    main(a.args)
+    main(a.args, prog='backbones-nb imagenet train')
 
 def _evaluate(a):
+    from fastai.torch_core import rank_distrib
     from backbones_nb.learners.imagenet import evaluate_imagenet
-    print(evaluate_imagenet(a.name, a.data, a.pretrained, a.size, a.resize, a.bs, a.workers))
+    res = evaluate_imagenet(a.name, a.data, a.pretrained, a.size, a.resize, a.bs, a.workers, a.device)
+    if not rank_distrib(): print(res)
 
+# %% ../../nbs/cli/63_imagenet.ipynb #3e2f7f57
+_words = {
+    r'^\w+(Error|Exception): ': '',
+    r'\bprepare_val\b': "'backbones-nb imagenet prepare'",
+    r'\bwrite_shards\b': "'backbones-nb imagenet shard'",
+    r' of list_weights\b': '',
+    r'\btrain_imagenet\(pretrained=\S+\)': "'backbones-nb imagenet train --pretrained'",
+    r'\ballow_missing=True': '--allow-missing',
+    r'\bresume=True': '--resume',
+    r"\bpretrained='([^']+)'": r'--pretrained \1',
+    r'\bbuild (it )?with pretrained=False( and load a state dict of your own)?': 'leave --pretrained out, or take another net',
+    r'\bpass shuffle=True, or reps=1': 'say --set reps=1, or give class folders',
+}
+
+def _in_words(
+    error:str, # what an exception says
+) -> str:
+    "Returns an error of the library in one line, with the options of the command line."
+    res = error.strip().splitlines()[-1].strip()
+    for python,option in _words.items(): res = re.sub(python, option, res)
+    return res
+
+# %% ../../nbs/cli/63_imagenet.ipynb #e7251b77
 def run_imagenet(
     a, # what argparse has read
-):
-    "Runs one of the commands; raises what they raise."
-    return dict(prepare=_prepare, shard=_shard, train=_train, evaluate=_evaluate)[a.task](a)
+): # None or the exit code
+    "Runs one of the commands; raises ValueError, in the words of the command line, where it cannot."
+    _quiet() # before libraries are imported that warn
+    try: return dict(prepare=_prepare, check=_check, shard=_shard, train=_train, evaluate=_evaluate)[a.task](a)
+    except SystemExit as e: # so `train` ends
+        if not isinstance(e.code, str): raise
+        error = e.code.removeprefix('error: ')
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as e:
+        if os.environ.get('BACKBONES_NB_DEBUG'): raise
+        error = str(e) or repr(e)
+    raise ValueError(_in_words(error))

@@ -9,7 +9,8 @@ __all__ = ['WeightRecord', 'weights_path', 'write_whole', 'check_hub_file', 'fet
            'load_weights', 'add_weights', 'find_weights', 'weight_records', 'list_weights', 'clashes', 'pick_weights',
            'build_pretrained']
 
-# %% ../../nbs/core/04_weights.ipynb #c0aafc3a
+# %% ../../nbs/core/04_weights.ipynb #2e4e7542
+import errno
 import hashlib
 import os
 import re
@@ -100,13 +101,22 @@ def weights_path(
     if not record.sha256: name = f'{hashlib.sha256(record.url.encode()).hexdigest()[:8]}-{name}'
     return Path(torch.hub.get_dir())/'checkpoints'/name
 
-# %% ../../nbs/core/04_weights.ipynb #2295239d
+# %% ../../nbs/core/04_weights.ipynb #48fcf41a
+def _full(e):
+    "Why a disk takes no more, as far as the system, torch's or safetensors' error says it; None for other errors."
+    m = re.search(r'os error (\d+)', str(e))
+    code = int(m[1]) if m else getattr(e, 'errno', None)
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): return os.strerror(code)
+    if re.search('unexpected pos|iostream error|PytorchStreamWriter failed', str(e)): return 'not all of it was taken'
+
 @contextmanager
 def write_whole(
     path, # of a file or a folder
     shared:bool=False, # other processes may write the same at once; what one of them leaves when it is killed stays
 ): # gives the Path where the block has to write it
-    "A block that writes a file or a folder, which gets its place when the block ends, and leaves none when it fails."
+    """A block that writes a file or a folder, which gets its place when the block ends, and leaves none when it fails.
+
+    Raises OSError where the disk is full."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     room = Path(f'{path}.part')
@@ -120,6 +130,10 @@ def write_whole(
         if part.is_file():
             with open(part, 'rb+') as f: os.fsync(f)
         os.replace(part, path)
+    except Exception as e:
+        if not (why := _full(e)): raise
+        raise OSError(f'{path} cannot be written ({why}): free space there and do it again; what was there before is '
+            'whole') from e
     finally: shutil.rmtree(room, ignore_errors=True)
 
 # %% ../../nbs/core/04_weights.ipynb #a6839d03

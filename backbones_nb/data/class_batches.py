@@ -158,7 +158,7 @@ def __iter__(self:RankedDL):
     try: yield from super(RankedDL, self).__iter__()
     finally: self.running,self.start = False,0
 
-# %% ../../nbs/data/48_class_batches.ipynb #0b76caba
+# %% ../../nbs/data/48_class_batches.ipynb #c5a9be42
 @patch
 def create_batches(self:RankedDL, samps):
     if self.world>1 and not self.running: raise RuntimeError('this loader gives each process its share already: '
@@ -171,7 +171,8 @@ def create_batch(self:RankedDL,
 ) -> tuple: # images (B,3,H,W) and classes (B,), or the images alone
     "Returns a batch."
     x,*y = zip(*b)
-    return (TensorImage(torch.stack(x)), *(TensorCategory(torch.tensor(o)) for o in y))
+    x = torch.utils.data.default_collate(list(x)) # a worker writes them straight into shared memory
+    return (TensorImage(x), *(TensorCategory(torch.tensor(o)) for o in y))
 
 # %% ../../nbs/data/48_class_batches.ipynb #0da703b6
 class FolderDL(RankedDL):

@@ -8,7 +8,7 @@ Docs: https://backbones-nb.github.io/backbones-nb/data/imagenet.html.md"""
 __all__ = ['toy_synsets', 'draw_synset', 'toy_imagenet', 'synset_names', 'find_names', 'read_solution', 'ValReport',
            'prepare_val', 'imagenet_folders', 'scan_classes', 'broken_images']
 
-# %% ../../nbs/data/46_imagenet.ipynb #cbf7130b
+# %% ../../nbs/data/46_imagenet.ipynb #004c1b4b
 import csv
 import json
 import os
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastprogress.fastprogress import progress_bar
 from PIL import Image, ImageDraw
 from timm.data import ImageNetInfo
 
@@ -234,7 +235,7 @@ class ValReport:
         return (f"{self.moved} {'to move' if self.dry_run else 'moved'}, {self.there} already there, "
                 f'{len(self.missing)} missing{few(self.missing)}, {len(self.foreign)} foreign files{few(self.foreign)}')
 
-# %% ../../nbs/data/46_imagenet.ipynb #9070ac95
+# %% ../../nbs/data/46_imagenet.ipynb #6d5f373d
 _suffixes = ('.jpeg', '.jpg', '.png')
 
 def _is_image(name): return name.lower().endswith(_suffixes) and not name.startswith('.')
@@ -260,7 +261,9 @@ def _refuse(solution, places, val_dir, val_solution, allow_missing):
     if other := [k for k,((d,_),) in places.items() if d not in ('', solution[k])]: raise ValueError(f'{val_solution} '
         f'disagrees with the class folder of {first(other)}: give the csv that they were sorted by')
     missing = sorted(solution.keys()-places.keys())
-    if missing and not (allow_missing and places): raise ValueError(f'{val_solution} names {len(solution)} images and '
+    if not places: raise ValueError(f'{val_solution} names {len(solution)} images and {val_dir} holds none of them: '
+        'give the folder they are in, ILSVRC/Data/CLS-LOC/val, or unpack the archive again')
+    if missing and not allow_missing: raise ValueError(f'{val_solution} names {len(solution)} images and '
         f'{val_dir} lacks {first(missing)}: unpack the archive again, or say allow_missing=True')
     return missing
 
@@ -320,15 +323,18 @@ def scan_classes(
         counts.append(len(names))
     return classes,np.array(files),np.repeat(np.arange(len(classes)), counts)
 
-# %% ../../nbs/data/46_imagenet.ipynb #0c4a1d9f
+# %% ../../nbs/data/46_imagenet.ipynb #71020367
 def broken_images(
     folder, # one folder of images for each class
     workers:int=8, # threads
+    progress:bool=False, # show a bar
 ) -> list: # one sentence for each file that cannot be decoded
     "Decodes every image of a folder and returns what is wrong."
     def trouble(file):
         try: load_image(os.path.join(folder, os.fsdecode(file)))
         except (OSError, ValueError) as e: return str(e)
     classes,files,labels = scan_classes(folder)
+    numbers = range(len(classes))
     with ThreadPoolExecutor(workers) as pool:
-        return [o for c in range(len(classes)) for o in pool.map(trouble, files[labels==c]) if o]
+        return [o for c in (progress_bar(numbers) if progress else numbers) for o in pool.map(trouble, files[labels==c])
+                if o]

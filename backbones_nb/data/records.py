@@ -55,14 +55,14 @@ class ClassMap:
     def __eq__(self, o): return isinstance(o, ClassMap) and o.names==self.names
     def __repr__(self): return f"ClassMap({', '.join(f'{i}: {o}' for i,o in enumerate(self.names))})"
 
-# %% ../../nbs/data/40_records.ipynb #a8942609
+# %% ../../nbs/data/40_records.ipynb #9da05041
 def load_image(
     path, # file of any format that PIL reads, whatever its name says
 ) -> Image.Image: # RGB, upright
     "Returns the image as RGB, turned by its EXIF data, on white; raises an error that names the file."
     try:
         with Image.open(path) as im:
-            im = ImageOps.exif_transpose(im)
+            ImageOps.exif_transpose(im, in_place=True)
             if im.mode in ('RGBA','LA','PA') or 'transparency' in im.info:
                 im = im.convert('RGBA')
                 im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
@@ -71,9 +71,9 @@ def load_image(
             return im.convert('RGB')
     except FileNotFoundError: raise FileNotFoundError(f'there is no image {path}: check the path') from None
     except (OSError, SyntaxError, ValueError) as e:
-        raise ValueError(f'{path} cannot be read as an image ({e}): remove or replace it') from e
+        raise ValueError(f'{path} cannot be read as an image ({e}): replace it') from e
 
-# %% ../../nbs/data/40_records.ipynb #cf7c0631
+# %% ../../nbs/data/40_records.ipynb #24ff8c01
 _turned,_orientation = (5,6,7,8),274 # EXIF orientations that swap width and height, and their tag
 
 def image_size(
@@ -86,7 +86,7 @@ def image_size(
             return (w,h) if im.getexif().get(_orientation) in _turned else (h,w)
     except FileNotFoundError: raise FileNotFoundError(f'there is no image {path}: check the path') from None
     except (OSError, SyntaxError, ValueError) as e:
-        raise ValueError(f'{path} cannot be read as an image ({e}): remove or replace it') from e
+        raise ValueError(f'{path} cannot be read as an image ({e}): replace it') from e
 
 # %% ../../nbs/data/40_records.ipynb #fdd0faee
 @dataclass(eq=False)

@@ -8,7 +8,7 @@ Docs: https://backbones-nb.github.io/backbones-nb/data/shards.html.md"""
 __all__ = ['index_name', 'seconds', 'plan_shards', 'webdataset', 'write_shards', 'as_place', 'join_place', 'has_shards',
            'read_index', 'read_shard', 'read_samples']
 
-# %% ../../nbs/data/47_shards.ipynb #1923c2fb
+# %% ../../nbs/data/47_shards.ipynb #1b8e6ac7
 import hashlib
 import json
 import os
@@ -31,7 +31,7 @@ from fastprogress.fastprogress import progress_bar
 
 from ..core.weights import write_whole
 from .imagenet import scan_classes
-from .records import image_size
+from .records import load_image
 
 # %% ../../nbs/data/47_shards.ipynb #29a8e95d
 def plan_shards(
@@ -62,14 +62,14 @@ def webdataset():
         'pip install webdataset') from e
     return webdataset
 
-# %% ../../nbs/data/47_shards.ipynb #1de467b2
+# %% ../../nbs/data/47_shards.ipynb #3b2a4ec6
 def _write_one(job, folder, classes, files, labels):
     "Writes a shard that is not there yet; `job` is its path and the numbers of its samples."
     path,numbers = job
     def write(tar):
         for i in numbers:
             name,label = os.fsdecode(files[i]),int(labels[i])
-            image_size(folder/name) # raises for what is no image, and names it
+            load_image(folder/name) # raises for what is no whole image, and names it
             about = dict(file=name, synset=classes[label])
             tar.write({'__key__':f'{i:08d}', 'jpg':(folder/name).read_bytes(), 'cls':str(label).encode(),
                        'json':json.dumps(about).encode()})
@@ -91,7 +91,7 @@ def _start(out, fingerprint):
     out.mkdir(parents=True, exist_ok=True)
     _put_index(out, dict(fingerprint=fingerprint, complete=False))
 
-# %% ../../nbs/data/47_shards.ipynb #0e21a4e1
+# %% ../../nbs/data/47_shards.ipynb #8996cbf8
 def write_shards(
     folder, # one folder of images for each class
     out, # folder for the shards, written by one process at a time; one that was begun alike is continued, or mended
@@ -117,7 +117,8 @@ def write_shards(
     jobs = [(out/f'shard-{i:06d}.tar', o) for i,o in enumerate(plan)]
     write = partial(_write_one, folder=folder, classes=classes, files=files, labels=labels)
     with ThreadPoolExecutor(workers) as pool:
-        shards = list(progress_bar(pool.map(write, jobs), total=len(jobs), display=progress))
+        todo = pool.map(write, jobs)
+        shards = list(progress_bar(todo, total=len(jobs)) if progress else todo)
     index = dict(fingerprint=fingerprint, complete=True, seed=seed, count=len(files), classes=classes, shards=shards)
     _put_index(out, index)
     return index

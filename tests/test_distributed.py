@@ -7,14 +7,16 @@ import pytest
 import timm
 import torch
 from common import Colours, draw_record, make_dls, make_learner, noise
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.training import GradientAccumulation
+from fastai.learner import load_learner
 from fastai.metrics import F1Score, accuracy
 from fastai.vision.data import ImageDataLoaders
 from torch import nn
 
 from backbones_nb.core.features import Backbone, feature_row
 from backbones_nb.core.layers import ConvNormAct
+from backbones_nb.core.registry import create_backbone
 from backbones_nb.data.class_batches import folder_dls
 from backbones_nb.data.imagenet import prepare_val, toy_imagenet
 from backbones_nb.detectors import retinanet
@@ -102,6 +104,49 @@ def classify(data, **kw):
         found = learn.predict(learn.dls.valid.dataset.items[0][0])
     return learn,dict(values=seen, preds=preds, targs=targs, found=found[2])
 
+class At(Callback):
+    "Does something before an epoch."
+    def __init__(self, epoch, f): self.at,self.f = epoch,f
+    def before_epoch(self):
+        if self.epoch==self.at: self.f()
+
+def breaks_off(learn):
+    class Early(Callback):
+        def before_batch(self):
+            if self.training and self.iter==2: raise CancelFitException
+    with learn.distrib_ctx():
+        learn.fit(1, cbs=Early())
+        kinds = [type(learn.model)]
+        learn.validate()
+        learn.fit(1)
+        kinds.append(type(learn.model))
+    assert kinds==[Wrong]*2 and learn.dls.train.world==1
+
+def unfrozen_later(folder):
+    learn = make_learner(records(folder), folder, detector(), opt_func=torch_sgd, lr=.01)
+    with learn.distrib_ctx():
+        learn.freeze()
+        learn.fit(3, cbs=At(1, learn.unfreeze))
+        learn.export('inside.pkl')
+        with pytest.raises(RuntimeError, match='lr_find searches in one process'): learn.lr_find()
+        draw = float(torch.rand(()))
+    return dict(net=state(learn), draw=draw)
+
+def cut(data):
+    "A backbone without its last map, metrics of training, and what each process measures after the sharing."
+    torch.manual_seed(0)
+    dls = folder_dls(data, size=32, seed=0, bs=2, val_bs=2, device='cpu')
+    learn = backbone_learner(dls, create_backbone('timm/test_convnext', strides=(8,)), metrics=[accuracy, TopK(1)], lr=.05)
+    learn.recorder.train_metrics = True
+    learn.remove_cb(learn.progress)
+    learn.logger = lambda *a: None
+    with learn.distrib_ctx():
+        if os.environ['RANK']=='0': dls.train.one_batch() # looks at a batch, and moves on its epoch
+        learn.fit(2)
+        seen,inside = values(learn),learn.validate()
+    alone = learn.validate() if os.environ['RANK']=='0' else inside # nobody waits for the other
+    return dict(net=state(learn), seen=seen, inside=list(map(float, inside)), alone=list(map(float, alone)), epoch=dls.train.epoch)
+
 def main(folder, data):
     rank = os.environ['RANK']
     learn = train_detector(Path(folder))
@@ -110,6 +155,8 @@ def main(folder, data):
     too_few(Path(folder))
     learn,res['classes'] = classify(data, bs=2)
     res['classifier'] = state(learn)
+    breaks_off(make_learner(records(Path(folder)), Path(folder), Wrong()))
+    res |= dict(later=unfrozen_later(Path(folder)), cut=cut(data))
     torch.save(res, Path(folder)/f'{rank}.pt')
 
 if __name__=='__main__': main(*sys.argv[1:])
@@ -155,6 +202,22 @@ def test_classes_as_one_process(two):
         torch.testing.assert_close(r['classes']['preds'], one['preds'], rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(r['classes']['found'], one['found'], rtol=1e-3, atol=1e-5)
         assert r['classes']['targs'].tolist()==one['targs'].tolist()
+
+def test_what_is_unfrozen_later_is_averaged_too(two):
+    _,folder,(a,b) = two
+    assert gap(a['later']['net'], b['later']['net'])==0 and a['later']['draw']!=b['later']['draw']
+    learn = load_learner(folder/'inside.pkl') # exported while the processes shared the work
+    assert gap(learn.model.state_dict(), a['later']['net'])==0
+    learn.dls = make_dls(records(folder), folder)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+
+
+def test_parts_of_a_backbone_and_metrics_of_training(two):
+    a,b = (o['cut'] for o in two[2])
+    assert gap(a['net'], b['net'])==0 and a['epoch']==b['epoch']
+    assert a['seen']==b['seen'] and 0<a['seen']['train_accuracy']<1
+    for r in (a,b): assert r['alone']==pytest.approx(r['inside'], rel=1e-5)
+
 
 def test_loaders_of_fastai(two, monkeypatch):
     dls = ImageDataLoaders.from_folder(two[0]/'ILSVRC'/'Data'/'CLS-LOC', train='train', valid='val', bs=4, device='cpu')

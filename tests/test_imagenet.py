@@ -192,6 +192,16 @@ def test_two_processes(data, tmp_path):
     assert all(torch.equal(v, a['net'][k]) for k,v in load_file(tmp_path/'parts'/'net.safetensors').items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('launch', ['torch.distributed.run --standalone --nproc_per_node=2', 'accelerate.commands.launch --multi_gpu --num_processes 2'], ids=lambda o: o.split('.')[0])
+def test_launched(data, tmp_path, launch):
+    args = f'-m {launch} -m backbones_nb.learners.imagenet --data {data} --out {tmp_path}/run --backbone timm/test_efficientnet --recipe vt_default --amp off --epochs 1 --set warmup=.5 --bs 2 --size 32 --workers 0 --device cpu'
+    p = subprocess.run([sys.executable, '-W', 'ignore', *args.split()], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    assert p.returncode==0, p.stderr[-3000:]
+    res,one = json.loads((tmp_path/'run'/'metrics.json').read_text()),train_imagenet(data, tmp_path/'one', **small | dict(epochs=1, bs=4, ema=None))
+    assert res['processes']==2 and res['images']==9 and res['lr']==pytest.approx(one.results['lr'])
+
+
 # --- published weights
 
 @pytest.fixture
@@ -243,7 +253,7 @@ def test_classes_of_the_data_among_those_of_the_net():
 # --- what is refused
 
 wrong = dict(
-    recipe=(dict(recipe='vt_smal'), "unknown recipe 'vt_smal'.*vt_small"), field=(dict(warmpu=1), "recipe has no 'warmpu'.*warmup"), epochs=(dict(epochs=0), 'got epochs=0'),
+    recipe=(dict(recipe='vt_smal'), "got the recipe 'vt_smal'.*vt_small"), field=(dict(warmpu=1), "recipe has no 'warmpu'.*warmup"), epochs=(dict(epochs=0), 'got epochs=0'),
     log=(dict(log='csvs'), "got log='csvs'"), amp=(dict(amp='fp8'), "got amp='fp8'"), weights=(dict(weights='h5'), "got weights='h5'"), every=(dict(every=0), 'got every=0'),
     loader=(dict(acc=0), "got .*acc=0"), sync=(dict(sync_bn=True), 'sync_bn=True on cpu'), bs=(dict(bs=100), '33 training images.*at least one batch of 100'), short=(dict(epochs=1, warmup=5), 'warm-up of 5'),
     backbone=(dict(backbone='timm/test_efficientnt'), 'test_efficientnet'))
@@ -345,6 +355,7 @@ def test_wandb(data, tmp_path, monkeypatch):
 
 def test_console_command(tmp_path, capsys):
     from backbones_nb.cli.cli import main as console
-    with pytest.raises(SystemExit, match='there is no folder'): console(['imagenet', 'train', '--data', f'{tmp_path}/nothing', '--out', f'{tmp_path}/run', '--epochs', '1', '--set', 'warmup=0'])
+    assert console(['imagenet', 'train', '--data', f'{tmp_path}/nothing', '--out', f'{tmp_path}/run', '--epochs', '1', '--set', 'warmup=0'])==1
+    assert 'error: there is no folder' in capsys.readouterr().err
     assert console(['imagenet', 'evaluate', 'vovnet38', '--data', str(tmp_path)])==1
     assert "Did you mean 'vovnet39'" in capsys.readouterr().err

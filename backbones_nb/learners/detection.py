@@ -266,7 +266,7 @@ def _check_size(model, size):
     raise ValueError(f'got size={size}, but this {type(m).__name__} scales every image {to}, whatever its size: '
         'build it for the size that you want, or leave size out')
 
-# %% ../../nbs/learners/51_fastai.ipynb #4e0a4f3f
+# %% ../../nbs/learners/51_fastai.ipynb #3731af7f
 @patch
 def _loader(self:DetectionLearner, ds_idx, dl, size=None, reorder=True, shuffle=False):
     "A loader that leaves nothing out: of a part of the data without augmentation, or the given one."
@@ -278,7 +278,7 @@ def _loader(self:DetectionLearner, ds_idx, dl, size=None, reorder=True, shuffle=
     if size is not None and hw(size)!=dl.size:
         _check_size(self.model, size)
         kw['size'] = size
-    return dl.new(drop_last=False, **kw) if kw or dl.drop_last else dl
+    return dl.new(drop_last=False, **kw) if kw or dl.drop_last or dl.world>1 else dl
 
 @patch
 def _gather(self:DetectionLearner, dl, finish, with_input=False, with_loss=False, inner=False, cbs=None):

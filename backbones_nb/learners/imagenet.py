@@ -34,7 +34,7 @@ from fastprogress.fastprogress import progress_bar
 from safetensors.torch import save_file
 from torchvision.transforms import v2
 
-# %% ../../nbs/learners/58_imagenet.ipynb #1b605744
+# %% ../../nbs/learners/58_imagenet.ipynb #fa5ad2c7
 from ..core.registry import create_backbone, has_backbone
 from ..core.weights import fetch_weights, pick_weights, read_weights, write_whole
 from ..data.class_batches import FolderDL, ImageSet, ShardDL, ShardSet, folder_dls, shard_dls, to_float
@@ -43,7 +43,7 @@ from ..data.shards import as_place, has_shards, join_place
 from ..detectors.detector import mean_std
 from .checkpoints import Checkpoint, find_ema
 from .classify import backbone_learner, classifier
-from .distributed import TopK, join_processes
+from .distributed import TopK, add_up, join_processes
 from .recipe import ModelEMA, Recipe, recipe_args, recipe_cbs, recipe_tfms, recipes, valid_tfm
 from .recipe import recipe as find_recipe
 
@@ -160,7 +160,7 @@ def save_run(
     with write_whole(out/'metrics.json') as part: part.write_text(json.dumps(res, indent=1))
     return res
 
-# %% ../../nbs/learners/58_imagenet.ipynb #b0e75ed6
+# %% ../../nbs/learners/58_imagenet.ipynb #37f99b61
 def _make(data, backbone, r, bs, lr, pretrained, acc, workers, seed, device, cbs):
     "The learner before its training."
     world = num_distrib() or 1
@@ -172,7 +172,7 @@ def _make(data, backbone, r, bs, lr, pretrained, acc, workers, seed, device, cbs
     learn = backbone_learner(dls, body, metrics=[TopK(1), TopK(5)], cbs=ema + list(cbs), **args)
     for o in ema: o.swap = False
     learn.unfreeze()
-    set_seed(seed+rank_distrib()) # each process mixes images in its own way
+    set_seed(seed) # whatever the net has drawn
     return learn
 
 # %% ../../nbs/learners/58_imagenet.ipynb #71a1fa4f
@@ -357,7 +357,7 @@ class Evaluation:
                 f'{self.top5:.2f} % (published: {said(self.published5)}); {self.images} images, shorter side '
                 f'{self.resize} px, crop {self.size} px, {self.interpolation}')
 
-# %% ../../nbs/learners/58_imagenet.ipynb #20375e2b
+# %% ../../nbs/learners/58_imagenet.ipynb #99b6967a
 @torch.inference_mode()
 def accuracy(
     model, # a classifier in evaluation mode
@@ -371,6 +371,7 @@ def accuracy(
         pred = model(x.as_subclass(torch.Tensor))
         if numbers is None: numbers = class_numbers(dl.dataset.vocab, pred.shape[1]).to(device)
         for m in metrics: m.accumulate(SimpleNamespace(pred=pred, y=numbers[y.as_subclass(torch.Tensor)]))
+    add_up((vars(m),k) for m in metrics for k in ('total','count'))
     return [m.value for m in metrics]
 
 # %% ../../nbs/learners/58_imagenet.ipynb #9bf9076b

@@ -28,6 +28,7 @@ from backbones_nb.core.parity import randomise_
 from backbones_nb.core.registry import create_backbone, list_backbones
 from backbones_nb.core.weights import WeightRecord
 from backbones_nb.data.pets import breed_of, read_list
+from backbones_nb.detectors import faster_rcnn
 from backbones_nb.learners.classify import backbone_learner, classifier, pools
 
 small = 'vovnet19_slim_dw'
@@ -126,7 +127,9 @@ def test_one_channel():
     ((small, 3), dict(dropout=1), ValueError, 'got dropout=1, expected'), ((small, 3), dict(dropout=-.1), ValueError, 'got dropout=-0.1'),
     ((small, 3), dict(droput=.1), TypeError, "takes no argument 'droput'"),
     ((small, 3), dict(pretrained='nobody'), ValueError, small), ((small, 3), dict(pretrained=''), ValueError, "got pretrained=''"),
-    ((models.resnet18(), 3), {}, ValueError, 'expected feature maps.*without its classifier head')])
+    ((models.resnet18(), 3), {}, ValueError, 'expected feature maps.*without its classifier head'),
+    ((classifier(small, 3), 3), {}, ValueError, 'got a whole Classifier, expected a backbone: give its `.backbone`'),
+    ((faster_rcnn.model(3, small), 3), {}, ValueError, 'got a whole .*give its `.backbone`')])
 def test_what_is_refused(args, kw, error, message):
     with pytest.raises(error, match=message): classifier(*args, **kw)
 
@@ -217,6 +220,23 @@ def test_normalisation(colours, tmp_path, half):
         make(dls, pretrained=half)
     assert stats(make(dls, pretrained=half, normalize=False).dls)==near(imagenet)
 
+def test_what_it_passes_on(dls):
+    learn = make(dls, pool='max', dropout=.3, strides=(4,16), n_out=5, splitter=lambda m: [[*m.backbone.parameters()], [*m.head.parameters()]])
+    head = learn.model.head
+    assert (head.global_pool.pool_type,head.drop.p,head.fc.out_features,learn.model.backbone.strides)==('max', .3, 5, (4,16))
+    assert 'pool max, dropout 0.3' in repr(learn.model)
+    learn.create_opt()
+    assert [len(o) for o in learn.opt.param_lists]==[len([*o.parameters()]) for o in (learn.model.backbone, head)]
+
+def test_another_head(dls, half):
+    learn = make(dls, pretrained=half)
+    learn.model.head,learn.opt = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(learn.model.backbone.channels[-1], 3)),None
+    learn.freeze()
+    first,was = learn.model.head[2].weight.detach().clone(),learn.model.backbone.stem[0].conv.weight.clone()
+    learn.fit(1, 1e-2)
+    assert not torch.equal(learn.model.head[2].weight, first) and torch.equal(learn.model.backbone.stem[0].conv.weight, was)
+    assert 'head Sequential' in repr(learn.model)
+
 def test_pretrained_is_frozen(dls, half):
     learn = make(dls, pretrained=half)
     assert learn.pretrained=='half' and learn.opt.frozen_idx==len(learn.model.param_groups())-1
@@ -306,7 +326,11 @@ def test_images_of_one_channel(colours, tmp_path):
     assert raw.dls.one_batch()[0].shape[1]==1 and raw.get_preds()[0].shape==(6,3)
 
 @pytest.mark.parametrize('kw, error, message', [
-    (dict(ps=.5), TypeError, "backbone_learner takes no argument 'ps'.*create_backbone"), (dict(droput=.1), TypeError, "Did you mean 'dropout'"),
+    (dict(ps=.5), TypeError, "takes no argument 'ps': call it dropout"), (dict(concat_pool=True), TypeError, "say pool='catavgmax'"),
+    (dict(num_classes=3), TypeError, 'call it n_out'), (dict(cut=-1), TypeError, 'say strides'), (dict(n_in=4), TypeError, 'other numbers than 1 and 3'),
+    *[(dict([o]), TypeError, f'{o[0]!r}: it belongs to a head that is not offered.*learn.model.head') for o in dict(custom_head=3, lin_ftrs=[512], y_range=(0, 1)).items()],
+    (dict(ese=False), TypeError, "takes no argument 'ese'.*create_backbone"), (dict(droput=.1), TypeError, "Did you mean 'dropout'"),
+    (dict(backbone=create_backbone(small), strides=8), ValueError, 'got a built .*strides=8, which is too late'),
     (dict(metric=accuracy), TypeError, "Did you mean 'metrics'"), (dict(model=3), TypeError, "takes no argument 'model'"),
     (dict(n_out=-1), ValueError, 'got num_classes=-1'),
     (dict(backbone='resnt18'), ValueError, "no backbone 'resnt18'.*'resnet18'"), (dict(pool='none'), ValueError, "got pool='none'")])

@@ -253,7 +253,7 @@ def test_classes_of_the_data_among_those_of_the_net():
 # --- what is refused
 
 wrong = dict(
-    recipe=(dict(recipe='vt_smal'), "got the recipe 'vt_smal'.*vt_small"), field=(dict(warmpu=1), "recipe has no 'warmpu'.*warmup"), epochs=(dict(epochs=0), 'got epochs=0'),
+    recipe=(dict(recipe='vt_smal'), "got the recipe 'vt_smal'.*vt_small"), field=(dict(warmpu=1), "recipe has no 'warmpu'.*warmup"), epochs=(dict(epochs=0), 'with epochs=0, expected a whole number'),
     log=(dict(log='csvs'), "got log='csvs'"), amp=(dict(amp='fp8'), "got amp='fp8'"), weights=(dict(weights='h5'), "got weights='h5'"), every=(dict(every=0), 'got every=0'),
     loader=(dict(acc=0), "got .*acc=0"), sync=(dict(sync_bn=True), 'sync_bn=True on cpu'), bs=(dict(bs=100), '33 training images.*at least one batch of 100'), short=(dict(epochs=1, warmup=5), 'warm-up of 5'),
     backbone=(dict(backbone='timm/test_efficientnt'), 'test_efficientnet'))

@@ -1,5 +1,6 @@
 import copy
 import math
+import re
 from functools import partial
 
 import numpy as np
@@ -10,14 +11,21 @@ from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
-from fastai.learner import Learner
+from fastai.callback.tracker import SaveModelCallback
+from fastai.data.block import CategoryBlock, DataBlock, MultiCategoryBlock, RegressionBlock
+from fastai.data.transforms import IndexSplitter
+from fastai.learner import Learner, load_learner
 from fastai.metrics import accuracy
 from fastai.optimizer import SGD
+from fastai.vision.data import ImageBlock, ImageDataLoaders
+from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
 from backbones_nb.core.draw import sample_image
 from backbones_nb.learners import recipe as R
+from backbones_nb.data.class_batches import folder_dls
+from backbones_nb.learners.classify import backbone_learner
 from common import out
 
 
@@ -134,6 +142,15 @@ def test_schedule_resumed(tmp_path):
 def test_warmup_longer_than_the_fit(tmp_path, warmup, epochs):
     with pytest.raises(ValueError, match=f'warm-up of {warmup} epochs and a fit of {epochs}'):
         learner(tmp_path, [R.WarmupCosine(warmup=warmup)]).fit(epochs)
+
+
+@pytest.mark.parametrize('fit', [lambda l: l.fit_one_cycle(2, 1e-2), lambda l: l.fine_tune(2, freeze_epochs=2),
+                                 lambda l: l.fit(2, cbs=R.WarmupCosine(warmup=1))])
+def test_two_schedules(tmp_path, fit):
+    l = learner(tmp_path, [R.WarmupCosine(warmup=1)], splitter=halves)
+    with pytest.raises(ValueError, match='WarmupCosine and another schedule.*expected one: call fit'): fit(l)
+    l.remove_cb(R.WarmupCosine)
+    fit(l)
 
 
 @pytest.mark.parametrize('warmup', [-0.1, 1, 5])
@@ -298,6 +315,12 @@ def test_mixing_needs_the_number_of_classes(tmp_path):
     with pytest.raises(ValueError, match='pass num_classes'): l.fit(1)
 
 
+def test_several_labels_are_not_mixed(tmp_path):
+    ds = Rows((x, F.one_hot(y, 3).float()) for x,y in data())
+    l = learner(tmp_path, [R.CutMixUp(num_classes=3)], DataLoaders(DataLoader(ds, bs=8), DataLoader(ds, bs=8), device='cpu'))
+    with pytest.raises(ValueError, match=r'labels of shape \(8, 3\), expected the number of one class'): l.fit(1)
+
+
 # --- repeated augmentation
 
 @pytest.mark.parametrize('n,reps,world', [(12,4,1), (12,4,2), (13,4,3), (5,1,1), (7,1,2), (3,8,1), (100,3,8), (1,4,2)])
@@ -343,6 +366,20 @@ def test_a_loaders_own_order_comes_back(tmp_path):
     l = learner(tmp_path, [R.RepeatedAugmentation(2)], dls)
     l.fit(1)
     assert l.dls.train.shuffle_fn is own
+
+
+def test_validation_needs_no_order(tmp_path):
+    l = learner(tmp_path, [R.RepeatedAugmentation()])
+    l.validate()
+    assert len(l.get_preds()[0])==9 and 'shuffle_fn' not in vars(l.dls.train)
+
+
+def test_repeats_after_a_fit_that_broke_off(tmp_path):
+    l = learner(tmp_path, [R.RepeatedAugmentation(2), brk:=Break('validate')], loaders(shuffle=True))
+    with pytest.raises(KeyboardInterrupt): l.fit(2)
+    l.remove_cb(brk)
+    l.fit(1)
+    assert 'shuffle_fn' not in vars(l.dls.train)
 
 
 def test_repeats_need_an_order(tmp_path):
@@ -392,6 +429,53 @@ def test_validating_first_starts_no_average(tmp_path):
     assert ema.average is None and torch.equal(params(l), before)
 
 
+def averages(l): return all(torch.equal(v, l.model.state_dict()[k]) for k,v in l.model_ema.average.module.state_dict().items())
+
+
+@pytest.mark.parametrize('swap', [True, False])
+def test_what_is_saved_after_an_epoch_was_measured(tmp_path, swap):
+    l = learner(tmp_path, [R.ModelEMA(0.9, swap=swap), Watch()])
+    l.fit(3, cbs=SaveModelCallback(fname='best'))
+    losses,raw = [r[1] for r in l.recorder.values],params(l, l.watch.weights[-1])
+    assert min(losses)==losses[-1]==pytest.approx(l.validate()[0], rel=1e-5) and averages(l)
+    assert not torch.allclose(params(l), raw)
+
+
+class Nested(Callback):
+    "Predicts and measures inside of a fit, as loggers do."
+    order = 70
+    def after_epoch(self):
+        if hasattr(self, 'gather_preds'): return
+        self.learn.get_preds(dl=self.dls.valid, inner=True)
+        self.own = {k:v.clone() for k,v in self.model_ema.own.items()}
+
+
+def test_predicting_after_an_epoch(tmp_path):
+    a,b = (learner(tmp_path, [R.ModelEMA(0.9), Watch()]+cbs) for cbs in ([], [Nested()]))
+    for l in a,b: l.fit(3)
+    assert torch.equal(params(a), params(b)) and torch.equal(params(b, b.nested.own), params(b, b.watch.weights[-1]))
+
+
+def test_a_new_fit_begins_a_new_average(tmp_path):
+    l = learner(tmp_path, [ema:=R.ModelEMA(0.99)])
+    l.save('start')
+    l.fit(3)
+    l.load('start')
+    before = params(l)
+    l.fit(1, lr=1e-9)
+    assert torch.allclose(params(l), before, atol=1e-6) and ema.count==6==ema.average.n_averaged
+    l.fit(2, start_epoch=1)
+    assert ema.count==12 # goes on
+    ema.load_state_dict(ema.state_dict())
+    l.fit(1)
+    assert ema.count==18
+    l.fit(1)
+    assert ema.count==6
+    l.model = small(False) # another net
+    l.fit(1, reset_opt=True)
+    assert ema.count==6 and averages(l)
+
+
 class Break(Callback):
     order = 90
     def __init__(self, event): self.event = event
@@ -406,6 +490,26 @@ def test_broken_off_in_validation(tmp_path):
     l.remove_cb(brk)
     l.validate()
     assert torch.equal(params(l), raw) and ema.own is None
+
+
+def test_weights_loaded_after_a_fit_that_broke_off_stay(tmp_path):
+    l = learner(tmp_path, [ema:=R.ModelEMA(0.9), brk:=Break('validate')])
+    l.save('start')
+    before = params(l)
+    with pytest.raises(KeyboardInterrupt): l.fit(2)
+    l.remove_cb(brk)
+    l.load('start')
+    l.validate()
+    assert torch.equal(params(l), before) and ema.own is None
+
+
+def test_resumed_state_may_be_measured_first(tmp_path):
+    run(tmp_path, 4)
+    l = learner(tmp_path, [ema:=R.ModelEMA(0.8)], loaders(shuffle=True))
+    l.load('half')
+    ema.load_state_dict(torch.load(tmp_path/'ema.pth', weights_only=True))
+    with ema.averaged(): assert averages(l) and l.validate() and averages(l)
+    assert not averages(l) # its own weights
 
 
 def run(path, epochs, start=0, before=None):
@@ -454,12 +558,13 @@ def test_decay_for_the_length_of_a_training():
 
 
 def test_export_with_an_average(tmp_path):
-    from fastai.learner import load_learner
     l = learner(tmp_path, [R.ModelEMA(0.9), R.WarmupCosine(warmup=0.5)])
     l.fit(1)
     l.export('x.pkl')
     x = torch.randn(2, 3, 8, 8)
-    assert torch.equal(out(l.model.eval(), x), out(load_learner(tmp_path/'x.pkl').model.eval(), x))
+    again = load_learner(tmp_path/'x.pkl')
+    assert torch.equal(out(l.model.eval(), x), out(again.model.eval(), x))
+    assert again.model_ema.average is None and l.model_ema.average.n_averaged==6 # one net in the file
 
 
 def same_average(rank, port, queue):
@@ -666,7 +771,65 @@ def test_callbacks_of_the_rows():
     ema = next(o for o in R.recipe_cbs(R.recipe('torchvision'), 128, world=8) if isinstance(o, R.ModelEMA))
     assert ema.decay==pytest.approx(1-2e-5*1024*32/600) and (ema.steps,ema.warmup)==(32,5)
     assert {o.bias for o in R.recipe_cbs(R.recipe('torchvision'), 8) if isinstance(o, R.NoDecay)}=={False}
-    with pytest.raises(ValueError, match="no_decay='bn'"): R.recipe_cbs(R.recipe('vt_default', no_decay='bn'), 8)
+
+
+other = dict(epochs=7, bs=24, lr=0.3, mom=0.7, wd=0.03, no_decay='norm', warmup=2, warmup_start=0.1, smoothing=0.2, trivial=False, erase=1.,
+             erase_value=9., cutmix=0.5, mixup=0.6, train_size=20, valid_resize=30, valid_size=24, reps=3, ema_decay=0.99, ema_steps=2,
+             amp='bf16', channels_last=True, clip=0.5)
+
+
+def test_every_field_reaches_its_place(tmp_path):
+    r = R.Recipe('other', 'here', **other)
+    default = R.Recipe('', '')
+    assert set(other)==set(R.Recipe.__dataclass_fields__)-{'name','source'} and all(getattr(default, k)!=v for k,v in other.items())
+    l = R.apply_recipe(learner(tmp_path, dls=loaders(shuffle=True)), r, acc=2, seed=5)
+    got = {type(o).__name__:o for o in l.cbs}
+    assert (l.lr,l.wd,l.wd_bn_bias)==(pytest.approx(0.3*4*2/24), 0.03, True)
+    assert l.loss_func.func.label_smoothing==0.2 and l.opt_func.keywords==dict(mom=0.7, decouple_wd=False)
+    assert (got['WarmupCosine'].warmup,got['WarmupCosine'].start,got['WarmupCosine'].peak)==(2, 0.1, None)
+    assert not got['NoDecay'].bias and (got['CutMixUp'].cutmix,got['CutMixUp'].mixup)==(0.5, 0.6)
+    assert (got['RepeatedAugmentation'].reps,got['RepeatedAugmentation'].seed)==(3, 5) and got['Accumulate'].n_acc==2*4
+    assert got['DetectionPrecision'].amp_mode.value=='bf16' and got['GradientClip'].max_norm==0.5 and 'ChannelsLast' in got
+    ema = got['ModelEMA']
+    assert ema.decay==pytest.approx(1-0.01*8*2/7) and (ema.steps,ema.warmup,ema.swap,ema.evaluate)==(2, 2, True, True)
+    assert R.recipe_cbs(r, 4, world=3, acc=2)[-1].decay==pytest.approx(1-0.01*24*2/7)
+    l.fit(7)
+    assert l.recorder.hps['lr'][0]==pytest.approx(0.1*0.1) and all(h['mom']==0.7 and h['wd']==0.03 for h in l.opt.hypers)
+
+
+def test_every_field_reaches_the_transforms():
+    train,valid = R.recipe_tfms(R.Recipe('other', 'here', **other), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    grey = torch.full((3,40,60), 51, dtype=torch.uint8) # 0.2
+    want = [(0.2-m)/s for m,s in ((0.1, 0.5), (0.2, 0.6), (0.3, 0.7))]
+    torch.manual_seed(0)
+    x = train(grey)
+    assert x.shape==(3,20,20) and {tuple(round(v, 4) for v in o) for o in x.flatten(1).T.tolist()}=={tuple(round(v, 4) for v in want), (9., 9., 9.)}
+    assert valid(grey).shape==(3,24,24) and valid(grey).mean((1,2)).tolist()==pytest.approx(want, abs=1e-5)
+    find = lambda kind: next(o for o in train.transforms if isinstance(o, kind))
+    assert find(v2.RandomErasing).p==1. and not any(isinstance(o, v2.TrivialAugmentWide) for o in train.transforms)
+    assert next(o for o in valid.transforms if isinstance(o, v2.Resize)).size==[30]
+    ramp = torch.arange(40, dtype=torch.uint8).expand(3, 40, 40)*6 # from left to right
+    falls = [bool((o[0,:,-1]<o[0,:,0]).all()) for o in (R.train_tfm(20, False, 0.)(ramp) for _ in range(60))]
+    assert 15<sum(falls)<45 # mirrored as often as not
+
+
+bad = dict(epochs=[0, 2.5, True, '3'], bs=[0], lr=[0, -1, '0.1', float('nan')], mom=[1, 2, -0.1], wd=[-1], no_decay=['bn', None], warmup=[-1],
+           warmup_start=[-1, 2], smoothing=[1, 2], trivial=['no', 1], erase=[2, -1], erase_value=['noise', None, ('a',), (1,2)], cutmix=[-1, True],
+           mixup=[-1], train_size=[0, (20,20)], valid_resize=[0], valid_size=[-5], reps=[0], ema_decay=[1, 2, -1], ema_steps=[0],
+           amp=['fp17', True, ''], channels_last=['yes'], clip=[0, -1])
+
+
+@pytest.mark.parametrize('field', other)
+def test_rows_that_cannot_be(field):
+    for v in bad[field]:
+        with pytest.raises(ValueError, match=rf'got a recipe with {field}={re.escape(repr(v))}, expected '): R.recipe('vt_default', **{field:v})
+    good = dict(ema_decay=None, amp=None, clip=None, erase_value=(1, 2, 3))
+    if field in good: assert getattr(R.recipe('torchvision', **{field:good[field]}), field)==good[field]
+
+
+@pytest.mark.parametrize('name', [None, 3, 'tv', []])
+def test_no_recipe(name):
+    with pytest.raises(ValueError, match=r'got the recipe .* expected one of vt_default, .*, torchvision, or a Recipe'): R.recipe(name)
 
 
 def test_transforms_of_the_rows():
@@ -704,3 +867,116 @@ def test_a_recipe_for_a_frozen_learner(tmp_path):
     first,last = l.model[0].weight.clone(),l.model[-1].weight.clone()
     l.fit(2)
     assert torch.equal(l.model[0].weight, first) and not torch.equal(l.model[-1].weight, last)
+
+
+# --- with real images
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    "18 noisy images of training and 6 of validation, red, green or blue."
+    path,rng = tmp_path_factory.mktemp('images'),np.random.default_rng(0)
+    for part,n in dict(train=6, val=2).items():
+        for c,name in enumerate('bgr'): # in alphabetical order
+            (path/part/name).mkdir(parents=True)
+            for i in range(n):
+                a = rng.integers(0, 100, (40,48,3))
+                a[...,2-c] += 120
+                Image.fromarray(a.astype(np.uint8)).save(path/part/name/f'{i}.png')
+    return path
+
+
+tiny = dict(epochs=2, warmup=0.5, train_size=32, valid_resize=40, valid_size=32, amp=None, ema_steps=1)
+
+
+def quiet(l, path):
+    l.remove_cb(l.progress)
+    l.logger,l.path = lambda *a: None,path
+    return l
+
+
+def image_learner(path, dls, r, **kw):
+    torch.manual_seed(0)
+    return R.apply_recipe(quiet(backbone_learner(dls, 'resnet18', strides=4, normalize=False), path), r, **kw)
+
+
+@pytest.mark.parametrize('name', R.recipes)
+def test_exported_and_predicting(tmp_path, folder, name):
+    r = R.recipe(name, **tiny)
+    l = image_learner(tmp_path, folder_dls(folder, bs=6, tfms=R.recipe_tfms(r), normalized=True, device='cpu'), r)
+    l.fit(2)
+    image = folder/'val'/'r'/'0.png'
+    want = l.predict(image)[2]
+    l.export('x.pkl')
+    assert torch.equal(load_learner(tmp_path/'x.pkl').predict(image)[2], want)
+    size = sum(o.numel()*o.element_size() for o in l.model.state_dict().values())
+    assert (tmp_path/'x.pkl').stat().st_size<1.2*size # one net, no data
+
+
+@pytest.mark.parametrize('given', [None, 3])
+def test_the_seed_reaches_repeated_augmentation(tmp_path, folder, given):
+    r = R.recipe('torchvision', **tiny)
+    dls = folder_dls(folder, bs=6, tfms=R.recipe_tfms(r), normalized=True, seed=7, device='cpu')
+    l,orders = image_learner(tmp_path, dls, r, seed=given),[]
+    l.add_cb(Callback(after_train=lambda _: orders.append(dls.train.order.tolist())))
+    l.fit(2)
+    sampler = R.RepeatedSampler(18, 4, 7 if given is None else given, 0, 1)
+    assert orders[0]==list(sampler)
+
+
+def block_dls(folder, target=CategoryBlock, get_y=lambda o: o.parent.name):
+    items = sorted(folder.rglob('*.png'))
+    db = DataBlock((ImageBlock, target), get_items=lambda _: items, get_y=get_y, splitter=IndexSplitter([i for i,o in enumerate(items) if 'val' in str(o)]),
+                   item_tfms=R.RecipeTransform(R.recipe('vt_small', **tiny)))
+    return db.dataloaders(folder, bs=6, num_workers=0, device='cpu')
+
+
+def test_fastais_loaders_take_a_recipes_transforms(tmp_path, folder):
+    import matplotlib.pyplot as plt
+    plt.switch_backend('agg')
+    r = R.recipe('torchvision', **tiny)
+    dls = ImageDataLoaders.from_folder(folder, train='train', valid='val', item_tfms=R.RecipeTransform(r), bs=6, num_workers=0, device='cpu')
+    valid,image = R.recipe_tfms(r)[1],Image.open(dls.valid_ds.items[0])
+    x,y = dls.valid.one_batch()
+    assert torch.equal(x[0].as_subclass(torch.Tensor), valid(image)) and y.tolist()==[0, 0, 1, 1, 2, 2]
+    torch.manual_seed(0)
+    a,b = (dls.train.one_batch()[0] for _ in range(2))
+    assert a.shape==(6,3,32,32) and not torch.equal(a, b)
+    shown = dls.valid.decode_batch((x, y))[0][0]
+    assert torch.allclose(shown.as_subclass(torch.Tensor), v2.functional.to_dtype(v2.CenterCrop(32)(v2.functional.pil_to_tensor(image)), torch.float32, scale=True), atol=1e-5)
+    l = image_learner(tmp_path, dls, r)
+    l.fit(2)
+    dls.show_batch(max_n=2)
+    l.show_results(max_n=2)
+    plt.close('all')
+    want = l.predict(dls.valid_ds.items[0])[2]
+    assert torch.allclose(want, l.get_preds()[0][0], atol=1e-5)
+    l.export('x.pkl')
+    assert torch.equal(load_learner(tmp_path/'x.pkl').predict(dls.valid_ds.items[0])[2], want)
+
+
+@pytest.mark.parametrize('kw,message', [(dict(target=MultiCategoryBlock, get_y=lambda o: [o.parent.name]), 'BCEWithLogitsLoss'),
+                                        (dict(target=RegressionBlock, get_y=lambda o: 1.), 'MSELoss')])
+def test_recipes_are_for_one_label(tmp_path, folder, kw, message):
+    dls = block_dls(folder, **kw)
+    for loss in None,nn.SmoothL1Loss():
+        l = quiet(backbone_learner(dls, 'resnet18', strides=4, loss_func=loss), tmp_path)
+        with pytest.raises(ValueError, match=f'got a learner with {message}, expected one label for each image'): R.apply_recipe(l, 'vt_small')
+        assert not hasattr(l, 'warmup_cosine')
+
+
+def test_two_precisions(tmp_path):
+    l = learner(tmp_path).to_fp16()
+    with pytest.raises(ValueError, match=r"MixedPrecision and a recipe with amp='fp16'.*to_fp32\(\)"): R.apply_recipe(l, 'vt_default')
+    assert names(R.apply_recipe(l.to_fp32(), 'vt_default').cbs).count('DetectionPrecision')==1
+
+
+def test_loaders_of_torch(tmp_path):
+    ds,r = list(data()),R.recipe('vt_default', epochs=2, warmup=0.5, amp=None)
+    plain = torch.utils.data.DataLoader(ds, batch_size=4)
+    l = R.apply_recipe(learner(tmp_path, dls=DataLoaders(plain, plain)), R.replace(r, cutmix=0, mixup=0))
+    assert l.lr==pytest.approx(0.5*4/1024)
+    l.fit(2)
+    odd = torch.utils.data.DataLoader(ds, batch_sampler=[[0,1],[2,3,4]])
+    with pytest.raises(ValueError, match='got a training loader DataLoader that does not say how many images.*pass bs'):
+        R.apply_recipe(learner(tmp_path, dls=DataLoaders(odd, odd)), r)
+    assert R.apply_recipe(learner(tmp_path, dls=DataLoaders(odd, odd)), r, bs=2).lr==pytest.approx(0.5*2/1024)

@@ -71,7 +71,7 @@ def _set_history(rec, state):
     rec.smooth_loss.count,val = state['smooth']
     rec.smooth_loss.val = torch.tensor(val)
 
-# %% ../../nbs/learners/59_checkpoints.ipynb #615b417c
+# %% ../../nbs/learners/59_checkpoints.ipynb #78f93f2b
 @patch
 def collect(self:Checkpoint,
     epoch:int, # that the training goes on with
@@ -87,7 +87,7 @@ def collect(self:Checkpoint,
                 pct_train=self.pct_train, train_iter=self.train_iter, seconds=time.time()-self.begun,
                 model=(ema and ema.own) or get_model(self.model).state_dict(),
                 opt=dict(state=list(opt['state']), hypers=[{k:_plain(v) for k,v in o.items()} for o in opt['hypers']]),
-                ema=ema and ema.state_dict(), scaler=scaler and scaler.state_dict(), rng=rng,
+                ema=ema and ema.state_dict() | dict(own=None), scaler=scaler and scaler.state_dict(), rng=rng,
                 history=_history(self.recorder))
 
 @patch

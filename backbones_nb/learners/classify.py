@@ -50,7 +50,7 @@ def rgb(
     if x.shape[1]==1: return x.expand(-1, 3, -1, -1)
     raise ValueError(f'got images with {x.shape[1]} channels, expected 3, or 1 to be repeated: choose three of them')
 
-# %% ../../nbs/learners/52_classify.ipynb #b7789b20
+# %% ../../nbs/learners/52_classify.ipynb #1028ae74
 class Classifier(nn.Module):
     "A backbone, global pooling of its coarsest map, dropout and one linear layer."
     def __init__(self,
@@ -74,11 +74,12 @@ class Classifier(nn.Module):
 
     def __repr__(self):
         bb,head = self.backbone,self.head
+        own = isinstance(head, ClassifierHead)
+        about = f'pool {head.global_pool.pool_type}, dropout {head.drop.p:g}' if own else f'head {type(head).__name__}'
         return (f'Classifier: {describe(bb)}, map at stride {bb.strides[-1]} with {bb.channels[-1]} channels\n'
-                f'  num_classes={self.num_classes}, pool {head.global_pool.pool_type}, dropout {head.drop.p:g}, '
-                f'{count_params(self)/1e6:.3f} M parameters')
+                f'  num_classes={self.num_classes}, {about}, {count_params(self)/1e6:.3f} M parameters')
 
-# %% ../../nbs/learners/52_classify.ipynb #5ba34174
+# %% ../../nbs/learners/52_classify.ipynb #9f8c48f8
 def classifier(
     backbone, # a name, 'timm/NAME' among them; a `Backbone`; or any module that returns feature maps
     num_classes:int, # numbers that come out, background not counted
@@ -88,6 +89,8 @@ def classifier(
     **config, # of a backbone given by name, such as `ese` or `strides`
 ) -> Classifier:
     "Returns a classifier with a random head on a backbone; raises one-sentence errors for what cannot be built."
+    if isinstance(backbone, (Classifier,Detector)): raise ValueError(f'got a whole {type(backbone).__name__}, expected '
+        'a backbone: give its `.backbone`')
     given = config if pretrained is False else dict(pretrained=pretrained) | config
     if isinstance(backbone, nn.Module) and given: raise ValueError(f"got a built {type(backbone).__name__} and "
         f"{', '.join(f'{k}={v!r}' for k,v in given.items())}, which is too late: give it to create_backbone, or give "
@@ -124,14 +127,21 @@ class ClassLearner(ManyProcesses, Learner):
         if getattr(dl, 'world', 1)>1: dl = dl.new(rank=0, world=1)
         return super().get_preds(ds_idx, dl, **kwargs)
 
-# %% ../../nbs/learners/52_classify.ipynb #edb6f844
+# %% ../../nbs/learners/52_classify.ipynb #a3fc2a3e
+_hints = dict(arch='call it backbone', weights='call it pretrained', num_classes='call it n_out', ps='call it dropout',
+    concat_pool="say pool='catavgmax'", cut='say strides, the net is cut after the coarsest of them',
+    n_in='leave it out, one channel is repeated, and other numbers than 1 and 3 are not offered') | dict.fromkeys(
+    ('custom_head','lin_ftrs','first_bn','bn_final','lin_first','y_range','init'), 'it belongs to a head that is not '
+    'offered; to have another one, set `learn.model.head` to it and `learn.opt` to None, and then freeze or train')
+
 def _check_options(options):
     takes = [o for f,skip in ((backbone_learner, 0), (Learner, 2)) for o in [*inspect.signature(f).parameters][skip:]]
     for k in options:
+        if k in _hints: raise TypeError(f'backbone_learner takes no argument {k!r}: {_hints[k]}')
         if k not in takes: raise TypeError(f'backbone_learner takes no argument {k!r}.{did_you_mean(k, takes)} '
             'Arguments of a backbone go to create_backbone, whose result may be given instead of a name')
 
-# %% ../../nbs/learners/52_classify.ipynb #c965e5d8
+# %% ../../nbs/learners/52_classify.ipynb #ed349cd0
 def backbone_learner(
     dls, # fastai DataLoaders of images and classes
     backbone, # as in `classifier`
@@ -140,6 +150,7 @@ def backbone_learner(
     normalize:bool=True, # add to the DataLoaders what the weights were normalised with, unless they normalise already
     pool:str='avg', # as in `classifier`
     dropout:float=0., # as in `classifier`
+    strides=None, # of a backbone given by name: the coarsest is classified; None: all
     splitter=groups, # parameter groups; default: stem, stages, head
     **kwargs, # for fastai's Learner: loss_func, opt_func, lr, metrics, cbs, path, wd, ...
 ) -> ClassLearner:
@@ -150,7 +161,7 @@ def backbone_learner(
     n_out = get_c(dls) if n_out is None else n_out
     if not n_out: raise ValueError(f'got a {type(dls).__name__} that does not say how many classes there are: '
         'give n_out, or DataLoaders with a vocab')
-    model = classifier(backbone, n_out, pretrained, pool, dropout)
+    model = classifier(backbone, n_out, pretrained, pool, dropout, **({} if strides is None else dict(strides=strides)))
     learn = ClassLearner(dls, model, splitter=splitter, **kwargs)
     if normalize: add_normalize(dls, model.backbone)
     arch,pretrained = model.backbone.name,model.backbone.pretrained

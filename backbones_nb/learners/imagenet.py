@@ -47,7 +47,7 @@ from .distributed import TopK, add_up, join_processes
 from .recipe import ModelEMA, Recipe, recipe_args, recipe_cbs, recipe_tfms, recipes, valid_tfm
 from .recipe import recipe as find_recipe
 
-# %% ../../nbs/learners/58_imagenet.ipynb #c72b6e2d
+# %% ../../nbs/learners/58_imagenet.ipynb #f312c3e5
 def plan(
     recipe='vt_small', # name of a row of `recipes`, or a `Recipe`
     epochs:int=None, # how often each image is seen; None: as the recipe says
@@ -59,8 +59,6 @@ def plan(
 ) -> Recipe:
     "Returns a recipe with what was asked for; raises ValueError and TypeError for what does not exist."
     if amp not in (None, 'bf16', 'fp16', 'off'): raise ValueError(f"got amp={amp!r}, expected 'bf16', 'fp16' or 'off'")
-    for k,v in dict(epochs=epochs, size=size).items():
-        if v is not None and v<1: raise ValueError(f'got {k}={v}, expected at least 1')
     given = dict(epochs=epochs, channels_last=channels_last)
     if size is not None: given |= dict(train_size=size, valid_size=size, valid_resize=round(size/0.875))
     if amp: given['amp'] = None if amp=='off' else amp
@@ -175,7 +173,7 @@ def _make(data, backbone, r, bs, lr, pretrained, acc, workers, seed, device, cbs
     set_seed(seed) # whatever the net has drawn
     return learn
 
-# %% ../../nbs/learners/58_imagenet.ipynb #71a1fa4f
+# %% ../../nbs/learners/58_imagenet.ipynb #61ca03be
 def _open_run(out, resume, weights, log):
     "The run's folder, if it may be used."
     out = Path(out)
@@ -204,8 +202,8 @@ def _about(dls):
 
 def _fit(learn, r, bs, acc, cbs):
     world = num_distrib() or 1
-    tricks = [o for o in recipe_cbs(r, bs, world, acc) if not isinstance(o, ModelEMA)] # the learner has its average
-    learn.fit(r.epochs, cbs=tricks + cbs)
+    tricks = recipe_cbs(r, bs, world, acc, learn.dls.train.seed)
+    learn.fit(r.epochs, cbs=[o for o in tricks if not isinstance(o, ModelEMA)] + cbs) # the learner has its average
 
 # %% ../../nbs/learners/58_imagenet.ipynb #c912bdd3
 def train_imagenet(

@@ -7,25 +7,30 @@ Docs: https://backbones-nb.github.io/backbones-nb/learners/recipe.html.md"""
 # %% auto #0
 __all__ = ['recipes', 'warmup_cosine', 'WarmupCosine', 'scale_lr', 'no_decay_params', 'NoDecay', 'sgd', 'smooth_loss',
            'train_tfm', 'valid_tfm', 'CutMixUp', 'RepeatedSampler', 'RepeatedAugmentation', 'ema_decay', 'ModelEMA',
-           'Accumulate', 'Recipe', 'recipe', 'recipe_table', 'recipe_tfms', 'recipe_args', 'recipe_cbs', 'apply_recipe']
+           'Accumulate', 'Recipe', 'recipe', 'recipe_table', 'recipe_tfms', 'recipe_args', 'RecipeTransform',
+           'recipe_cbs', 'apply_recipe']
 
-# %% ../../nbs/learners/53_recipe.ipynb #b2638dbf
+# %% ../../nbs/learners/53_recipe.ipynb #6c5d7450
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import ceil
+from numbers import Integral, Real
 
 import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.transforms import get_c
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
-from fastai.torch_core import get_model, num_distrib, rank_distrib
+from fastai.torch_core import TensorImage, TensorImageBase, get_model, num_distrib, rank_distrib
+from fastai.vision.augment import RandTransform
+from fastai.vision.core import PILImage
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -47,7 +52,7 @@ def warmup_cosine(
         'than 1: divide the epochs of the warm-up by all epochs')
     return combine_scheds([warmup, 1-warmup], [SchedLin(peak*start, peak), SchedCos(peak, peak*0)])
 
-# %% ../../nbs/learners/53_recipe.ipynb #58f1b3de
+# %% ../../nbs/learners/53_recipe.ipynb #9f9a761f
 class WarmupCosine(ParamScheduler):
     "Sets the learning rate of every step by `warmup_cosine`; the length is that of the fit."
     def __init__(self,
@@ -65,6 +70,9 @@ class WarmupCosine(ParamScheduler):
     def before_train(self):
         self.run = not hasattr(self.learn, 'lr_finder')
         if not self.run: return
+        if sum(isinstance(o, ParamScheduler) and 'lr' in o.scheds for o in self.learn.cbs)>1: raise ValueError(
+            'got a fit with WarmupCosine and another schedule of the learning rate, expected one: call fit, which adds '
+            'none, or before it learn.remove_cb(WarmupCosine)')
         if self.warmup>=self.n_epoch: raise ValueError(f'got a warm-up of {self.warmup} epochs and a fit of '
             f'{self.n_epoch}: fit longer, or shorten the warm-up, for example warmup={self.n_epoch/20:g}')
         peak = self.given if self.peak is None else self.peak
@@ -160,7 +168,7 @@ def valid_tfm(
     return v2.Compose([v2.Lambda(_check_image), v2.RGB(), v2.Resize(resize), v2.CenterCrop(size),
                        *_to_tensor(mean, std), v2.ToPureTensor()])
 
-# %% ../../nbs/learners/53_recipe.ipynb #436a44ef
+# %% ../../nbs/learners/53_recipe.ipynb #41345e85
 class CutMixUp(Callback):
     "Mixes the images of a training batch by CutMix or by MixUp, one or the other per batch, and their labels alike."
     run_valid = False
@@ -181,6 +189,8 @@ class CutMixUp(Callback):
 
     def before_batch(self):
         x,y = (o.as_subclass(Tensor) for o in (self.x, self.y))
+        if y.dim()!=1: raise ValueError(f'got labels of shape {tuple(y.shape)}, expected the number of one class for '
+            'each image, (B,): leave mixing out where an image has several labels')
         i = torch.randperm(len(y)).to(y.device) # torchvision pairs neighbours
         x,y = self.mix(x[i], y[i])
         self.learn.xb,self.learn.yb = (x,),(y,)
@@ -211,28 +221,29 @@ class RepeatedSampler(Sampler):
 
     def shuffle(self, idxs): return list(self)
 
-# %% ../../nbs/learners/53_recipe.ipynb #b519d5fe
+# %% ../../nbs/learners/53_recipe.ipynb #337bea9a
 class RepeatedAugmentation(Callback):
     "Repeated augmentation in fastai's training loader; fastai itself shares the order out among processes."
     def __init__(self,
         reps:int=4, # copies of an image in an epoch
         seed:int=0, # order of the epochs
-    ): self.reps,self.seed,self.was = reps,seed,None
+    ): self.reps,self.seed,self.loader,self.was = reps,seed,None,None
 
-    def before_fit(self):
-        self.loader = self.dls.train
-        if not getattr(self.loader, 'shuffle', False) or self.loader.n is None: raise ValueError('the training loader '
+    def before_train(self):
+        dl = self.dls.train
+        if not getattr(dl, 'shuffle', False) or dl.n is None: raise ValueError('the training loader '
             'does not shuffle images by number, which repeated augmentation needs: pass shuffle=True, or reps=1')
-        own = self.loader.__dict__.get('shuffle_fn')
+        own = vars(dl).get('shuffle_fn')
         if not isinstance(getattr(own, '__self__', None), RepeatedSampler): self.was = own
-        self.sampler = RepeatedSampler(self.loader.n, self.reps, self.seed, rank=0, world=1)
-        self.loader.shuffle_fn = self.sampler.shuffle
+        sampler = RepeatedSampler(dl.n, self.reps, self.seed, rank=0, world=1)
+        sampler.set_epoch(self.epoch)
+        dl.shuffle_fn,self.loader = sampler.shuffle,dl
 
-    def before_train(self): self.sampler.set_epoch(self.epoch)
-
-    def after_fit(self):
+    def after_fit(self): # of a validation too, which has changed nothing
+        if self.loader is None: return
         if self.was is None: del self.loader.shuffle_fn
         else: self.loader.shuffle_fn = self.was
+        self.loader = self.was = None
 
 # %% ../../nbs/learners/53_recipe.ipynb #0ebadf90
 def ema_decay(
@@ -244,9 +255,11 @@ def ema_decay(
     "Returns the decay for a training of that length, as torchvision's reference adjusts it."
     return 1-min(1., (1-decay)*bs*steps/epochs)
 
-# %% ../../nbs/learners/53_recipe.ipynb #4853b986
+# %% ../../nbs/learners/53_recipe.ipynb #2d736b6b
 class ModelEMA(Callback):
-    "Keeps an exponential moving average of the net, validates with it, and puts it in at the end of the fit."
+    """Keeps an exponential moving average of the net, validates with it, and puts it in at the end of the fit.
+
+    Each fit begins its own, unless it has a `start_epoch`, or `load_state_dict` was called before it."""
     order,run_valid = 12,False # after mixed precision (10) and distributed training (11)
     def __init__(self,
         decay:float=0.9998, # part of the average that stays, per update
@@ -258,7 +271,9 @@ class ModelEMA(Callback):
         if not 0<=decay<1 or steps<1: raise ValueError(f'got decay={decay}, steps={steps}, expected a decay from 0 to '
             'less than 1, such as 0.9998, and at least 1 step')
         self.decay,self.steps,self.warmup,self.evaluate,self.swap = decay,steps,warmup,evaluate,swap
-        self.average,self.own,self.count,self.active,self.skipped = None,None,0,False,False
+        self.average,self.own,self.count,self.active,self.skipped,self.loaded = None,None,0,False,False,False
+
+    def __getstate__(self): return vars(self) | dict(average=None, own=None) # an exported learner needs neither
 
     @property
     def net(self): return get_model(self.learn.model)
@@ -288,7 +303,7 @@ def after_step(self:ModelEMA):
     self.count += 1
     if self.count%self.steps==0: self.update()
 
-# %% ../../nbs/learners/53_recipe.ipynb #cba3c52d
+# %% ../../nbs/learners/53_recipe.ipynb #2378a126
 @patch
 def put_in(self:ModelEMA):
     "Copies the average into the net, if there is any; returns the net's own weights, or None."
@@ -301,37 +316,41 @@ def put_in(self:ModelEMA):
 @contextmanager
 def averaged(self:ModelEMA):
     "Inside this `with` the learner's net is the average."
+    self.restore()
     own = self.put_in()
     try: yield self.learn
     finally:
         if own: self.net.load_state_dict(own)
 
-# %% ../../nbs/learners/53_recipe.ipynb #61d8bacf
+# %% ../../nbs/learners/53_recipe.ipynb #edbeff0f
 @patch
 def restore(self:ModelEMA):
-    "Ends a validation with the average."
+    "Puts the net's own weights back where the average is in its place."
     if self.own: self.net.load_state_dict(self.own)
     self.own = None
 
 @patch
-def before_fit(self:ModelEMA):
-    self.restore() # after a fit that broke off in its validation
+def before_fit(self:ModelEMA): # `own`: of a fit that broke off, or loaded; stale where the net is not the average now
     self.active = False
+    if not self.own: return
+    self.start()
+    now,average = (o.state_dict().values() for o in (self.net, self.average.module))
+    if not all(map(torch.equal, now, average)): self.own = None
+    self.restore()
 
 @patch
 def before_train(self:ModelEMA):
-    self.run = not hasattr(self.learn, 'lr_finder')
-    self.active = self.run
-    if self.run: self.start()
+    self.run = self.active = not hasattr(self.learn, 'lr_finder')
+    if not self.run: return
+    self.restore()
+    if self.epoch==0 and not self.loaded: self.average,self.count = None,0
+    self.loaded = False
+    self.start()
 
-# %% ../../nbs/learners/53_recipe.ipynb #564bec59
+# %% ../../nbs/learners/53_recipe.ipynb #d552c090
 @patch
 def before_validate(self:ModelEMA):
-    if self.active and self.evaluate: self.own = self.put_in()
-
-@patch
-def after_validate(self:ModelEMA):
-    if self.active: self.restore()
+    if self.active and self.evaluate and not self.own: self.own = self.put_in()
 
 @patch
 def after_fit(self:ModelEMA):
@@ -340,21 +359,21 @@ def after_fit(self:ModelEMA):
     if self.swap: self.put_in()
     self.active = False
 
-# %% ../../nbs/learners/53_recipe.ipynb #1b01463f
+# %% ../../nbs/learners/53_recipe.ipynb #60740ed7
 @patch
 def state_dict(self:ModelEMA):
-    "Returns what a resumed training needs: the average, how often it was updated, and the steps since."
+    "Returns what a resumed training needs: average, count of steps, and own weights where the average is in the net."
     self.start()
-    return dict(average=self.average.state_dict(), count=self.count)
+    return dict(average=self.average.state_dict(), count=self.count, own=self.own)
 
 @patch
 def load_state_dict(self:ModelEMA,
     state:dict, # of `state_dict`
 ):
-    "Goes on from a saved average; the net must be the one that it was made of."
+    "Goes on from a saved average in the next fit; the net must be the one that it was made of."
     self.start()
     self.average.load_state_dict(state['average'])
-    self.count = state['count']
+    self.count,self.own,self.loaded = state['count'],state.get('own'),True
 
 # %% ../../nbs/learners/53_recipe.ipynb #c2a0873f
 class Accumulate(GradientAccumulation):
@@ -370,7 +389,28 @@ class Accumulate(GradientAccumulation):
         self.opt.zero_grad()
         self.count = 0
 
-# %% ../../nbs/learners/53_recipe.ipynb #93ccb11b
+# %% ../../nbs/learners/53_recipe.ipynb #b6e05b27
+def _number(v): return isinstance(v, Real) and not isinstance(v, bool)
+def _count(v): return _number(v) and isinstance(v, Integral) and v>0
+_rules = ( # fields, a test, what is expected
+    ('epochs bs train_size valid_resize valid_size reps ema_steps', _count, 'a whole number, at least 1'),
+    ('lr clip', lambda v: _number(v) and v>0, 'a number above 0'),
+    ('wd warmup cutmix mixup', lambda v: _number(v) and v>=0, 'a number, at least 0'),
+    ('mom smoothing ema_decay', lambda v: _number(v) and 0<=v<1, 'a number from 0 to less than 1'),
+    ('warmup_start erase', lambda v: _number(v) and 0<=v<=1, 'a number from 0 to 1'),
+    ('trivial channels_last', lambda v: isinstance(v, bool), 'True or False'),
+    ('erase_value', lambda v: v=='random' or _number(v) or isinstance(v, (tuple,list)) and [*map(_number, v)]==[True]*3,
+     "a number, three of them, or 'random'"),
+    ('no_decay', lambda v: v in ('','norm','norm_bias'), "'', 'norm' or 'norm_bias', what weight decay leaves alone"),
+    ('amp', lambda v: v in ('fp16','bf16'), "'fp16', 'bf16' or None"))
+
+def _check_row(r):
+    for k,test,want in ((k,*o) for names,*o in _rules for k in names.split()):
+        v = getattr(r, k)
+        if not (test(v) or v is None and k in ('ema_decay','amp','clip')):
+            raise ValueError(f'got a recipe with {k}={v!r}, expected {want}')
+
+# %% ../../nbs/learners/53_recipe.ipynb #5aab2d49
 @dataclass(frozen=True)
 class Recipe:
     "A way to train a classifier, as data."
@@ -400,7 +440,9 @@ class Recipe:
     channels_last:bool = False
     clip:float = None # largest norm of the gradient
 
-# %% ../../nbs/learners/53_recipe.ipynb #67b3e084
+    def __post_init__(self): _check_row(self)
+
+# %% ../../nbs/learners/53_recipe.ipynb #92b7f8ec
 _vt = 'github.com/gau-nernst/vision-toolbox, README.md, configs/ and classifier.py of 2022-04'
 _tv = 'pytorch.org/blog/how-to-train-state-of-the-art-models-using-torchvision-latest-primitives'
 _default = Recipe('vt_default', _vt, erase_value='random', amp='fp16')
@@ -414,8 +456,8 @@ def recipe(
     **changes, # fields to replace, such as `epochs=300`
 ) -> Recipe:
     "Returns a row, changed where wanted; raises for unknown names and fields."
-    if not isinstance(name, Recipe) and name not in recipes:
-        raise ValueError(f'unknown recipe {name!r}.{did_you_mean(name, recipes)}')
+    if not isinstance(name, Recipe) and str(name) not in recipes: raise ValueError(f"got the recipe {name!r}, expected "
+        f"one of {', '.join(recipes)}, or a Recipe.{did_you_mean(str(name), recipes)}")
     lost = [k for k in changes if k not in Recipe.__dataclass_fields__]
     if lost: raise TypeError(f'a recipe has no {lost[0]!r}.{did_you_mean(lost[0], Recipe.__dataclass_fields__)}')
     return replace(name if isinstance(name, Recipe) else recipes[name], **changes)
@@ -449,21 +491,37 @@ def recipe_args(
     return dict(loss_func=smooth_loss(r.smoothing), opt_func=sgd(r.mom), lr=scale_lr(r.lr, r.bs, bs, world, acc),
                 wd=r.wd, wd_bn_bias=True)
 
-# %% ../../nbs/learners/53_recipe.ipynb #f4cf194d
+# %% ../../nbs/learners/53_recipe.ipynb #f13e202d
+class RecipeTransform(RandTransform):
+    "The transforms of a recipe for fastai's own loaders, as `item_tfms`: they know training from validation."
+    split_idx = None # both
+    def __init__(self,
+        r, # a `Recipe` or the name of one
+        mean=IMAGENET_MEAN, # per channel, RGB in [0,1]
+        std=IMAGENET_STD,
+    ):
+        super().__init__()
+        self.tfms = recipe_tfms(r, mean, std)
+        self.undo = v2.Normalize([-m/s for m,s in zip(mean, std)], [1/s for s in std])
+
+    def before_call(self, b, split_idx): self.tfm = self.tfms[bool(split_idx)]
+    def encodes(self, x:PILImage): return TensorImageBase(self.tfm(x)) # fastai would scale a TensorImage again
+    def decodes(self, x:TensorImageBase): return TensorImage(self.undo(x.as_subclass(Tensor)).clamp(0, 1))
+
+# %% ../../nbs/learners/53_recipe.ipynb #b07332be
 def recipe_cbs(
     r, # a `Recipe` or the name of one
     bs:int, # images of a batch, in one process
     world:int=1, # processes
     acc:int=1, # batches that are accumulated for a step
+    seed:int=0, # order of the epochs with repeated augmentation
 ) -> list: # callbacks
     "Returns schedule and tricks of a recipe as callbacks; fastai sorts them by their `order`."
     r = recipe(r)
-    if r.no_decay not in ('', 'norm', 'norm_bias'): raise ValueError(f"got no_decay={r.no_decay!r}, expected '', "
-        "'norm' or 'norm_bias': name what weight decay leaves alone")
     res = [WarmupCosine(warmup=r.warmup, start=r.warmup_start)]
     if r.no_decay: res.append(NoDecay(bias=r.no_decay=='norm_bias'))
     if r.cutmix or r.mixup: res.append(CutMixUp(r.cutmix, r.mixup))
-    if r.reps>1: res.append(RepeatedAugmentation(r.reps))
+    if r.reps>1: res.append(RepeatedAugmentation(r.reps, seed))
     if acc>1: res.append(Accumulate(acc, bs))
     if r.amp: res.append(DetectionPrecision(amp_mode=r.amp))
     if r.clip: res.append(GradientClip(r.clip))
@@ -473,23 +531,36 @@ def recipe_cbs(
         res.append(ModelEMA(decay, r.ema_steps, r.warmup))
     return res
 
-# %% ../../nbs/learners/53_recipe.ipynb #30b56dad
+# %% ../../nbs/learners/53_recipe.ipynb #edaf9cf8
 _parts = (WarmupCosine, NoDecay, CutMixUp, RepeatedAugmentation, GradientAccumulation, GradientClip, ChannelsLast,
           DetectionPrecision, ModelEMA)
 
+def _check_learner(learn, r, bs):
+    losses = [getattr(o, 'func', o) for o in (learn.loss_func, getattr(learn.dls.train_ds, 'loss_func', None))]
+    odd = [o for o in losses if isinstance(o, (nn.BCEWithLogitsLoss, nn.MSELoss, nn.L1Loss))]
+    if odd: raise ValueError(f'got a learner with {type(odd[0]).__name__}, expected one label for each image and '
+        'cross-entropy, for which recipes are made: use their parts one by one, such as WarmupCosine and NoDecay')
+    if r.amp and any(type(o) is MixedPrecision for o in learn.cbs): raise ValueError(f'got a learner with '
+        f'MixedPrecision and a recipe with amp={r.amp!r}, expected one of the two: call learn.to_fp32() first')
+    if not bs: raise ValueError(f'got a training loader {type(learn.dls.train).__name__} that does not say how many '
+        'images a batch has, which the learning rate depends on: pass bs')
+
+# %% ../../nbs/learners/53_recipe.ipynb #6ada7627
 def apply_recipe(
     learn, # a Learner; its loaders have the recipe's transforms already
     r, # a `Recipe` or the name of one
     bs:int=None, # images of a batch, in one process; None: those of the training loader
     world:int=None, # processes; None: the running ones
     acc:int=1, # batches that are accumulated for a step
+    seed:int=None, # order of the epochs with repeated augmentation; None: that of the training loader, or 0
 ): # the learner, ready for `learn.fit(r.epochs)`
     "Gives a learner a recipe's loss, optimiser, schedule and tricks, in place of those of an earlier recipe."
-    r = recipe(r)
-    n = dict(bs=bs or learn.dls.train.bs, world=world or num_distrib() or 1, acc=acc)
+    r,dl = recipe(r),learn.dls.train
+    n = dict(bs=bs or getattr(dl, 'bs', getattr(dl, 'batch_size', None)), world=world or num_distrib() or 1, acc=acc)
+    _check_learner(learn, r, n['bs'])
     for k,v in recipe_args(r, **n).items(): setattr(learn, k, v)
     learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, _parts)])
-    learn.add_cbs(recipe_cbs(r, **n))
+    learn.add_cbs(recipe_cbs(r, **n, seed=getattr(dl, 'seed', 0) if seed is None else seed))
     if learn.opt is not None: # frozen already
         frozen = learn.opt.frozen_idx
         learn.create_opt()

@@ -1,4 +1,5 @@
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,13 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption('--cuda') and marked('cuda'):
         import torch
         if not torch.cuda.is_available(): skip('cuda', 'no CUDA device')
+
+
+@pytest.fixture(autouse=True)
+def no_figures():
+    "Figures that a test leaves open are not those of the next one."
+    yield
+    if plt := sys.modules.get('matplotlib.pyplot'): plt.close('all')
 
 
 @pytest.fixture(scope='session')

@@ -286,8 +286,9 @@ def test_export_with_a_free_batch_and_size():
     for size in ((384,256,1), (256,512,3)): close(prog(noise(*size)), m(noise(*size)), 1e-5)
 
 @pytest.mark.skipif(not any(map(shutil.which, ('c++','g++','clang++'))), reason='no C++ compiler')
-@pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
-@pytest.mark.parametrize('kw', [{}, pytest.param(dict(same=True, fusion='sum'), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize('backend', ['aot_eager','inductor'])
+@pytest.mark.parametrize('kw', [{}, dict(same=True, fusion='sum')], ids=str)
 def test_compile(backend, kw):
     m = randomise_(make(layers=1, **kw)).eval()
     torch._dynamo.reset()

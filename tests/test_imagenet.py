@@ -350,6 +350,9 @@ def test_wandb(data, tmp_path, monkeypatch):
     learn = train_imagenet(data, tmp_path/'run', **small | dict(epochs=1, log='wandb'))
     assert fake.given['config']==learn.results['config'] and (fake.given['name'],fake.given['dir'])==('run',tmp_path/'run')
     assert fake.seen['valid_loss']==pytest.approx(learn.results['average']['loss']) and {'top1','top5','train_loss','epoch'} <= fake.seen.keys()
+    first,fake.run = fake.given,None
+    train_imagenet(data, tmp_path/'run', **small | dict(epochs=1, log='wandb'))
+    assert fake.given['id']==first['id'] and fake.given['resume']=='allow', 'the same folder goes on with the same run'
     monkeypatch.delitem(sys.modules, 'fastai.callback.wandb') # it holds the fake
 
 

@@ -46,7 +46,11 @@ class Stop(Callback):
     def before_batch(self):
         if self.training: raise KeyboardInterrupt
 
-def records(folder): return [draw_record(i, folder) for i in range(23)]
+def records(folder):
+    "Drawn into a folder of this process's own: another one would read what is half written."
+    own = folder/os.environ.get('RANK', 'one')
+    own.mkdir(exist_ok=True)
+    return [draw_record(i, own) for i in range(23)]
 
 def detector():
     torch.manual_seed(0)

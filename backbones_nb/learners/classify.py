@@ -124,8 +124,7 @@ class ClassLearner(ManyProcesses, Learner):
     def get_preds(self, ds_idx=1, dl=None, **kwargs):
         "As fastai's; every process gets the predictions of all images."
         if dl is None: dl = self.dls[ds_idx].new(shuffle=False, drop_last=False)
-        if getattr(dl, 'world', 1)>1: dl = dl.new(rank=0, world=1)
-        return super().get_preds(ds_idx, dl, **kwargs)
+        return super().get_preds(ds_idx, self.whole(dl), **kwargs)
 
 # %% ../../nbs/learners/52_classify.ipynb #a3fc2a3e
 _hints = dict(arch='call it backbone', weights='call it pretrained', num_classes='call it n_out', ps='call it dropout',

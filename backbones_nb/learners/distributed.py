@@ -226,11 +226,15 @@ class ManyProcesses:
         "As fastai's, which gathers results batch by batch; where the shares are exact, that is done once, at the end."
         return super().to_detach(b, cpu, gather and not self.shares_exactly)
 
+    def whole(self, dl):
+        "A loader of all images, for one that would give each process its share."
+        return dl.new(rank=0, world=1) if isinstance(dl, RankedDL) and dl.world>1 else dl
+
     def validate(self, ds_idx=1, dl=None, cbs=None):
         "As fastai's; outside of `distrib_ctx` every process measures all images."
         if dl is None: dl = self.dls[ds_idx]
-        alone = isinstance(dl, RankedDL) and dl.world>1 and not any(isinstance(o, Distributed) for o in self.cbs)
-        return super().validate(ds_idx, dl.new(rank=0, world=1) if alone else dl, cbs)
+        sharing = any(isinstance(o, Distributed) for o in self.cbs)
+        return super().validate(ds_idx, dl if sharing else self.whole(dl), cbs)
 
     @contextmanager
     def distrib_ctx(self,

@@ -45,10 +45,10 @@ test: $(READY)-dev
 	$(RUN) .ci/test.py $(ARGS)
 
 notebooks: $(READY)-dev
-	$(RUN) .ci/notebooks.py $(NB)
+	$(RUN) tools/notebooks.py $(NB)
 
 readme: $(READY)-dev
-	$(RUN) .ci/readme.py
+	$(RUN) tools/readme.py
 
 docs: $(READY)-dev
 	@command -v quarto >/dev/null || { echo "quarto is not on PATH: install it from https://quarto.org/docs/get-started first."; exit 1; }

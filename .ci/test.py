@@ -23,10 +23,14 @@ from nbdev.config import get_config
 
 root = Path(__file__).resolve().parent.parent
 os.chdir(root)
+sys.path.insert(0, str(root))
+
+from tools.proc import run
 os.environ |= dict(HF_HUB_OFFLINE='1', MPLBACKEND='Agg', PYTHONUNBUFFERED='1')
 passed,failed,skipped = 0,[],Counter()
 jobs = max(1, min(4, os.cpu_count() or 1)) # processes of one thread each
 limit = 900 # seconds for a notebook
+pytest_limit = 3000 # seconds for all of pytest
 
 
 def check(name, ok, why=''):
@@ -38,8 +42,9 @@ def check(name, ok, why=''):
 
 
 def sh(*cmd, **kw):
-    "The finished command and what it printed."
-    return subprocess.run([str(o) for o in cmd], text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kw)
+    "The finished command and what it printed; one that takes longer than its limit has failed."
+    try: return run(*cmd, merge=True, **kw)
+    except subprocess.TimeoutExpired as e: return subprocess.CompletedProcess(cmd, -9, f'{e.stdout}\nkilled after {e.timeout} s')
 
 
 def tool(name): return Path(sys.executable).with_name(name)
@@ -81,8 +86,7 @@ def run_notebook(f, flags, home, cwd=root):
             "sys.exit(not test_nb(path, skip_flags=flags)[0])")
     env = os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', PYTHONPATH=str(home))
     start = time.time()
-    try: r = sh(sys.executable, '-c', code, home, f, *flags, cwd=cwd, env=env, timeout=limit)
-    except subprocess.TimeoutExpired as e: return False,limit,f'longer than {limit} s\n{(e.stdout or b"")[-2000:]}'
+    r = sh(sys.executable, '-c', code, home, f, *flags, cwd=cwd, env=env, timeout=limit)
     return r.returncode==0,time.time()-start,r.stdout[-4000:]
 
 
@@ -91,7 +95,7 @@ def run_pytest(xml):
     env = os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')
     start = time.time()
     r = sh(sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', f'--junitxml={xml}', '--durations=10', '-n', jobs, '--dist=loadfile',
-           *sys.argv[1:], env=env)
+           *sys.argv[1:], env=env, timeout=pytest_limit)
     return r.returncode,time.time()-start,r.stdout
 
 
@@ -184,7 +188,7 @@ def docs():
     to = {(o,u) for o in Path('_proc').rglob('*.ipynb') for u in urls('\n'.join(cells(o, 'markdown'))) if u.startswith(site+'/')}
     bad = [f'{o}: {u}' for o,u in sorted(to) if u.removeprefix(site+'/').partition('#')[0] not in pages]
     check(f'{len(to)} links to symbols lead to pages of the site', not bad, bad)
-    r = sh(sys.executable, '.ci/readme.py', '--check')
+    r = sh(sys.executable, 'tools/readme.py', '--check')
     check('README.md is what nbs/index.ipynb makes', r.returncode==0, r.stdout[-3000:])
 
 

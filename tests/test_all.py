@@ -1,5 +1,4 @@
 "The lines of IceVision's and vision-toolbox's documentation, as a reader of theirs types them."
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ from backbones_nb import all as A
 from backbones_nb.core.features import check_contract
 from backbones_nb.core.parity import randomise_, rel_error
 from backbones_nb.core.registry import list_backbones
+from tools.proc import run
 
 backbones = A.backbones
 nine = 'resnet18','resnet34','resnet50','resnet101','resnet152','resnext50_32x4d','resnext101_32x8d','wide_resnet50_2','wide_resnet101_2'
@@ -60,6 +60,6 @@ def test_names():
 
 def test_star_import():
     code = "from backbones_nb.all import *; print(*sorted(o for o in dir() if not o.startswith('_')))"
-    got = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout.split()
+    got = run(sys.executable, '-W', 'ignore', '-c', code, check=True).stdout.split()
     assert {'backbones','create_backbone','faster_rcnn','mask_rcnn','efficientdet','detection_learner','COCOMetric'}<=set(got)
     assert not set(got) & {'np','torch','nn','partial','SimpleNamespace'}

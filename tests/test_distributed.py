@@ -1,5 +1,4 @@
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from backbones_nb.data.imagenet import prepare_val, toy_imagenet
 from backbones_nb.detectors import retinanet
 from backbones_nb.learners.classify import backbone_learner
 from backbones_nb.learners.distributed import Distributed, TopK, plain_batchnorm, sync_batchnorm
+from tools.proc import run
 
 torch.set_num_threads(1)
 
@@ -175,7 +175,7 @@ def two(tmp_path_factory):
     data = toy_imagenet(folder/'imagenet', n_classes=3, per_class=11, val_per_class=3, test=1, size=40)
     prepare_val(data/'LOC_val_solution.csv', data/'ILSVRC'/'Data'/'CLS-LOC'/'val')
     args = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', __file__, folder, data]
-    p = subprocess.run(args, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    p = run(*args, timeout=400, env=os.environ | dict(OMP_NUM_THREADS='1'))
     assert p.returncode==0, p.stderr[-4000:]
     return data,folder,[torch.load(folder/f'{i}.pt', weights_only=False) for i in (0,1)]
 

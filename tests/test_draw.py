@@ -1,4 +1,3 @@
-import subprocess
 import sys
 
 import matplotlib
@@ -17,6 +16,7 @@ from backbones_nb.core.draw import (InsideText, class_color, draw_backbone, draw
                                     image_tensor, sample_image, sample_target, show_side_by_side, stages_of)
 from backbones_nb.core.features import Backbone, as_backbone, feature_row
 from backbones_nb.core.layers import ConvNormAct
+from tools.proc import run
 
 
 @pytest.fixture(autouse=True)
@@ -295,4 +295,4 @@ def test_what_cannot_be_drawn():
 
 def test_drawing_needs_no_fastai_timm_effdet():
     code = "import sys, backbones_nb.core.diagram; assert not {'fastai','timm','effdet'} & set(sys.modules)"
-    subprocess.run([sys.executable, '-c', code], check=True)
+    run(sys.executable, '-c', code, check=True)

@@ -1,6 +1,5 @@
 import copy
 import pickle
-import subprocess
 import sys
 
 import effdet
@@ -18,6 +17,7 @@ from backbones_nb.detectors import efficientdet
 from backbones_nb.detectors.efficientdet import effdet_rows, map_sizes, pick_levels
 from backbones_nb.necks.bifpn import BiFPN
 from backbones_nb.necks.neck import attach_neck
+from tools.proc import run
 
 LEAN = dict(img_size=128, fpn_channels=16, fpn_cell_repeats=1, box_class_repeats=1)
 LOSSES = {'loss_classifier','loss_box_reg'}
@@ -328,4 +328,4 @@ def test_published_weights_cannot_be_reached(tmp_path, monkeypatch):
 
 def test_a_backbone_loads_no_effdet():
     code = "import sys, backbones_nb; backbones_nb.create_backbone('timm/resnet18'); backbones_nb.create_backbone('vovnet19_slim'); assert 'effdet' not in sys.modules"
-    assert subprocess.run([sys.executable, '-c', code]).returncode==0
+    assert run(sys.executable, '-c', code).returncode==0

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from backbones_nb.learners.icevision_compat import icevision_compat, mends, part
+from tools.proc import run
 
 icevision_compat()
 import icedata  # noqa: E402
@@ -284,7 +285,6 @@ def test_absent(monkeypatch):
 
 
 def test_import_changes_nothing():
-    import subprocess
     import sys
     code = "import sys, backbones_nb.learners.icevision_compat; print([o for o in ('icevision','albumentations','pytorch_lightning') if o in sys.modules])"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()=='[]'
+    assert run(sys.executable, '-c', code, check=True).stdout.strip()=='[]'

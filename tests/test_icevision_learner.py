@@ -2,7 +2,6 @@
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 
 import pytest
@@ -24,6 +23,7 @@ from backbones_nb.learners.icevision import IceVisionBatches, families as bridge
 from backbones_nb.learners.icevision_compat import icevision_compat, losses_in_eval, part
 from backbones_nb.learners.icevision_learner import IceVisionDetector, icevision_learner, icevision_model, sort_args, taken
 from backbones_nb.learners.metrics import coco_eval
+from tools.proc import run
 
 icevision_compat()
 small = dict(rpn_post_nms_top_n_train=100, rpn_post_nms_top_n_test=50, box_batch_size_per_image=32, box_detections_per_img=10,
@@ -197,7 +197,7 @@ def test_loads_where_icevision_was_never_started(dls, tmp_path):
     code = ("import requests, sys\ndef refuse(*a, **k): raise ConnectionError('no network')\nrequests.get = refuse\n"
             "from fastai.learner import load_learner\nprint(type(load_learner(sys.argv[1]).model).__name__)")
     env = os.environ | dict(HOME=str(tmp_path/'home'), HF_HUB_OFFLINE='1')
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(tmp_path/'learner.pkl')], capture_output=True, text=True, env=env)
+    done = run(sys.executable, '-W', 'ignore', '-c', code, tmp_path/'learner.pkl', env=env)
     assert done.returncode==0 and 'IceVisionDetector' in done.stdout, done.stderr[-2000:]
 
 

@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -29,6 +28,7 @@ from backbones_nb.data.records import load_image
 from backbones_nb.data.shards import write_shards
 from backbones_nb.learners import checkpoints
 from backbones_nb.learners.imagenet import Evaluation, class_numbers, eval_tfm, evaluate_imagenet, interpolation, main, published_classifier, train_imagenet
+from tools.proc import kill_group, run
 
 torch.set_num_threads(1)
 inner = Path('ILSVRC')/'Data'/'CLS-LOC'
@@ -88,17 +88,18 @@ def test_shards_are_resumed(data, tmp_path):
 
 
 def life(data, out, kw, torn):
-    "Trains in a process of its own; with `torn` it is killed in the middle of its second write."
-    def run():
+    "Trains in a process that leads a group of its own, so that its loader workers die with it; with `torn` it is killed in the middle of its second write."
+    def lead():
+        os.setsid()
         real,calls = torch.save,[]
         def deadly(state, f):
             calls.append(1)
             if len(calls)<2: return real(state, f)
             f.write_bytes(b'half')
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.killpg(0, signal.SIGKILL)
         if torn: checkpoints.torch.save = deadly
         train_imagenet(data, out, **kw)
-    p = multiprocessing.get_context('fork').Process(target=run)
+    p = multiprocessing.get_context('fork').Process(target=lead)
     p.start()
     return p
 
@@ -108,14 +109,16 @@ def test_killed_at_any_moment(data, tmp_path):
     train_imagenet(data, tmp_path/'whole', **kw)
     for i in range(5):
         p,writes,last = life(data, tmp_path/'parts', kw, torn=i==2),0,file.stat().st_mtime_ns if file.exists() else 0
-        while i!=2 and writes<2: # let it get somewhere
-            assert p.is_alive()
-            now = file.stat().st_mtime_ns if file.exists() else 0
-            writes,last = writes+(now!=last),now
-            time.sleep(.005)
-        if i!=2:
-            time.sleep(rng.uniform(0, .2))
-            os.kill(p.pid, signal.SIGKILL)
+        until = time.monotonic()+120
+        try:
+            while i!=2 and writes<2: # let it get somewhere
+                assert p.is_alive() and time.monotonic()<until
+                now = file.stat().st_mtime_ns if file.exists() else 0
+                writes,last = writes+(now!=last),now
+                time.sleep(.005)
+            if i!=2: time.sleep(rng.uniform(0, .2))
+            else: p.join(120) # it kills itself
+        finally: kill_group(p.pid)
         p.join(60)
         assert p.exitcode==-signal.SIGKILL
         found.append(position(tmp_path/'parts'))
@@ -176,8 +179,8 @@ def test_two_processes(data, tmp_path):
     (tmp_path/'run.py').write_text(script)
     args = '--backbone timm/test_convnext --epochs 2 --size 32 --workers 0 --device cpu --amp off --set warmup=0.5'.split()
     env = os.environ | dict(OMP_NUM_THREADS='1')
-    p = subprocess.run([sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', tmp_path/'run.py', data, tmp_path, *args, '--bs', '2'],
-                       capture_output=True, text=True, env=env)
+    p = run(sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', tmp_path/'run.py', data, tmp_path, *args, '--bs', '2',
+            timeout=400, env=env)
     assert p.returncode==0, p.stderr[-3000:]
     one = main(['--data', str(data), '--out', str(tmp_path/'one'), *args, '--bs', '4'])
     a,b = (torch.load(tmp_path/f'two-{i}.pt', weights_only=True) for i in (0, 1))
@@ -196,7 +199,7 @@ def test_two_processes(data, tmp_path):
 @pytest.mark.parametrize('launch', ['torch.distributed.run --standalone --nproc_per_node=2', 'accelerate.commands.launch --multi_gpu --num_processes 2'], ids=lambda o: o.split('.')[0])
 def test_launched(data, tmp_path, launch):
     args = f'-m {launch} -m backbones_nb.learners.imagenet --data {data} --out {tmp_path}/run --backbone timm/test_efficientnet --recipe vt_default --amp off --epochs 1 --set warmup=.5 --bs 2 --size 32 --workers 0 --device cpu'
-    p = subprocess.run([sys.executable, '-W', 'ignore', *args.split()], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    p = run(sys.executable, '-W', 'ignore', *args.split(), env=os.environ | dict(OMP_NUM_THREADS='1'))
     assert p.returncode==0, p.stderr[-3000:]
     res,one = json.loads((tmp_path/'run'/'metrics.json').read_text()),train_imagenet(data, tmp_path/'one', **small | dict(epochs=1, bs=4, ema=None))
     assert res['processes']==2 and res['images']==9 and res['lr']==pytest.approx(one.results['lr'])

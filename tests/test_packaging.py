@@ -1,5 +1,4 @@
 import re
-import subprocess
 import sys
 from configparser import ConfigParser
 from importlib.metadata import metadata, requires, version
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import backbones_nb
+from tools.proc import run
 
 root = Path(__file__).resolve().parent.parent
 heavy = ('torch', 'torchvision', 'timm', 'fastai', 'effdet', 'matplotlib', 'faster_coco_eval', 'pandas', 'scipy')
@@ -16,7 +16,7 @@ heavy = ('torch', 'torchvision', 'timm', 'fastai', 'effdet', 'matplotlib', 'fast
 def loaded(code, tmp_path):
     "Which of the heavy libraries `code` loads in a fresh Python, in an empty folder."
     code += f"\nimport sys; print('loaded', *[o for o in {heavy} if o in sys.modules])"
-    r = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    r = run(sys.executable, '-c', code, cwd=tmp_path)
     assert r.returncode==0, r.stderr
     return set(r.stdout.splitlines()[-1].split()[1:])
 

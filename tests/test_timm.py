@@ -1,7 +1,6 @@
 import copy
 import pickle
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
@@ -20,6 +19,7 @@ from backbones_nb.core.features import IMAGENET_MEAN, check_contract
 from backbones_nb.core.parity import randomise_
 from backbones_nb.core.registry import create_backbone, list_backbones, register
 from backbones_nb.necks.neck import attach_neck
+from tools import proc
 
 few = ('resnet18','convnext_atto','mobilenetv3_small_050','vit_tiny_patch16_224','swin_tiny_patch4_window7_224')
 def meta(name, **kw): return M.TimmBackbone(name, device='meta', **kw).eval()
@@ -296,7 +296,7 @@ def test_names():
 
 def test_listing_ours_does_not_import_timm():
     code = "import sys; from backbones_nb import list_backbones; list_backbones('*vovnet*'); print('backbones_nb.backbones.timm_models' in sys.modules, 'timm' in sys.modules)"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()==['False','False']
+    assert proc.run(sys.executable, '-c', code, check=True).stdout.split()==['False','False']
 
 # --- our models in timm's registry
 

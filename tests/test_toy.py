@@ -9,6 +9,7 @@ from scipy import ndimage
 from backbones_nb.data.pets import pets_records, pets_splits, read_trimap
 from backbones_nb.data.toy import _write_one, breeds, draw_pet, draw_scene, toy_pets
 from backbones_nb.learners.metrics import coco_eval, mean_box_detector
+from tools.proc import run
 
 
 @pytest.fixture(scope='module')
@@ -174,6 +175,5 @@ def test_quirks_are_those_of_the_original(tmp_path):
 
 
 def test_drawing_loads_neither_torch_nor_fastai():
-    import subprocess
     code = 'import sys, backbones_nb.data.toy; print([o for o in ("torch","fastai") if o in sys.modules])'
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()=='[]'
+    assert run(sys.executable, '-c', code, check=True).stdout.strip()=='[]'

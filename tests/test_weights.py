@@ -25,6 +25,7 @@ from backbones_nb.core.layers import ConvNormAct
 from backbones_nb.core.parity import randomise_, rel_error
 from backbones_nb.core.weights import WeightRecord, add_weights, fetch_weights, list_weights, pick_weights, read_weights, weight_records
 from backbones_nb.necks.neck import attach_neck
+from tools.proc import run
 
 torch.set_num_threads(1)
 def noise(size=32, n=1): return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -168,7 +169,7 @@ print(len(read_weights(fetch_weights(WeightRecord('x', 't', 'us', url='{server.u
     ps = [subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(2)]
     for p in ps: assert p.stdout.readline()=='ready\n'
     for p in ps: p.stdin.write('\n'); p.stdin.flush()
-    assert [p.communicate()[0] for p in ps]==['8\n','8\n']
+    assert [p.communicate(timeout=120)[0] for p in ps]==['8\n','8\n']
     assert [o.name for o in (tmp_path/'hub'/'checkpoints').iterdir()]==['big.pth'] and sha(tmp_path/'hub'/'checkpoints'/'big.pth')==sha(f)
 
 # --- what is in a file
@@ -443,7 +444,7 @@ def test_in_another_process(tmp_path):
     m.save_pretrained(tmp_path/'m')
     code = f"import torch; from backbones_nb import from_pretrained; torch.save([o.detach() for o in from_pretrained({str(tmp_path/'m')!r})(torch.load({str(tmp_path/'x.pt')!r}))], {str(tmp_path/'y.pt')!r})"
     torch.save(noise(), tmp_path/'x.pt')
-    subprocess.run([sys.executable, '-c', code], check=True)
+    run(sys.executable, '-c', code, check=True)
     assert same(torch.load(tmp_path/'y.pt'), m(noise()))
 
 def test_weights_are_remembered(record, net, cache, tmp_path):

@@ -51,7 +51,8 @@ def top_level(node, home):
     "Rewrites the targets of links and pictures below `node` of a pandoc tree, so that they work from the top level."
     def fix(u):
         if u.startswith(home['site']): return home['pages'].get(u.removeprefix(home['site']).partition('#')[0], u)
-        return u if re.match(r'[a-z]+:|[#/]', u) else f'nbs/{u}'
+        if re.match(r'[a-z]+:|[#/]', u): return u
+        return f"nbs/{re.sub(r'(?<=[.]ipynb)#.*', '', u)}" # GitHub shows notebooks without anchors
     if isinstance(node, list):
         for o in node: top_level(o, home)
     elif isinstance(node, dict):

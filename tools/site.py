@@ -6,6 +6,7 @@ import ast
 import importlib
 import os
 import re
+import warnings
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -48,7 +49,9 @@ def header(node, lines):
     doc = ast.get_docstring(node) is not None
     body = node.body[1:] if doc else node.body
     last = node.body[0].end_lineno if doc else node.body[0].lineno-1
-    if last<node.lineno or node.body[0].lineno==node.lineno: return lines[first-1:node.end_lineno] # one line: all of it
+    if node.body[0].lineno==node.lineno: return lines[first-1:node.end_lineno] # one line: all of it
+    before = lines[node.body[0].lineno-1][:node.body[0].col_offset]
+    if before.strip(): return [*lines[first-1:node.body[0].lineno-1], f'{before.rstrip()} ...'] # the body begins beside the header's end
     top,pad = lines[first-1:last],' '*node.body[0].col_offset
     if isinstance(node, ast.ClassDef):
         fields = [l for o in body if isinstance(o, ast.AnnAssign) for l in lines[o.lineno-1:o.end_lineno]]
@@ -86,7 +89,7 @@ class Definitions(Processor):
                 if not found: continue
                 nodes = {id(node):node for _,node in found}.values()
                 c.source,c['outputs'] = '\n\n'.join('\n'.join(header(o, lines)) for o in nodes),[]
-            c.metadata['classes'] = 'taught' if 'exports' in flags else 'signature'
+            if 'exports' not in flags: c.source = f'#| classes: signature\n{c.source}'
             cells.append(c)
         self.nb.cells = cells
 
@@ -136,8 +139,9 @@ class Names:
 
 @lru_cache(None)
 def load(module):
-    try: return importlib.import_module(module)
-    except ImportError: return None
+    with warnings.catch_warnings(action='ignore'):
+        try: return importlib.import_module(module)
+        except ImportError: return None
 
 
 @lru_cache(None)
@@ -272,5 +276,6 @@ class Frame(Processor):
 
 
 def badge(colab, page, rel):
-    return (f'[Open in Colab]({colab}){{.notebook-link}} [Download notebook]({page.name}){{.notebook-link download="{page.name}"}} '
+    up = '../'*rel.count('/')
+    return (f'[Open in Colab]({colab}){{.notebook-link}} [Download notebook]({up}notebooks/{rel}){{.notebook-link download="{page.name}"}} '
             f'[View on GitHub]({repo}/blob/main/nbs/{rel}){{.notebook-link}}')

@@ -46,19 +46,26 @@ class Names:
         if not name.startswith('_'):
             if name in (known := list_backbones()): return partial(create_backbone, name)
             hint = did_you_mean(name, known)
-            raise AttributeError(f'there is no backbone {name!r}.{hint} list_backbones() gives all names')
+            raise AttributeError(f'there is no backbone {name!r}.{hint} list_backbones() gives all '
+                'names')
         raise AttributeError(name)
 
-    def __repr__(self): return f'backbones: {len(list_backbones())} names, and the folders {", ".join(self.__dict__)}'
+    def __repr__(self):
+        folders = ', '.join(self.__dict__)
+        return f'backbones: {len(list_backbones())} names, and the folders {folders}'
 
 # %% ../nbs/cli/61_all.ipynb #ff5500a8
 backbones = Names(
     resnet_fpn=resnet_fpn,
     resnet=_last('resnet18','resnet34','resnet50','resnet101','resnet152','resnext101_32x8d'),
-    mobilenet=SimpleNamespace(mobilenet=partial(create_backbone, 'mobilenet_v2', strides=(32,), taps='expansion')),
+    mobilenet=SimpleNamespace(
+        mobilenet=partial(create_backbone, 'mobilenet_v2', strides=(32,), taps='expansion')),
     vgg=_last('vgg11','vgg13','vgg16','vgg19'))
 
-_all_ = ['attach_neck','backbone_learner','backbones','check_data','classifier','ClassMap','COCOMetric','coco_eval','coco_records','coco_table','create_backbone',
-         'default_augment','detection_dls','detection_learner','efficientdet','faster_rcnn','fcos','icevision_backbone','icevision_compat','list_backbones',
-         'mask_rcnn','mean_box_detector','NoValidation','pets_splits','Record','register','retinanet','show_records',
-         'split_records','summary','to_coco','toy_pets','untar_pets','voc_records','voc_split']
+_all_ = ['attach_neck','backbone_learner','backbones','check_data','classifier','ClassMap',
+         'COCOMetric','coco_eval','coco_records','coco_table','create_backbone','default_augment',
+         'detection_dls','detection_learner','efficientdet','faster_rcnn','fcos',
+         'icevision_backbone','icevision_compat','list_backbones','mask_rcnn',
+         'mean_box_detector','NoValidation','pets_splits','Record','register',
+         'retinanet','show_records','split_records','summary','to_coco',
+         'toy_pets','untar_pets','voc_records','voc_split']

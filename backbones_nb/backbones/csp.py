@@ -34,7 +34,7 @@ class TwoConvs(nn.Module):
 
 # %% ../../nbs/backbones/11_csp.ipynb #8d960ed6
 class OneConv(nn.Module):
-    "Splits by one 1x1 convolution and a slice; child `both`, whose first half of channels is the cross half."
+    "Splits by one 1x1 convolution and a slice; child `both`, the cross half first."
     def __init__(self,
         ni:int, # input channels
         half:int, # channels of each half
@@ -49,31 +49,54 @@ csp_splits = dict(convs=TwoConvs, slice=OneConv) # the values of `split`
 
 # %% ../../nbs/backbones/11_csp.ipynb #44083391
 def _one_of(value, allowed, what):
-    if value not in allowed: raise ValueError(f"got {what}={value!r}, expected one of {', '.join(map(repr, allowed))}: "
-        'choose one of these')
+    if value not in allowed: raise ValueError(
+        f"got {what}={value!r}, expected one of {', '.join(map(repr, allowed))}: choose one of these")
     return value
 
 def _half(nf, expand, transition):
     "Channels of each half; raises ValueError where they do not come out."
     both = nf*expand
-    if both!=int(both) or int(both)%2 or both<2: raise ValueError(f'got nf={nf} and expand={expand:g}, expected an '
-        f'even number of channels to split instead of {both:g}: change one of them')
-    if transition=='last' and expand!=1: raise ValueError(f"got expand={expand:g} with transition='last', expected 1, "
-        'since nothing comes after the concatenation to change its channels: leave expand out or change the transition')
+    if both!=int(both) or int(both)%2 or both<2: raise ValueError(
+        f'got nf={nf} and expand={expand:g}, expected an even number of channels to split instead of {both:g}: '
+        'change one of them')
+    if transition=='last' and expand!=1: raise ValueError(
+        f"got expand={expand:g} with transition='last', expected 1, since nothing comes after the concatenation "
+        'to change its channels: leave expand out or change the transition')
     return int(both)//2
+
+def _check_parts(tensors, where):
+    odd = [k for k in tensors if k.split('.')[0] not in ('conv','norm')]
+    if odd: raise ValueError(
+        f"got {', '.join(odd)} in {where}, expected tensors of a convolution and a batch norm only: "
+        'what else has parameters cannot be cut')
+    if 'norm.weight' in tensors and 'norm.running_mean' not in tensors: raise ValueError(
+        f'got a norm without running statistics in {where}, expected a batch norm or none, since a norm over groups '
+        'of channels changes with the split: build the net in the form that you want')
+
+def _check_pair(a, b, where):
+    "Raises ValueError where two convolutions with norm cannot become one."
+    _check_parts(a, where)
+    _check_parts(b, where)
+    if set(a)!=set(b): raise ValueError(
+        f"got {', '.join(sorted(set(a)^set(b)))} in only one of the two convolutions of {where}, "
+        'expected the same tensors in both: give a whole state dict')
+    if any(not t.dim() and t!=b[k] for k,t in a.items()): raise ValueError(
+        f'got batch norms that have counted different numbers of batches in {where}, expected equal ones: '
+        'set num_batches_tracked of both')
 
 # %% ../../nbs/backbones/11_csp.ipynb #5421075b
 class CSPStage(nn.Module):
-    """Cross-stage partial stage (arXiv:1911.11929, fig. 3): split, blocks on one half, fusion of both.
+    """Cross-stage partial stage (arXiv:1911.11929, fig. 3): split, blocks on one half, fusion.
 
-    Children: `down`, `split`, `blocks`, `post` (transition before the concatenation), `fuse` (transition after it)."""
+    Children: `down`, `split`, `blocks`, `post` (transition before the concatenation) and `fuse`
+    (transition after it)."""
     def __init__(self,
         ni:int, # input channels
         nf:int, # output channels
         n:int, # how many blocks
         split:str='convs', # 'convs': two 1x1 convolutions; 'slice': one, cut in two
-        order:str='blocks', # which half comes first in the concatenation: 'blocks' (the cfg) or 'cross' (timm)
-        transition:str='both', # 'first': fuse, then convolve; 'last': convolve the blocks' half, then fuse; 'both'
+        order:str='blocks', # which half is concatenated first: 'blocks' (the cfg) or 'cross' (timm)
+        transition:str='both', # 'first': fuse, convolve; 'last': convolve one half, fuse; 'both'
         expand:float=1, # channels of both halves together, relative to nf
         hidden:int=None, # channels inside a block; None: as many as a half has
         block=DarknetBlock, # block(channels, hidden=..., act=..., norm=...)
@@ -83,10 +106,12 @@ class CSPStage(nn.Module):
     ):
         super().__init__()
         _one_of(transition, ('first','last','both'), 'transition')
-        self.order,kw = _one_of(order, ('blocks','cross'), 'order'),dict(act=act, norm=norm)
+        self.order = _one_of(order, ('blocks','cross'), 'order')
+        kw = dict(act=act, norm=norm)
         half = _half(nf, expand, transition)
         self.down = ConvNormAct(ni, nf, 3, stride=2, **kw) if down else None
-        self.split = csp_splits[_one_of(split, tuple(csp_splits), 'split')](nf if down else ni, half, **kw)
+        make_split = csp_splits[_one_of(split, tuple(csp_splits), 'split')]
+        self.split = make_split(nf if down else ni, half, **kw)
         self.blocks = nn.Sequential(*[block(half, hidden=hidden or half, **kw) for _ in range(n)])
         self.post = None if transition=='first' else ConvNormAct(half, half, 1, **kw)
         self.fuse = None if transition=='last' else ConvNormAct(2*half, nf, 1, **kw)
@@ -105,26 +130,14 @@ def forward(self:CSPStage, x): # (B,ni,H,W) -> (B,nf,H/2,W/2), or (B,nf,H,W) wit
 # %% ../../nbs/backbones/11_csp.ipynb #16816ca4
 def _join(a, b, where):
     "The tensors of one convolution with norm from those of two: outputs of `a`, then those of `b`."
-    _check_parts(a, where); _check_parts(b, where)
-    if set(a)!=set(b): raise ValueError(f"got {', '.join(sorted(set(a)^set(b)))} in only one of the two convolutions "
-        f'of {where}, expected the same tensors in both: give a whole state dict')
-    if any(not t.dim() and t!=b[k] for k,t in a.items()): raise ValueError('got batch norms that have counted '
-        f'different numbers of batches in {where}, expected equal ones: set num_batches_tracked of both')
+    _check_pair(a, b, where)
     return {k:torch.cat([t, b[k]]) if t.dim() else t.clone() for k,t in a.items()}
 
 def _cut(a, where):
-    "The tensors of two convolutions with norm from those of one: the first half of its outputs, and the second."
+    "The tensors of two convolutions with norm from those of one, its outputs cut in the middle."
     _check_parts(a, where)
     halves = {k:t.chunk(2) if t.dim() else (t,t) for k,t in a.items()}
     return [{k:t[i].clone() for k,t in halves.items()} for i in (0,1)]
-
-def _check_parts(tensors, where):
-    odd = [k for k in tensors if k.split('.')[0] not in ('conv','norm')]
-    if odd: raise ValueError(f"got {', '.join(odd)} in {where}, expected tensors of a convolution and a batch norm "
-        'only: what else has parameters cannot be cut')
-    if 'norm.weight' in tensors and 'norm.running_mean' not in tensors: raise ValueError('got a norm without running '
-        f'statistics in {where}, expected a batch norm or none, since a norm over groups of channels changes with the '
-        'split: build the net in the form that you want')
 
 # %% ../../nbs/backbones/11_csp.ipynb #5be0e68c
 def _split_key(k):
@@ -137,16 +150,21 @@ def _convert_tensors(sd, to, first):
     parts,res = defaultdict(lambda: defaultdict(dict)),{}
     for k,t in sd.items():
         if m := _split_key(k): parts[m[0]][m[1]][m[2]] = t
-    if not parts: raise ValueError("got a state dict without a key such as 'split.cross.conv.weight' or "
+    if not parts: raise ValueError(
+        "got a state dict without a key such as 'split.cross.conv.weight' or "
         "'split.both.conv.weight', expected that of a net with CSPStages: rename its keys first")
     names = ('cross','main') if first=='cross' else ('main','cross')
     for where,p in parts.items():
-        if to=='slice' and 'both' not in p: parts[where] = dict(both=_join(*[p[n] for n in names], where))
-        if to=='convs' and 'both' in p: parts[where] = dict(sorted(zip(names, _cut(p['both'], where))))
+        if to=='slice' and 'both' not in p:
+            parts[where] = dict(both=_join(*[p[n] for n in names], where))
+        if to=='convs' and 'both' in p:
+            parts[where] = dict(sorted(zip(names, _cut(p['both'], where))))
     for k,t in sd.items():
         m = _split_key(k)
         if m is None: res[k] = t
-        else: res |= {f'{m[0]}.{n}.{r}':o for n,p in parts.pop(m[0], {}).items() for r,o in p.items()}
+        else:
+            new = parts.pop(m[0], {})
+            res |= {f'{m[0]}.{n}.{r}':o for n,p in new.items() for r,o in p.items()}
     return res
 
 # %% ../../nbs/backbones/11_csp.ipynb #b731af72
@@ -155,7 +173,8 @@ def _unit(like, tensors):
     unit = deepcopy(like)
     for k,t in tensors.items():
         path,_,name = k.rpartition('.')
-        m,old = unit.get_submodule(path),like.get_parameter(k) if k in dict(like.named_parameters()) else None
+        m = unit.get_submodule(path)
+        old = like.get_parameter(k) if k in dict(like.named_parameters()) else None
         setattr(m, name, t if old is None else nn.Parameter(t, old.requires_grad))
     unit.conv.out_channels = len(unit.conv.weight)
     if hasattr(unit.norm, 'num_features'): unit.norm.num_features = len(unit.conv.weight)
@@ -167,8 +186,9 @@ def _convert_stage(stage, to):
     if isinstance(old, csp_splits[to]): return
     new = csp_splits[to](1, 1).train(old.training)
     if to=='slice':
-        if repr(old.cross)!=repr(old.main): raise ValueError(f'got two convolutions that differ in {where}, '
-            f'{old.cross} and {old.main}, expected equal ones, as they become one: make them agree')
+        if repr(old.cross)!=repr(old.main): raise ValueError(
+            f'got two convolutions that differ in {where}, {old.cross} and {old.main}, '
+            'expected equal ones, as they become one: give both the same settings')
         new.both = _unit(old.cross, _join(old.cross.state_dict(), old.main.state_dict(), where))
     else: new.cross,new.main = [_unit(old.both, t) for t in _cut(old.both.state_dict(), where)]
     stage.split = new
@@ -178,20 +198,22 @@ def _convert_stage(stage, to):
 def convert_split(
     m, # a CSPStage, a net that has some, or a state dict of either
     to:str, # 'slice': one convolution and a slice; 'convs': two convolutions
-    first:str='cross', # of state dicts only: the half that the first half of the slice's channels belongs to
+    first:str='cross', # of state dicts only: which half comes first in the slice
 ): # a new net, or a new dict; `m` stays as it is
-    """Returns the same function with the other split: weights, biases and batch norms joined or cut along the outputs.
+    """Returns the same function with the other split: weights and batch norms joined or cut.
 
     Raises ValueError where `m` has no split, or one that cannot be converted exactly."""
     _one_of(to, tuple(csp_splits), 'to')
     _one_of(first, ('cross','main'), 'first')
     if not isinstance(m, nn.Module): return _convert_tensors(m, to, first)
-    if first!='cross': raise ValueError(f'got first={first!r} with a {type(m).__name__}, expected a state dict, since '
-        'our modules have the cross half first: leave it out')
+    if first!='cross': raise ValueError(
+        f'got first={first!r} with a {type(m).__name__}, expected a state dict, '
+        'since our modules have the cross half first: leave it out')
     m = deepcopy(m)
     stages = [o for o in m.modules() if isinstance(o, CSPStage)]
-    if not stages: raise ValueError(f'got a {type(m).__name__} without a CSPStage, expected a stage, a net that has '
-        'some, or a state dict: nothing is split here')
+    if not stages: raise ValueError(
+        f'got a {type(m).__name__} without a CSPStage, expected a stage, a net that has some, '
+        'or a state dict: nothing is split here')
     for o in stages: _convert_stage(o, to)
     return m
 
@@ -202,19 +224,24 @@ def _swapped(w): return torch.cat(w.chunk(2, 1)[::-1], 1)
 def swap_order(
     m, # a CSPStage, a net that has some, or a state dict of either
 ): # a new net, or a new dict; `m` stays as it is
-    "Returns the same function with the other order of concatenation; raises ValueError where nothing follows it."
-    error = 'expected a transition after the concatenation, which takes the swap back, in every stage: without one ' \
-        'the order of the output channels would change'
+    """Returns the same function with the other order of concatenation.
+
+    Raises ValueError where no transition follows it."""
+    error = ('expected a transition after the concatenation, which takes the swap back, '
+             'in every stage: without one the order of the output channels would change')
     if isinstance(m, nn.Module):
         m = deepcopy(m)
         stages = [o for o in m.modules() if isinstance(o, CSPStage)]
-        if not stages or any(o.fuse is None for o in stages): raise ValueError(f'got a {type(m).__name__} with '
-            f"{len(stages)} CSPStages, {sum(o.fuse is None for o in stages)} of them with transition='last', {error}")
+        last = sum(o.fuse is None for o in stages)
+        if not stages or last: raise ValueError(
+            f'got a {type(m).__name__} with {len(stages)} CSPStages, '
+            f"{last} of them with transition='last', {error}")
         for o in stages:
             o.order = 'cross' if o.order=='blocks' else 'blocks'
             o.fuse.conv.weight.copy_(_swapped(o.fuse.conv.weight))
         return m
     where = dict.fromkeys(p[0][:-len('split')]+'fuse.conv.weight' for p in map(_split_key, m) if p)
-    if not where or any(k not in m for k in where): raise ValueError(f'got a state dict with {len(where)} splits and '
-        f'{sum(k in m for k in where)} convolutions named fuse beside them, {error}')
+    if not where or any(k not in m for k in where): raise ValueError(
+        f'got a state dict with {len(where)} splits and {sum(k in m for k in where)} '
+        f'convolutions named fuse beside them, {error}')
     return {k:_swapped(v) if k in where else v for k,v in m.items()}

@@ -25,21 +25,22 @@ def cspdark_stage(
     ni:int, # input channels
     nf:int, # output channels
     blocks:int, # Darknet blocks; 0: a convolution with stride 2 and nothing else
-    full:bool=False, # both ways keep all channels and the blocks narrow; else each way has half and the blocks keep it
+    full:bool=False, # both branches keep all channels, the blocks narrow; else each has half
     act='leaky_relu',
     norm='bn',
     **kwargs, # of CSPStage: split, order, transition
 ) -> nn.Module: # (B,ni,H,W) -> (B,nf,H/2,W/2)
-    "Returns a stage: halve and widen, then blocks on one of two ways."
-    if not blocks: return nn.Sequential(OrderedDict(down=ConvNormAct(ni, nf, 3, stride=2, act=act, norm=norm)))
-    return CSPStage(ni, nf, blocks, expand=2 if full else 1, hidden=nf//2, act=act, norm=norm, **kwargs)
+    "Returns a stage: halve and widen, then blocks on one of two branches."
+    layer = dict(act=act, norm=norm)
+    if not blocks: return nn.Sequential(OrderedDict(down=ConvNormAct(ni, nf, 3, stride=2, **layer)))
+    return CSPStage(ni, nf, blocks, expand=2 if full else 1, hidden=nf//2, **layer, **kwargs)
 
 # %% ../../nbs/backbones/12_cspdarknet.ipynb #51842e49
 def _check_stages(blocks, outs, first):
-    if len(blocks)!=len(outs): raise ValueError(f'got {len(blocks)} blocks and {len(outs)} outs, expected one of '
-        'each a stage: make them agree')
-    if first not in ('full','half'): raise ValueError(f"got first={first!r}, expected 'full' or 'half': choose one "
-        'of these')
+    if len(blocks)!=len(outs): raise ValueError(
+        f'got {len(blocks)} blocks and {len(outs)} outs, expected one of each per stage: give both the same length')
+    if first not in ('full','half'): raise ValueError(
+        f"got first={first!r}, expected 'full' or 'half': choose one of these")
 
 # %% ../../nbs/backbones/12_cspdarknet.ipynb #e4e8ff7a
 class CSPDarknet(Backbone):
@@ -50,10 +51,10 @@ class CSPDarknet(Backbone):
         blocks=(1,2,8,8,4), # Darknet blocks, by stage; 0: the stage is one convolution
         outs=(64,128,256,512,1024), # output channels, by stage
         stem:int=32, # channels of the first convolution
-        split:str='convs', # 'convs': two convolutions make the two ways; 'slice': one, cut in half
-        first:str='full', # channels of stage 1's ways: 'full', all of them; 'half', as in the other stages
+        split:str='convs', # 'convs': two convolutions make the two branches; 'slice': one, cut
+        first:str='full', # branches of stage 1: 'full', all channels; 'half', as in other stages
         order:str='blocks', # half that comes first in the concatenation: 'blocks' or 'cross'
-        transition:str='both', # see `CSPStage`; 'first': none between the blocks and the concatenation
+        transition:str='both', # see `CSPStage`; 'first': none before the concatenation
         act='leaky_relu', # slope 0.1
         norm='bn',
         strides=None, # see `Backbone.select`
@@ -64,7 +65,8 @@ class CSPDarknet(Backbone):
         kw = dict(act=act, norm=norm)
         self.stem = ConvNormAct(3, stem, **kw)
         self.stages = nn.ModuleList([
-            cspdark_stage(ni, nf, n, i==0 and first=='full', split=split, order=order, transition=transition, **kw)
+            cspdark_stage(ni, nf, n, i==0 and first=='full', split=split, order=order,
+                          transition=transition, **kw)
             for i,(ni,nf,n) in enumerate(zip((stem,*outs), outs, blocks))])
         rows = [feature_row(nf, 2**(i+1), f'stages.{i}') for i,nf in enumerate(outs)]
         trunk = dict(stem=['stem']) | {f'stage{i}':[r['module']] for i,r in enumerate(rows, 1)}
@@ -76,7 +78,7 @@ _vt = dict(first='half', order='cross', transition='first', act='relu')
 cspdarknet_configs = dict( # name -> arguments of CSPDarknet
     cspdarknet19=dict(blocks=(0,1,1,2,2)),
     cspdarknet53=dict(blocks=(1,2,8,8,4)))
-cspdarknet_variants = dict( # name -> variant -> what it lays over the arguments; the first is the default
+cspdarknet_variants = dict( # name -> variant -> what it overrides; the first is the default
     cspdarknet19=dict(vt=_vt),
     cspdarknet53=dict(cfg={}, timm=dict(split='slice', order='cross', act=timm_leaky), vt=_vt))
 
@@ -85,17 +87,21 @@ cspdarknet19,cspdarknet53 = [register(name, CSPDarknet, cspdarknet_variants[name
                              for name,config in cspdarknet_configs.items()]
 
 # %% ../../nbs/backbones/12_cspdarknet.ipynb #45846642
-timm_renames = ( # timm's cspdarknet53 -> ours with split='slice', whole (without `head.`) and features_only alike
-    (r'^stem[_.]conv1\.', 'stem.'), (r'^stages_', 'stages.'), (r'\.bn\.', '.norm.'), (r'\.conv_down\.', '.down.'),
-    (r'\.conv_exp\.', '.split.both.'), (r'\.conv_transition_b\.', '.post.'), (r'\.conv_transition\.', '.fuse.'))
+timm_renames = ( # timm's cspdarknet53, whole (no `head.`) or features_only -> ours, split='slice'
+    (r'^stem[_.]conv1\.', 'stem.'), (r'^stages_', 'stages.'), (r'\.bn\.', '.norm.'),
+    (r'\.conv_down\.', '.down.'), (r'\.conv_exp\.', '.split.both.'),
+    (r'\.conv_transition_b\.', '.post.'), (r'\.conv_transition\.', '.fuse.'))
 
 # %% ../../nbs/backbones/12_cspdarknet.ipynb #561b987d
 vt_renames = ( # vision-toolbox's cspdarknet53, old keys and new, -> ours with split='convs'
-    (r'\.bn\.', '.norm.'), (r'^(stages\.\d+)\.conv\.', r'\1.down.'), (r'^(stages\.\d+)\.conv1\.', r'\1.split.cross.'),
-    (r'^(stages\.\d+)\.conv2\.', r'\1.split.main.'), (r'^(stages\.\d+)\.out_conv\.', r'\1.fuse.'))
+    (r'\.bn\.', '.norm.'), (r'^(stages\.\d+)\.conv\.', r'\1.down.'),
+    (r'^(stages\.\d+)\.conv1\.', r'\1.split.cross.'),
+    (r'^(stages\.\d+)\.conv2\.', r'\1.split.main.'),
+    (r'^(stages\.\d+)\.out_conv\.', r'\1.fuse.'))
 add_weights(
-    WeightRecord('cspdarknet53', renames=timm_renames, **timm_card('cspdarknet53.ra_in1k', 256, 288, 80.08)),
+    WeightRecord('cspdarknet53', renames=timm_renames,
+                 **timm_card('cspdarknet53.ra_in1k', 256, 288, 80.08)),
     WeightRecord('cspdarknet53', renames=vt_renames, **vt_release('cspdarknet53-3bfa0423', 77.5)))
 
 # %% ../../nbs/backbones/12_cspdarknet.ipynb #e5da1440
-CSPDarknet.exact = dict(split=convert_split) # arguments that loaded weights can be converted to, exactly
+CSPDarknet.exact = dict(split=convert_split) # arguments that loaded weights convert to, exactly

@@ -23,7 +23,7 @@ from ..core.weights import WeightRecord, add_weights
 
 # %% ../../nbs/backbones/10_darknet.ipynb #1c784eb3
 class DarknetBlock(nn.Module):
-    "A 1x1 convolution that narrows, a 3x3 that widens again, and the input added (arXiv:1804.02767, table 1)."
+    "A 1x1 convolution that narrows, a 3x3 that widens, plus the input (arXiv:1804.02767, table 1)."
     def __init__(self,
         nf:int, # channels in and out
         hidden:int=None, # channels in between; None: half of nf
@@ -46,7 +46,7 @@ def darknet_stage(
     ni:int, # input channels
     nf:int, # output channels
     blocks:int, # how many blocks
-    down:str='conv', # what halves: 'conv', a convolution with stride 2, or 'pool', a 2x2 max-pool before it
+    down:str='conv', # what halves: 'conv', with stride 2, or 'pool', a 2x2 max-pool before it
     **kwargs, # of DarknetBlock: act, norm, residual
 ) -> nn.Sequential: # (B,ni,H,W) -> (B,nf,H/2,W/2), rounded up
     "Returns a stage: halve and widen, then blocks."
@@ -58,20 +58,21 @@ def darknet_stage(
 
 # %% ../../nbs/backbones/10_darknet.ipynb #82203664
 def _check(blocks, outs, down):
-    if len(blocks)!=len(outs): raise ValueError(f'got {len(blocks)} numbers of blocks and {len(outs)} outs, expected '
-        'one of each a stage: make them agree')
-    if down not in ('conv','pool'): raise ValueError(f"got down={down!r}, expected 'conv' or 'pool': "
-        'choose one of these')
+    if len(blocks)!=len(outs): raise ValueError(
+        f'got {len(blocks)} numbers of blocks and {len(outs)} outs, expected one of each per stage: '
+        'give both the same length')
+    if down not in ('conv','pool'): raise ValueError(
+        f"got down={down!r}, expected 'conv' or 'pool': choose one of these")
 
+# %% ../../nbs/backbones/10_darknet.ipynb #991df7c5
 def _way(stem, outs):
     "The trunk, and one row per map; the stem is at stride 1."
     rows = [feature_row(nf, 2**i, f'stages.{i-1}') for i,nf in enumerate(outs, 1)]
     trunk = dict(stem=['stem']) | {f'stage{i}':[r['module']] for i,r in enumerate(rows, 1)}
     return trunk,[feature_row(stem, 1, 'stem'), *rows]
 
-# %% ../../nbs/backbones/10_darknet.ipynb #991df7c5
 class Darknet(Backbone):
-    """Darknet-19 (arXiv:1612.08242) and -53 (arXiv:1804.02767): a stem at stride 1, then stages that halve.
+    """Darknet-19 (arXiv:1612.08242) and -53 (arXiv:1804.02767): a stem, then stages that halve.
 
     Raises ValueError for a configuration that does not fit together."""
     def __init__(self,
@@ -106,7 +107,8 @@ darknet_variants = dict( # name -> variant -> what it changes in the row; the fi
     darknet53=dict(cfg={}, timm=dict(act=timm_leaky), vt=dict(act='relu')))
 
 # %% ../../nbs/backbones/10_darknet.ipynb #64fc126e
-darknet19,darknet53 = [register(n, Darknet, darknet_variants[n], **c) for n,c in darknet_configs.items()]
+darknet19,darknet53 = [register(n, Darknet, darknet_variants[n], **c)
+                       for n,c in darknet_configs.items()]
 
 # %% ../../nbs/backbones/10_darknet.ipynb #b84569d4
 class DarknetClassifier(nn.Module):
@@ -114,17 +116,19 @@ class DarknetClassifier(nn.Module):
     def __init__(self,
         body:Backbone, # such as darknet53(strides=32)
         num_classes:int=1000,
-        head:str='linear', # 'linear': mean, then a linear layer; 'conv': 1x1 convolution, then mean (darknet19.cfg)
+        head:str='linear', # 'linear': mean, then a linear layer; 'conv': 1x1 convolution, then mean
     ):
         super().__init__()
-        if head not in ('linear','conv'): raise ValueError(f"got head={head!r}, expected 'linear' or 'conv': "
-            'choose one of these')
+        if head not in ('linear','conv'): raise ValueError(
+            f"got head={head!r}, expected 'linear' or 'conv': choose one of these")
         nf = body.channels[-1]
-        self.body,self.head = body,nn.Linear(nf, num_classes) if head=='linear' else nn.Conv2d(nf, num_classes, 1)
+        self.body = body
+        self.head = nn.Linear(nf, num_classes) if head=='linear' else nn.Conv2d(nf, num_classes, 1)
 
     def forward(self, x):
         x = self.body(x)[-1]
-        return self.head(x).mean((2,3)) if isinstance(self.head, nn.Conv2d) else self.head(x.mean((2,3)))
+        if isinstance(self.head, nn.Conv2d): return self.head(x).mean((2,3))
+        return self.head(x.mean((2,3)))
 
 # %% ../../nbs/backbones/10_darknet.ipynb #0ad10155
 @patch
@@ -134,9 +138,11 @@ def param_groups(self:DarknetClassifier) -> list: # lists of parameters, from th
 
 # %% ../../nbs/backbones/10_darknet.ipynb #ab052577
 timm_renames = ( # timm's keys -> ours, whole models (without `head.`) and features_only alike
-    (r'^stem[_.]conv1\.', 'stem.'), (r'^stages_', 'stages.'), (r'\.conv_down\.', '.conv.'), (r'\.bn\.', '.norm.'))
-timm_classifier_renames = (*timm_renames, (r'^(?=stem\.|stages\.)', 'body.'), (r'^head\.fc\.', 'head.'))
-vt_renames = ( # vision-toolbox's keys, old and new, -> ours: there a stage without blocks is a bare convolution
+    (r'^stem[_.]conv1\.', 'stem.'), (r'^stages_', 'stages.'),
+    (r'\.conv_down\.', '.conv.'), (r'\.bn\.', '.norm.'))
+timm_classifier_renames = (*timm_renames,
+    (r'^(?=stem\.|stages\.)', 'body.'), (r'^head\.fc\.', 'head.'))
+vt_renames = ( # vision-toolbox's keys, old and new: a stage without blocks is a bare convolution
     (r'^(stages\.\d+)\.(conv\.weight|(?:norm|bn)\.)', r'\1.conv.\2'), (r'\.bn\.', '.norm.'))
 
 # %% ../../nbs/backbones/10_darknet.ipynb #b5c0ee0d
@@ -148,9 +154,10 @@ def timm_card(
     **kwargs, # of `WeightRecord`: where a card differs
 ) -> dict: # arguments of `WeightRecord`
     "Returns what a card of timm's weights states (https://huggingface.co/timm)."
-    return dict(publisher='timm', tag=name.split('.')[1], hub_id=f'timm/{name}', licence='Apache-2.0',
-                input_size=input_size, resize_size=resize_size, mean=IMAGENET_MEAN, std=IMAGENET_STD,
-                metrics={'acc@1':top1}, recipe=f'https://huggingface.co/timm/{name}', config=dict(variant='timm'),
+    return dict(publisher='timm', tag=name.split('.')[1], hub_id=f'timm/{name}',
+                licence='Apache-2.0', input_size=input_size, resize_size=resize_size,
+                mean=IMAGENET_MEAN, std=IMAGENET_STD, metrics={'acc@1':top1},
+                recipe=f'https://huggingface.co/timm/{name}', config=dict(variant='timm'),
                 drop=(r'^head\.',)) | kwargs
 
 # %% ../../nbs/backbones/10_darknet.ipynb #525182bd
@@ -159,13 +166,16 @@ def vt_release(
     top1:float, # percent
     **kwargs, # of `WeightRecord`: where a file differs
 ) -> dict: # arguments of `WeightRecord`
-    "Returns what vision-toolbox states about a file of its release (https://github.com/gau-nernst/vision-toolbox)."
+    "Returns what vision-toolbox (https://github.com/gau-nernst/vision-toolbox) states of a file."
     home = 'https://github.com/gau-nernst/vision-toolbox'
-    return dict(publisher='vision-toolbox', tag='vt', url=f'{home}/releases/download/v0.0.1/{file}.pth',
-                sha256=file.split('-')[1], input_size=224, resize_size=232, metrics={'acc@1':top1},
+    return dict(publisher='vision-toolbox', tag='vt',
+                url=f'{home}/releases/download/v0.0.1/{file}.pth', sha256=file.split('-')[1],
+                input_size=224, resize_size=232, metrics={'acc@1':top1},
                 recipe=f'{home}#imagenet-pre-training', config=dict(variant='vt')) | kwargs
 
 # %% ../../nbs/backbones/10_darknet.ipynb #18da67a6
-add_weights(WeightRecord('darknet53', renames=timm_renames, **timm_card('darknet53.c2ns_in1k', 256, 288, 80.01)),
-            WeightRecord('darknet53', renames=vt_renames, **vt_release('darknet53-94427f5b', 76.9)),
-            WeightRecord('darknet19', renames=vt_renames, **vt_release('darknet19-2cb641ca', 73.5)))
+add_weights(
+    WeightRecord('darknet53', renames=timm_renames,
+                 **timm_card('darknet53.c2ns_in1k', 256, 288, 80.01)),
+    WeightRecord('darknet53', renames=vt_renames, **vt_release('darknet53-94427f5b', 76.9)),
+    WeightRecord('darknet19', renames=vt_renames, **vt_release('darknet19-2cb641ca', 73.5)))

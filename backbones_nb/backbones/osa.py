@@ -16,7 +16,7 @@ from ..core.layers import ConvNormAct, SeparableConvNormAct
 
 # %% ../../nbs/backbones/13_osa.ipynb #891fbff6
 class eSE(nn.Module):
-    "Effective squeeze and excitation (arXiv:1911.06667): each channel times a gate in [0,1] made of all channel means."
+    "Effective squeeze and excitation (arXiv:1911.06667): gates in [0,1] from all channel means."
     def __init__(self,
         nf:int, # channels in and out
     ):
@@ -27,7 +27,7 @@ class eSE(nn.Module):
 
 # %% ../../nbs/backbones/13_osa.ipynb #388add85
 class OSABlock(nn.Module):
-    "One-shot aggregation (arXiv:1904.09730, fig. 1b): a chain of 3x3 layers, concatenated once, at its end."
+    "One-shot aggregation (arXiv:1904.09730, fig. 1b): a chain of 3x3 layers, concatenated once."
     def __init__(self,
         ni:int, # input channels
         mid:int, # channels of each layer of the chain
@@ -40,11 +40,13 @@ class OSABlock(nn.Module):
         norm='bn',
     ):
         super().__init__()
-        if residual and ni!=nf: raise ValueError(f'got residual=True with {ni} input and {nf} output channels, '
-            'expected equal numbers, since the identity needs a map of its own shape: set residual=False or ni=nf')
+        if residual and ni!=nf: raise ValueError(
+            f'got residual=True with {ni} input and {nf} output channels, expected equal numbers, '
+            'since the identity needs a map of its own shape: set residual=False or ni=nf')
         conv = SeparableConvNormAct if dw else ConvNormAct
         self.reduce = ConvNormAct(ni, mid, 1, act=act, norm=norm) if dw and ni!=mid else None
-        self.layers = nn.ModuleList([conv(mid if i or dw else ni, mid, act=act, norm=norm) for i in range(layers)])
+        self.layers = nn.ModuleList([
+            conv(mid if i or dw else ni, mid, act=act, norm=norm) for i in range(layers)])
         self.concat = ConvNormAct(ni + layers*mid, nf, 1, act=act, norm=norm)
         self.ese,self.residual = eSE(nf) if ese else None,residual
 

@@ -35,19 +35,24 @@ def timm_config(
         f"timm {timm.__version__} has no model {arch!r}.{did_you_mean(arch, timm.list_models())} "
         "list_backbones('timm/*') gives all names")
     cfgs = {k.partition('.')[2]:c for k,c in get_arch_pretrained_cfgs(arch).items()}
-    if tag and tag not in cfgs: raise ValueError(f"timm's {arch} has no weights {tag!r}: choose among "
-        f"{', '.join(k for k,c in cfgs.items() if c.has_weights) or 'none, it has no published ones'}")
+    published = ', '.join(k for k,c in cfgs.items() if c.has_weights)
+    if tag and tag not in cfgs: raise ValueError(
+        f"timm's {arch} has no weights {tag!r}: choose among "
+        f"{published or 'none, it has no published ones'}")
     return get_pretrained_cfg(name)
 
 # %% ../../nbs/backbones/16_timm.ipynb #73126f3d
 def timm_record(
     name:str, # 'resnet18', or with the tag of weights
 ) -> WeightRecord: # what is unknown is None
-    "Returns what timm states about published weights: source, licence, input, normalisation."
-    c,size = timm_config(name),timm_config(name).input_size[-1]
-    stated = re.search(r'-([0-9a-f]{8,64})\.\w+$', c.url or '') if not c.hf_hub_id else None # a hash in the file's name
-    return WeightRecord(f'timm/{c.architecture}.{c.tag}' if c.tag else f'timm/{c.architecture}', c.tag, 'timm',
-        hub_id=c.hf_hub_id or None, filename=c.hf_hub_filename or None, url=None if c.hf_hub_id else c.url or None,
+    "Returns what timm states about published weights: source, license, input, normalization."
+    c = timm_config(name)
+    size = c.input_size[-1]
+    url = None if c.hf_hub_id else c.url or None
+    stated = re.search(r'-([0-9a-f]{8,64})\.\w+$', url or '') # a hash in the file's name
+    name = f'timm/{c.architecture}.{c.tag}' if c.tag else f'timm/{c.architecture}'
+    return WeightRecord(name, c.tag, 'timm',
+        hub_id=c.hf_hub_id or None, filename=c.hf_hub_filename or None, url=url,
         sha256=stated and stated[1], mean=tuple(c.mean), std=tuple(c.std), input_size=size,
         resize_size=floor(size/c.crop_pct), recipe=c.origin_url, licence=c.license)
 
@@ -56,13 +61,15 @@ def timm_records(
 ) -> list: # of `WeightRecord`s, timm's default first
     "Returns the records of all weights that timm publishes for a name."
     arch,_,tag = name.removeprefix('timm/').partition('.')
-    cfgs = {k:c for k,c in get_arch_pretrained_cfgs(arch).items() if c.has_weights and tag in ('', c.tag)}
-    return [timm_record(k) for k in cfgs]
+    cfgs = get_arch_pretrained_cfgs(arch).items()
+    return [timm_record(k) for k,c in cfgs if c.has_weights and tag in ('', c.tag)]
 
 find_weights('timm/', timm_records)
 
 # %% ../../nbs/backbones/16_timm.ipynb #3c53619e
-_sizes = dict(dynamic_img_size=True, dynamic_img_pad=True), dict(dynamic_img_size=True), dict(strict_img_size=False)
+_sizes = (dict(dynamic_img_size=True, dynamic_img_pad=True),
+          dict(dynamic_img_size=True),
+          dict(strict_img_size=False))
 _size_args = 'img_size', *{k for o in _sizes for k in o}
 
 def _build(device, name, **kwargs):
@@ -71,7 +78,7 @@ def _build(device, name, **kwargs):
 def _reason(e): return ' '.join(f'{type(e).__name__}: {e}'.split())[:200].rstrip(' .:')
 
 def _first_that_builds(name, ways):
-    "The first of the ways (keyword arguments) in which timm builds the model, and the model on the meta device."
+    "The first of `ways` (keyword arguments) that timm accepts, and the model, on the meta device."
     error = None
     for kw in ways:
         try: return kw,_build('meta', name, **kw)
@@ -80,8 +87,9 @@ def _first_that_builds(name, ways):
 
 # %% ../../nbs/backbones/16_timm.ipynb #35b645ae
 def _fits(maps, rows, size):
-    "Whether each map has the height and the width that its stride tells, up to four cells of lost border."
-    pairs = [(got, n/r['reduction']) for o,r in zip(maps, rows) for got,n in zip(o.shape[-2:], size)]
+    "Whether each map has the size that its stride tells, up to four cells of lost border."
+    pairs = [(got, n/r['reduction'])
+             for o,r in zip(maps, rows) for got,n in zip(o.shape[-2:], size)]
     return len(maps)==len(rows) and all(want-4.5<=got<=want+1 for got,want in pairs)
 
 @torch.no_grad()
@@ -105,19 +113,22 @@ def _rows(net):
 def timm_plan(
     name:str, # timm's name
     **kwargs, # for timm.create_model
-) -> SimpleNamespace: # name, kwargs, rows, nhwc, img_size: None where the model takes other sizes than its own
-    "Returns how to build a model with one map a stride; raises ValueError where timm gives no maps."
+) -> SimpleNamespace: # name, kwargs, rows, nhwc, img_size: None if it takes other sizes too
+    "Returns how to build a model with one map per stride; raises ValueError if timm gives none."
     cfg = timm_config(name)
     free = cfg.fixed_input_size and not set(kwargs) & set(_size_args)
     ways = [kwargs|o for o in (*(_sizes if free else ()), {})]
     try: kw,net = _first_that_builds(name, ways + [o|dict(out_indices=(0,)) for o in ways])
     except Exception as e:
         if kwargs: timm_plan(name) # are the arguments at fault, or the model?
-        raise ValueError(f"timm's {name} gives no feature maps with {kwargs} ({_reason(e)}): leave these arguments out"
-            if kwargs else f"timm's {name} gives no feature maps ({_reason(e)}): choose another model") from e
+        raise ValueError(
+            f"timm's {name} gives no feature maps with {kwargs} ({_reason(e)}): "
+            'leave these arguments out' if kwargs else
+            f"timm's {name} gives no feature maps ({_reason(e)}): choose another model") from e
     kw.pop('out_indices', None)
     rows = _rows(net)
-    p = SimpleNamespace(name=name, kwargs=kw|dict(out_indices=tuple(rows)), rows=list(rows.values()), img_size=None,
+    p = SimpleNamespace(name=name, kwargs=kw|dict(out_indices=tuple(rows)),
+                        rows=list(rows.values()), img_size=None,
                         nhwc=str(getattr(net, 'output_fmt', '')).endswith('NHWC'))
     dynamic = kw.get('dynamic_img_size') or kw.get('strict_img_size') is False
     if cfg.fixed_input_size and not dynamic: _fix(p, kw.get('img_size', cfg.input_size[-2:]))
@@ -132,13 +143,13 @@ def _fix(p, size):
 
 # %% ../../nbs/backbones/16_timm.ipynb #c8752464
 class TimmBackbone(Backbone):
-    "A timm model behind the contract; the keys of its state dict are `body.` and those of timm's features_only model."
+    "A timm model; the keys of its state dict are `body.` and those of timm's features_only model."
     apart = 'plan','device','cache_dir' # arguments that do not describe the net
     def __init__(self,
         model:str='resnet50', # timm's name, with or without the tag of weights
         pretrained=False, # True, the tag of published weights, or a `WeightRecord`
         strides=None, # see `Backbone.select`
-        out_indices=None, # see `Backbone.select`: i means stride 2**(i+1), whatever timm's own index is
+        out_indices=None, # i means stride 2**(i+1), whatever timm's own index is
         plan=None, # of `timm_plan`, where it is known already
         device='cpu', # 'meta' for shapes without values
         **kwargs, # for timm.create_model: img_size, drop_path_rate, output_stride ...
@@ -151,15 +162,17 @@ class TimmBackbone(Backbone):
         ends = [o[-1] for o in self.trunk.values()]
         if len(ends)<2: ends = ['body']*len(self.plan.rows)
         self.rows = [r|dict(module=m) for r,m in zip(self.plan.rows, ends)]
-        if pretrained: load_timm(self, model, pretrained if isinstance(pretrained, WeightRecord) else None)
+        record = pretrained if isinstance(pretrained, WeightRecord) else None
+        if pretrained: load_timm(self, model, record)
         self.select(strides, out_indices)
 
 # %% ../../nbs/backbones/16_timm.ipynb #721e3c9e
 def _walk(net, x, n):
     "Yields the first `n` maps of timm's model, computing no more than it must."
     if isinstance(net, FeatureGetterNet):
-        yield from net.model.forward_intermediates(x, indices=net.out_indices[:n], norm=net.norm, stop_early=True,
-                                                   output_fmt=net.output_fmt, intermediates_only=True)
+        yield from net.model.forward_intermediates(
+            x, indices=net.out_indices[:n], norm=net.norm, stop_early=True,
+            output_fmt=net.output_fmt, intermediates_only=True)
     elif not isinstance(net, FeatureListNet) or net.grad_checkpointing: yield from net(x)[:n]
     else:
         for name,m in net.items():
@@ -172,17 +185,20 @@ def _walk(net, x, n):
 @patch
 def _maps(self:TimmBackbone, x, n):
     "The first `n` maps, channels first; raises ValueError for a size that the model does not take."
-    size = tuple(x.shape[-2:])
-    if x.dim()!=4: raise ValueError(f'got a tensor of shape {tuple(x.shape)}, expected a batch of images '
+    size,name = tuple(x.shape[-2:]),self.name or self.plan.name
+    if x.dim()!=4: raise ValueError(
+        f'got a tensor of shape {tuple(x.shape)}, expected a batch of images '
         '(B,3,H,W): add the batch dimension with x[None]')
-    if self.img_size and size!=tuple(self.img_size): raise ValueError(f"{self.name or self.plan.name} takes images of "
-        f"{self.img_size[0]}x{self.img_size[1]} only, got {size[0]}x{size[1]}: resize them, or build it for "
-        f"yours with img_size={size} where timm allows it")
+    if self.img_size and size!=tuple(self.img_size): raise ValueError(
+        f'{name} takes images of {self.img_size[0]}x{self.img_size[1]} only, '
+        f'got {size[0]}x{size[1]}: resize them, or build it for '
+        f'yours with img_size={size} where timm allows it')
     try: return [o.permute(0, 3, 1, 2) if self.nhwc else o for o in _walk(self.body, x, n)]
     except (AssertionError, RuntimeError) as e:
         most = max(r['reduction'] for r in self.rows)
         if not any(o%most for o in size): raise
-        raise ValueError(f'{self.name or self.plan.name} does not take {size[0]}x{size[1]}: give images whose height '
+        raise ValueError(
+            f'{name} does not take {size[0]}x{size[1]}: give images whose height '
             f'and width are multiples of {most}') from e
 
 # %% ../../nbs/backbones/16_timm.ipynb #e7818b2d
@@ -204,21 +220,24 @@ def pick_timm(
     "Returns the name of the weights that are meant; raises ValueError naming those that exist."
     arch,_,tag = model.partition('.')
     if isinstance(pretrained, WeightRecord):
-        if pretrained.name.split('.')[0]!=f'timm/{arch}': raise ValueError(f'got a record of weights for '
-            f'{pretrained.name}, expected one for timm/{arch}: timm_record({model!r}) gives it')
+        if pretrained.name.split('.')[0]!=f'timm/{arch}': raise ValueError(
+            f'got a record of weights for {pretrained.name}, expected one for timm/{arch}: '
+            f'timm_record({model!r}) gives it')
         pretrained = pretrained.tag
     if isinstance(pretrained, str):
-        if tag not in ('', pretrained): raise ValueError(f'got the tags {tag!r} in the name and {pretrained!r} as '
-            'pretrained, which contradict each other: give one of them')
+        if tag not in ('', pretrained): raise ValueError(
+            f'got the tags {tag!r} in the name and {pretrained!r} as pretrained, '
+            'which contradict each other: give one of them')
         model = f'{arch}.{pretrained}'
     cfg = timm_config(model)
-    if not cfg.has_weights: raise ValueError(f"timm publishes no weights for {model}: build it with "
-        'pretrained=False and load a state dict of your own')
+    if not cfg.has_weights: raise ValueError(
+        f'timm publishes no weights for {model}: build it with pretrained=False '
+        'and load a state dict of your own')
     return f'{arch}.{cfg.tag}' if cfg.tag else arch
 
 # %% ../../nbs/backbones/16_timm.ipynb #10f08730
 def _origin(k, have):
-    "The classifier's key for a key of the features_only model; raises KeyError where there is none."
+    "The classifier's key for a key of the features_only model; raises KeyError if there is none."
     k = k if k in have else re.sub(r'^(model|body)\.', '', k)
     head,dot,tail = k.partition('.')
     for o in (k, *(f'{head[:i]}.{head[i+1:]}{dot}{tail}' for i,c in enumerate(head) if c=='_')):
@@ -226,9 +245,9 @@ def _origin(k, have):
     raise KeyError(k)
 
 def _overlay(name, record, kw):
-    "For timm the place of the file that we fetched and verified; nothing where timm alone knows the file's format."
-    plain = not (timm_config(name).custom_load or 'cache_dir' in kw)
-    if plain and (record.url or record.hub_id.startswith('timm/')): return dict(file=str(fetch_weights(record)))
+    "Where timm finds the file that we fetched and verified; None if timm alone knows its format."
+    if timm_config(name).custom_load or 'cache_dir' in kw: return
+    if record.url or record.hub_id.startswith('timm/'): return dict(file=str(fetch_weights(record)))
 
 def load_timm(
     backbone, # a `TimmBackbone`, changed in place
@@ -236,12 +255,16 @@ def load_timm(
     record=None, # `WeightRecord` of the file; None: timm's
 ):
     "Downloads or finds the weights and loads them strictly; raises RuntimeError saying what to do."
-    kw,record = {k:v for k,v in backbone.plan.kwargs.items() if k!='out_indices'},record or timm_record(name)
+    kw = {k:v for k,v in backbone.plan.kwargs.items() if k!='out_indices'}
+    record = record or timm_record(name)
     over = _overlay(name, record, kw)
-    try: have = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=over, **kw).state_dict()
-    except Exception as e: raise RuntimeError(f"could not load timm's weights {name} ({_reason(e)}): check the "
+    try: model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=over, **kw)
+    except Exception as e: raise RuntimeError(
+        f"could not load timm's weights {name} ({_reason(e)}): check the "
         'network and the file, or build with pretrained=False') from e
-    backbone.body.load_state_dict({k:have[_origin(k, have)] for k in backbone.body.state_dict()}, strict=True)
+    have = model.state_dict()
+    sd = {k:have[_origin(k, have)] for k in backbone.body.state_dict()}
+    backbone.body.load_state_dict(sd, strict=True)
     backbone.pretrained,backbone.record = name.partition('.')[2] or name,record
 
 # %% ../../nbs/backbones/16_timm.ipynb #25f95a99
@@ -269,8 +292,8 @@ def _depths(plan):
     size = plan.img_size or kw.get('img_size', cfg.input_size[-2:])
     probe = _build('meta', plan.name, **kw)
     if len(plan.rows)==1: kw['out_indices'] = tuple(range(len(probe.feature_info.info)))
-    rnn = any(isinstance(m, nn.RNNBase) for m in probe.modules()) # slow on the meta device, step by step
-    for device in ('cpu',) if rnn else ('meta','cpu'): # some nets look at values, which meta tensors have not
+    rnn = any(isinstance(m, nn.RNNBase) for m in probe.modules()) # slow on the meta device
+    for device in ('cpu',) if rnn else ('meta','cpu'): # the CPU for nets that look at values
         net = _build(device, plan.name, **kw).eval()
         x = torch.zeros(1, 3, *((size,size) if isinstance(size, int) else size), device=device)
         try: groups = claim(_walk(net, x, len(kw['out_indices'])))
@@ -282,7 +305,7 @@ def _depths(plan):
 
 @patch
 def param_groups(self:TimmBackbone) -> list: # lists of parameters, from the input on
-    "Returns the parameters by the first map that depends on them, each exactly once; those that none needs come last."
+    "Returns the parameters by the first map that depends on them, each once; unused ones last."
     if not hasattr(self, '_groups'): self._groups = _depths(self.plan)
     rest = dict(self.body.named_parameters())
     groups = [[rest.pop(n) for n in g if n in rest] for g in self._groups]
@@ -297,7 +320,7 @@ for _name in timm.list_models() + timm.list_models(pretrained=True):
 def first_names(
     modules=None, # timm's modules; None: all
 ) -> dict: # timm's module -> name
-    "Returns of each of timm's modules the first name that gives maps, or its first name where none does."
+    "Returns for each timm module the first name that gives maps, or its first name if none does."
     res = {}
     for m in modules or timm.list_modules():
         names = [o for o in timm.list_models(module=m) if not o.startswith('bbnb_')]
@@ -314,14 +337,16 @@ def first_names(
 def timm_facts(
     name:str, # timm's name
 ) -> dict: # one row of the table
-    "Returns strides, channels and the sizes that a model takes, from its shapes alone; or the reason why not."
+    "Returns strides, channels and sizes that a model takes, from shapes alone, or why it fails."
     row = dict(name=name, strides='', channels='', sizes='', reason='')
     try:
         net = TimmBackbone(name, device='meta').eval()
-        row |= dict(strides=tuple(r['reduction'] for r in net.rows), channels=tuple(r['num_chs'] for r in net.rows))
+        row |= dict(strides=tuple(r['reduction'] for r in net.rows),
+                    channels=tuple(r['num_chs'] for r in net.rows))
         h,w = net.img_size or timm_config(name).input_size[-2:]
         net.select(row['strides'])(torch.zeros(1, 3, h, w, device='meta'))
-        if not takes(net, net.rows, (h,w)): raise ValueError(f'maps of {h}x{w} have not the size of their strides')
+        if not takes(net, net.rows, (h,w)): raise ValueError(
+            f'maps of {h}x{w} have not the size of their strides')
         odd = not net.img_size and takes(net, net.rows, (h//2+7, w+1))
         row['sizes'] = f'{h}x{w} only' if net.img_size else 'any' if odd else 'multiples'
     except Exception as e: row['reason'] = _reason(e)
@@ -334,13 +359,16 @@ def _our_strides(have, out_indices):
     if isinstance(out_indices, int): return have[-out_indices:]
     return tuple(2**(i+1) if i>=0 else have[i] if i>=-len(have) else i for i in out_indices)
 
-def _for_timm(name, pretrained=False, features_only=False, out_indices=None, output_stride=32, in_chans=3,
-              pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, num_classes=None, **config):
+def _for_timm(name, pretrained=False, features_only=False, out_indices=None, output_stride=32,
+              in_chans=3, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None,
+              num_classes=None, **config):
     "Our backbone `name`, asked for as timm.create_model asks."
-    if not features_only: raise ValueError(f'bbnb_{name} gives feature maps and does not classify: ask for it with '
+    if not features_only: raise ValueError(
+        f'bbnb_{name} gives feature maps and does not classify: ask for it with '
         'features_only=True')
     for k,v,want in (('output_stride', output_stride, 32), ('in_chans', in_chans, 3)):
-        if v!=want: raise ValueError(f'bbnb_{name} got {k}={v}, but its {k} is always {want}: leave it out')
+        if v!=want: raise ValueError(
+            f'bbnb_{name} got {k}={v}, but its {k} is always {want}: leave it out')
     tag = pretrained_cfg if isinstance(pretrained_cfg, str) else None
     m = create_backbone(name, pretrained=pretrained and (tag or pretrained), **config)
     m.select(_our_strides(tuple(r['reduction'] for r in m.rows if r['reduction']>1), out_indices))
@@ -358,7 +386,8 @@ def offer_to_timm(
     if not name.isidentifier() or timm.is_model(name): return
     def f(pretrained=False, **kwargs): return _for_timm(entry.name, pretrained, **kwargs)
     f.__name__ = f.__qualname__ = name
-    setattr(sys.modules[__name__], name, timm.models.register_model(f)) # timm keeps entry points as attributes too
+    # timm keeps entry points as attributes too
+    setattr(sys.modules[__name__], name, timm.models.register_model(f))
 
 # %% ../../nbs/backbones/16_timm.ipynb #6add0f0f
 watch_backbones(offer_to_timm)

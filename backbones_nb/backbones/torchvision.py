@@ -32,7 +32,8 @@ from ..core.registry import register
 from ..core.weights import WeightRecord, add_weights, load_weights
 
 # %% ../../nbs/backbones/15_torchvision.ipynb #37af10a5
-licences = {'https://github.com/facebookresearch/SWAG/blob/main/LICENSE':'CC-BY-NC-4.0'} # torchvision's README says so
+licences = { # torchvision's README says so
+    'https://github.com/facebookresearch/SWAG/blob/main/LICENSE':'CC-BY-NC-4.0'}
 
 def without_end(
     sd:dict, # state dict of a net of inverted residuals
@@ -42,14 +43,16 @@ def without_end(
     return {k:v for k,v in sd.items() if not k.startswith(f'features.{n}.')}
 
 def weights_record(
-    weights, # a member of one of torchvision's weights enums, such as ResNet50_Weights.IMAGENET1K_V2
+    weights, # a member of a torchvision enum, such as ResNet50_Weights.IMAGENET1K_V2
 ) -> WeightRecord: # what is unknown is None
-    "Returns what torchvision states about published weights: source, hash, input, normalisation, accuracy, recipe."
-    t,meta,name = weights.transforms(),weights.meta,type(weights).__name__.removesuffix('_Weights').lower()
+    "Returns what torchvision states of published weights: source, hash, input, accuracy, recipe."
+    t,meta = weights.transforms(),weights.meta
+    name = type(weights).__name__.removesuffix('_Weights').lower()
     metrics = meta.get('_metrics', {}).get('ImageNet-1K', {})
     return WeightRecord(name, weights.name, 'torchvision', weights.url,
         sha256=weights.url.rsplit('-', 1)[-1].split('.')[0], # as far as the file's name tells it
-        mean=tuple(t.mean), std=tuple(t.std), input_size=t.crop_size[0], resize_size=t.resize_size[0],
+        mean=tuple(t.mean), std=tuple(t.std),
+        input_size=t.crop_size[0], resize_size=t.resize_size[0],
         metrics={k:v for k,v in metrics.items() if v==v}, # nan: the weights have no classifier
         recipe=meta.get('recipe'), licence=licences.get(meta.get('license'), meta.get('license')),
         drop=(r'^(fc|classifier)\.',),
@@ -58,29 +61,36 @@ def weights_record(
 # %% ../../nbs/backbones/15_torchvision.ipynb #21239002
 def pick_enum(
     name:str, # torchvision's name of the model
-    *wanted, # each False or None (not asked for), True, a tag such as 'IMAGENET1K_V1', or a member of the enum
+    *wanted, # each False or None, True, a tag such as 'IMAGENET1K_V1', or an enum member
 ): # a member of the model's weights enum, or None
-    "Returns the weights that all of `wanted` mean; raises ValueError naming those that exist, or the two that differ."
+    """Returns the weights that all of `wanted` mean, None if nothing was asked for.
+
+    Raises ValueError naming those that exist, or the two that differ."""
     enum,res = models.get_model_weights(name),{}
     for o in wanted:
         if o is None or o is False: continue
-        kind,_,tag = o.rpartition('.') if isinstance(o, str) else ('','', 'DEFAULT' if o is True else None)
+        kind,_,tag = o.rpartition('.') if isinstance(o, str) else (
+            '','', 'DEFAULT' if o is True else None)
         if not isinstance(o, enum):
-            if tag not in enum.__members__ or kind not in ('', enum.__name__): raise ValueError(f'{name} has no '
-                f"weights {o!r}: give True or one of {', '.join(w.name for w in enum)}")
+            if tag not in enum.__members__ or kind not in ('', enum.__name__): raise ValueError(
+                f'{name} has no weights {o!r}: give True or one of '
+                f"{', '.join(w.name for w in enum)}")
             o = enum[tag]
         res[o.name] = o
-    if len(res)>1: raise ValueError(f"got pretrained and weights that mean {' and '.join(res)} of {name}, which are "
-        'different weights: give one of the two')
+    if len(res)>1: raise ValueError(
+        f"got pretrained and weights that mean {' and '.join(res)} of {name}, "
+        'which are different weights: give one of the two')
     return next(iter(res.values()), None)
 
 def _record(name, pretrained, weights):
     "The record of the weights that are meant, or None."
     if isinstance(pretrained, WeightRecord):
-        if pretrained.name!=name: raise ValueError(f'got a record of weights for {pretrained.name}, expected one for '
-            f'{name}: weight_records({name!r}) gives those there are')
+        if pretrained.name!=name: raise ValueError(
+            f'got a record of weights for {pretrained.name}, expected one for {name}: '
+            f'weight_records({name!r}) gives those there are')
         if weights is None: return pretrained
-        raise ValueError(f'got a record as pretrained and weights={weights!r} for {name}: give one of the two')
+        raise ValueError(
+            f'got a record as pretrained and weights={weights!r} for {name}: give one of the two')
     picked = pick_enum(name, pretrained, weights)
     return weights_record(picked) if picked else None
 
@@ -88,11 +98,14 @@ def _record(name, pretrained, weights):
 def steps_of(
     net:nn.Module, # torchvision's classifier
 ) -> list: # dotted names of its modules, in the order of the data
-    "Returns the modules between the image and the head; the containers `features` and `trunk_output` are taken apart."
+    """Returns the modules between the image and the head.
+
+    The containers `features` and `trunk_output` are taken apart."""
     res = []
     for n,m in net.named_children():
         if n in ('avgpool','classifier','fc'): break # the head begins
-        res += [f'{n}.{k}' for k,_ in m.named_children()] if n in ('features','trunk_output') else [n]
+        inside = n in ('features','trunk_output')
+        res += [f'{n}.{k}' for k,_ in m.named_children()] if inside else [n]
     return res
 
 # %% ../../nbs/backbones/15_torchvision.ipynb #4786ac16
@@ -126,10 +139,11 @@ def _width(net, steps):
     "Channels of what the last of these steps puts out."
     inside = (m for o in reversed(steps) for m in reversed(list(net.get_submodule(o).modules())))
     m = next(m for m in inside if isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.Linear)))
-    return next(v for k in ('num_features','out_channels','out_features') if (v := getattr(m, k, None)))
+    sizes = 'num_features','out_channels','out_features'
+    return next(v for k in sizes if (v := getattr(m, k, None)))
 
 def _groups(net, levels):
-    "The trunk: the stem, then the levels, called as torchvision calls them, else stage2 for stride 4 and so on."
+    "The trunk: the stem, then the levels by torchvision's names, else stage2 for stride 4, etc."
     (stride,first),*rest = levels.items()
     n = 1 if isinstance(net.get_submodule(first[0]), Conv2dNormActivation) else len(first)
     res = dict(stem=first[:n])
@@ -140,77 +154,84 @@ def _groups(net, levels):
 
 # %% ../../nbs/backbones/15_torchvision.ipynb #cd7b9c33
 class _Counts(TorchFunctionMode):
-    "Keeps the small tensors that a net computes its widths with on the CPU, even where the default device is meta."
+    "Keeps the small tensors that give a net its widths on the CPU, whatever the default device."
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = (kwargs or {}) | (dict(device='cpu') if func in (torch.arange, torch.tensor) else {})
-        return func(*args, **kwargs)
+        here = dict(device='cpu') if func in (torch.arange, torch.tensor) else {}
+        return func(*args, **(kwargs or {}) | here)
 
 # %% ../../nbs/backbones/15_torchvision.ipynb #0536d1a1
 class TorchvisionBackbone(Backbone):
-    "A torchvision classifier without its head, behind the contract; the keys of its state dict stay torchvision's."
+    "A torchvision classifier without its head; the keys of its state dict stay torchvision's."
     def __init__(self,
         model:str='resnet50', # torchvision's name, a row of `ports`
-        pretrained=False, # True, a tag, a member of the weights enum, see `pick_enum`; or a `WeightRecord`
-        weights=None, # the same in torchvision's word
+        pretrained=False, # True, a tag, an enum member, see `pick_enum`; or a `WeightRecord`
+        weights=None, # the same under torchvision's name
         taps:str='block', # a name in `conventions`: where the maps lie
         strides=None, # see `Backbone.select`
         out_indices=None, # see `Backbone.select`
     ):
         super().__init__()
-        if taps not in ports[model]: raise ValueError(f"{model} got taps={taps!r}, but takes "
-            f"{' or '.join(map(repr, ports[model]))} only: choose that, or a net of inverted residuals for 'expansion'")
+        if taps not in ports[model]: raise ValueError(
+            f"{model} got taps={taps!r}, but takes {' or '.join(map(repr, ports[model]))} only: "
+            "choose that, or a net of inverted residuals for 'expansion'")
         record = _record(model, pretrained, weights)
         with _Counts(): net = models.get_model(model, weights=None)
         steps = conventions[taps](net)
         for o in dict.fromkeys(o.split('.')[0] for o in steps): setattr(self, o, getattr(net, o))
         if taps=='block' and steps!=steps_of(net): del self.features[-1] # the classifier's
-        way,seen,rows = levels(net, steps),[],[]
-        for stride,names in way.items():
+        by_stride,seen,rows = levels(net, steps),[],[]
+        for stride,names in by_stride.items():
             seen += names
             rows.append(feature_row(_width(net, seen), stride, names[-1]))
-        self.set_trunk(_groups(net, way), rows, strides, out_indices)
-        if taps=='expansion' and record and record.convert is without_end: record = replace(record, convert=None)
+        self.set_trunk(_groups(net, by_stride), rows, strides, out_indices)
+        if taps=='expansion' and record and record.convert is without_end:
+            record = replace(record, convert=None)
         if record: load_weights(self, record)
 
 # %% ../../nbs/backbones/15_torchvision.ipynb #a107b2af
 ports = {} # torchvision's name -> the conventions that its taps may follow
 
 def port(name, *taps):
-    "Registers a net of torchvision and returns the function that builds it."
+    "Registers a torchvision model and returns the function that builds it."
     ports[name] = ('block', *taps)
     best = models.get_model_weights(name).DEFAULT
     add_weights(*map(weights_record, sorted(type(best), key=lambda w: w is not best)))
     return register(name, TorchvisionBackbone, model=name)
 
-resnets = ('resnet18','resnet34','resnet50','resnet101','resnet152','resnext50_32x4d','resnext101_32x8d',
-           'resnext101_64x4d','wide_resnet50_2','wide_resnet101_2')
-(resnet18, resnet34, resnet50, resnet101, resnet152, resnext50_32x4d, resnext101_32x8d, resnext101_64x4d,
+resnets = ('resnet18','resnet34','resnet50','resnet101','resnet152',
+           'resnext50_32x4d','resnext101_32x8d','resnext101_64x4d',
+           'wide_resnet50_2','wide_resnet101_2')
+(resnet18, resnet34, resnet50, resnet101, resnet152,
+ resnext50_32x4d, resnext101_32x8d, resnext101_64x4d,
  wide_resnet50_2, wide_resnet101_2) = map(port, resnets)
 
 # %% ../../nbs/backbones/15_torchvision.ipynb #7e8ac5bb
 mobilenets = ('mobilenet_v2','mobilenet_v3_large','mobilenet_v3_small')
-efficientnets = (*(f'efficientnet_b{i}' for i in range(8)),'efficientnet_v2_s','efficientnet_v2_m','efficientnet_v2_l')
+efficientnets = (*(f'efficientnet_b{i}' for i in range(8)),
+                 *(f'efficientnet_v2_{s}' for s in 'sml'))
 mobilenet_v2, mobilenet_v3_large, mobilenet_v3_small = [port(o, 'expansion') for o in mobilenets]
-(efficientnet_b0, efficientnet_b1, efficientnet_b2, efficientnet_b3, efficientnet_b4, efficientnet_b5,
- efficientnet_b6, efficientnet_b7, efficientnet_v2_s, efficientnet_v2_m,
- efficientnet_v2_l) = [port(o, 'expansion') for o in efficientnets]
+(efficientnet_b0, efficientnet_b1, efficientnet_b2, efficientnet_b3,
+ efficientnet_b4, efficientnet_b5, efficientnet_b6, efficientnet_b7,
+ efficientnet_v2_s, efficientnet_v2_m, efficientnet_v2_l) = [
+    port(o, 'expansion') for o in efficientnets]
 
 # %% ../../nbs/backbones/15_torchvision.ipynb #b6b76a49
 def opened(net, name):
-    "A stage or block that halves its map, as its layers where it begins with an expansion, else as it is."
+    "The layers of a stage or block that halves its map after an expansion, else only its own name."
     m = net.get_submodule(name)
     if type(m) is nn.Sequential: # a stage: only its first block halves the map
         first,*rest = [f'{name}.{k}' for k,_ in m.named_children()]
         layers = opened(net, first)
         return [*layers, *rest] if len(layers)>1 else [name]
-    row = 'conv' if hasattr(m, 'conv') else 'block' # where MobileNetV2 and where the others keep a block's layers
+    row = 'conv' if hasattr(m, 'conv') else 'block' # MobileNetV2 keeps a block's layers in `conv`
     layers = [f'{name}.{row}.{k}' for k,_ in m.get_submodule(row).named_children()]
     return layers if shrinks(net.get_submodule(layers[0]))==1 else [name]
 
 def expansion_steps(net):
-    "The steps with such blocks opened, so that each level ends with the expansion of the block that ends it."
+    "The steps with such blocks opened, so that each level ends with an expansion."
+    def halves(n): return shrinks(net.get_submodule(n))>1
     stem,*rest = steps_of(net)
-    return [stem] + [o for n in rest for o in (opened(net, n) if shrinks(net.get_submodule(n))>1 else [n])]
+    return [stem] + [o for n in rest for o in (opened(net, n) if halves(n) else [n])]
 
 conventions['expansion'] = expansion_steps
 
@@ -219,19 +240,23 @@ vggs = ('vgg11','vgg13','vgg16','vgg19','vgg11_bn','vgg13_bn','vgg16_bn','vgg19_
 vgg11, vgg13, vgg16, vgg19, vgg11_bn, vgg13_bn, vgg16_bn, vgg19_bn = map(port, vggs)
 
 # %% ../../nbs/backbones/15_torchvision.ipynb #17f48710
-regnets = ('regnet_x_400mf','regnet_x_800mf','regnet_x_1_6gf','regnet_x_3_2gf','regnet_x_8gf','regnet_x_16gf',
-    'regnet_x_32gf','regnet_y_400mf','regnet_y_800mf','regnet_y_1_6gf','regnet_y_3_2gf','regnet_y_8gf','regnet_y_16gf',
-    'regnet_y_32gf','regnet_y_128gf')
-(regnet_x_400mf, regnet_x_800mf, regnet_x_1_6gf, regnet_x_3_2gf, regnet_x_8gf, regnet_x_16gf, regnet_x_32gf,
- regnet_y_400mf, regnet_y_800mf, regnet_y_1_6gf, regnet_y_3_2gf, regnet_y_8gf, regnet_y_16gf, regnet_y_32gf,
- regnet_y_128gf) = map(port, regnets)
+regnets = ('regnet_x_400mf','regnet_x_800mf','regnet_x_1_6gf','regnet_x_3_2gf',
+           'regnet_x_8gf','regnet_x_16gf','regnet_x_32gf',
+           'regnet_y_400mf','regnet_y_800mf','regnet_y_1_6gf','regnet_y_3_2gf',
+           'regnet_y_8gf','regnet_y_16gf','regnet_y_32gf','regnet_y_128gf')
+(regnet_x_400mf, regnet_x_800mf, regnet_x_1_6gf, regnet_x_3_2gf,
+ regnet_x_8gf, regnet_x_16gf, regnet_x_32gf,
+ regnet_y_400mf, regnet_y_800mf, regnet_y_1_6gf, regnet_y_3_2gf,
+ regnet_y_8gf, regnet_y_16gf, regnet_y_32gf, regnet_y_128gf) = map(port, regnets)
 
 convnexts = ('convnext_tiny','convnext_small','convnext_base','convnext_large')
 convnext_tiny, convnext_small, convnext_base, convnext_large = map(port, convnexts)
 
 # %% ../../nbs/backbones/15_torchvision.ipynb #59601852
-timm_names = {o:(o, {}) for o in (*resnets, *vggs, *efficientnets[:5])} | dict( # torchvision's -> timm's, its arguments
-    mobilenet_v2=('mobilenetv2_100', {}), mobilenet_v3_large=('mobilenetv3_large_100', dict(bn_eps=1e-3)),
+# torchvision's name -> timm's, and timm's arguments
+timm_names = {o:(o, {}) for o in (*resnets, *vggs, *efficientnets[:5])} | dict(
+    mobilenet_v2=('mobilenetv2_100', {}),
+    mobilenet_v3_large=('mobilenetv3_large_100', dict(bn_eps=1e-3)),
     mobilenet_v3_small=('mobilenetv3_small_100', dict(bn_eps=1e-3)),
     **{o:(o, dict(bn_eps=1e-3)) for o in efficientnets[5:8]},
     **{o:(o.replace('_v2', 'v2'), dict(bn_eps=1e-3)) for o in efficientnets[8:]})

@@ -29,14 +29,16 @@ def vov_stem(
     dw:bool=False, # the second and the third depth-wise separable
     **kwargs, # act, norm
 ) -> nn.Sequential: # (B,3,H,W) -> (B,stem[2],H/(2*last),W/(2*last))
-    "Returns the stem: three 3x3 convolutions, the first with stride 2 (arXiv:1904.09730, sec. 3.3)."
+    "Returns three 3x3 convolutions, the first with stride 2 (arXiv:1904.09730, sec. 3.3)."
     conv = SeparableConvNormAct if dw else ConvNormAct
-    return nn.Sequential(ConvNormAct(3, stem[0], stride=2, **kwargs), conv(stem[0], stem[1], **kwargs),
+    return nn.Sequential(ConvNormAct(3, stem[0], stride=2, **kwargs),
+                         conv(stem[0], stem[1], **kwargs),
                          conv(stem[1], stem[2], stride=last, **kwargs))
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #d4d92dca
-vov_pools = dict(official=partial(nn.MaxPool2d, 3, 2, ceil_mode=True), # the last window may hang over the edge
-                 vt=partial(nn.MaxPool2d, 3, 2, padding=1)) # vision-toolbox's
+vov_pools = dict(
+    official=partial(nn.MaxPool2d, 3, 2, ceil_mode=True), # the last window may hang over the edge
+    vt=partial(nn.MaxPool2d, 3, 2, padding=1)) # vision-toolbox's
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #664f700a
 def vov_stage(
@@ -55,41 +57,43 @@ def vov_stage(
         add = (nf if j else ni)==nf if residual=='same' else residual and j>0
         gate = ese=='all' or ese=='last' and j==blocks-1
         body.append(OSABlock(nf if j else ni, mid, nf, residual=add, ese=gate, **kwargs))
-    return nn.Sequential(OrderedDict(([('pool', pool())] if pool else []) + [('blocks', nn.Sequential(*body))]))
+    first = [('pool', pool())] if pool else []
+    return nn.Sequential(OrderedDict([*first, ('blocks', nn.Sequential(*body))]))
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #b07c4131
 def _way(stem, outs, two):
     "The trunk, and one row per map; `two` is the index of the last stem convolution at stride 2."
     rows = [feature_row(nf, 4*2**i, f'stages.{i}') for i,nf in enumerate(outs)]
-    trunk = dict(stem=['stem.0','stem.1','stem.2']) | {f'stage{i}':[r['module']] for i,r in enumerate(rows, 2)}
+    trunk = dict(stem=['stem.0','stem.1','stem.2'])
+    trunk |= {f'stage{i}':[r['module']] for i,r in enumerate(rows, 2)}
     return trunk,[feature_row(stem[two], 2, f'stem.{two}'), *rows]
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #3673cb7a
 def _one_of(value, allowed, what):
-    if value not in allowed: raise ValueError(f"got {what}={value!r}, expected one of {', '.join(map(repr, allowed))}: "
-        'choose one of these')
+    if value not in allowed: raise ValueError(
+        f"got {what}={value!r}, expected one of {', '.join(map(repr, allowed))}: choose one of these")
     return value
 
 def _check_stages(stem, mids, outs, blocks):
-    if not (len(stem)==3 and len(mids)==len(outs)==len(blocks)): raise ValueError(f'got {len(stem)} channels for '
-        f'the stem and {len(mids)} mids, {len(outs)} outs, {len(blocks)} blocks, expected '
-        '3 and one of each a stage: make them agree')
+    if not (len(stem)==3 and len(mids)==len(outs)==len(blocks)): raise ValueError(
+        f'got {len(stem)} channels for the stem and {len(mids)} mids, {len(outs)} outs, {len(blocks)} blocks, '
+        'expected 3 and one of each per stage: give mids, outs and blocks the same length')
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #6b044524
 class VoVNet(Backbone):
-    """VoVNet V1 (arXiv:1904.09730) and V2 (arXiv:1911.06667): a stem of three convolutions, then stages of OSA blocks.
+    """VoVNet V1 (arXiv:1904.09730) and V2 (arXiv:1911.06667): a stem, then stages of OSA blocks.
 
     Raises ValueError for a configuration that does not fit together."""
     def __init__(self,
         stem=(64,64,128), # channels of the stem's three convolutions
         mids=(128,160,192,224), # channels of the layers inside a block, by stage
         outs=(256,512,768,1024), # output channels, by stage
-        layers:int=5, # layers a block
+        layers:int=5, # layers per block
         blocks=(1,1,1,1), # OSA blocks, by stage
-        residual=True, # True: add the input in all blocks of a stage but the first; 'same': where channels agree
-        ese=True, # True or 'all': in every block; 'last': in the last block of a stage; False: nowhere
+        residual=True, # True: add the input in all but a stage's first block; 'same': where ni==nf
+        ese=True, # True or 'all': in every block; 'last': in a stage's last block; False: nowhere
         dw:bool=False, # depth-wise separable layers and stem
-        pool:str='official', # stem to stride 4, ceil-mode pools from stage 3 on; 'vt': to 2, padded ones from stage 2
+        pool:str='official', # ceil-mode pools from stage 3 on; 'vt': padded ones from stage 2 on
         act='relu',
         norm='bn',
         strides=None, # see `Backbone.select`
@@ -99,10 +103,13 @@ class VoVNet(Backbone):
         _check_stages(stem, mids, outs, blocks)
         _one_of(residual, (True,'same',False), 'residual')
         ese = _one_of('all' if ese is True else ese, ('all','last',False), 'ese')
-        early,kw = _one_of(pool, tuple(vov_pools), 'pool')=='vt',dict(act=act, norm=norm)
+        early = _one_of(pool, tuple(vov_pools), 'pool')=='vt'
+        kw = dict(act=act, norm=norm)
         self.stem = vov_stem(stem, 1 if early else 2, dw, **kw)
-        self.stages = nn.ModuleList([vov_stage(ni, mid, nf, n, vov_pools[pool] if i or early else None, residual, ese,
-            layers=layers, dw=dw, **kw) for i,(ni,mid,nf,n) in enumerate(zip((stem[2],*outs), mids, outs, blocks))])
+        self.stages = nn.ModuleList([
+            vov_stage(ni, mid, nf, n, vov_pools[pool] if i or early else None, residual, ese,
+                      layers=layers, dw=dw, **kw)
+            for i,(ni,mid,nf,n) in enumerate(zip((stem[2],*outs), mids, outs, blocks))])
         self.set_trunk(*_way(stem, outs, 2 if early else 1), strides, out_indices)
         init_cnn(self)
 
@@ -123,48 +130,58 @@ vovnet_configs = dict( # name -> arguments of VoVNet
 def vovnet_variants(
     name:str, # a key of `vovnet_configs`
 ) -> dict: # variant -> arguments that differ from the row's
-    "Returns where each implementation differs from the official one; vision-toolbox has no depth-wise nets."
+    "Returns where each implementation differs from the official one; vt has no depth-wise nets."
     v1,dw = name=='vovnet27_slim',name.endswith('dw')
     vt = dict(pool='vt', residual='same') | (_slim128 if 'slim' in name else {})
     return dict(official={}, timm={} if v1 else dict(ese='last')) | ({} if dw else dict(vt=vt))
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #ccc1eadd
-(vovnet19_slim, vovnet19, vovnet19_slim_dw, vovnet19_dw, vovnet27_slim, vovnet39, vovnet57, vovnet99) = [
-    register(name, VoVNet, vovnet_variants(name), **config) for name,config in vovnet_configs.items()]
+(vovnet19_slim, vovnet19, vovnet19_slim_dw, vovnet19_dw,
+ vovnet27_slim, vovnet39, vovnet57, vovnet99) = [
+    register(name, VoVNet, vovnet_variants(name), **config)
+    for name,config in vovnet_configs.items()]
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #9b47e5a6
-timm_renames = ( # timm's keys -> ours, whole models and features_only alike; the classifier's `head.` has no place here
-    (r'^(stem|stages)_', r'\1.'), (r'\.bn\.', '.norm.'), (r'\.conv_dw\.', '.dw.'), (r'\.conv_pw\.', '.pw.'),
-    (r'\.conv_reduction\.', '.reduce.'), (r'\.conv_mid\.', '.layers.'), (r'\.conv_concat\.', '.concat.'),
-    (r'\.attn\.', '.ese.'))
+timm_renames = ( # timm's keys, whole models (without `head.`) and features_only alike -> ours
+    (r'^(stem|stages)_', r'\1.'), (r'\.bn\.', '.norm.'), (r'\.conv_dw\.', '.dw.'),
+    (r'\.conv_pw\.', '.pw.'), (r'\.conv_reduction\.', '.reduce.'), (r'\.conv_mid\.', '.layers.'),
+    (r'\.conv_concat\.', '.concat.'), (r'\.attn\.', '.ese.'))
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #1720f058
 vt_renames = ( # vision-toolbox's keys, old and new, -> ours
     (r'\.bn\.', '.norm.'), (r'\.module_(\d+)\.', r'.blocks.\1.'), (r'\.convs\.', '.layers.'),
     (r'\.out_conv\.', '.concat.'), (r'\.ese\.linear\.', '.ese.fc.'))
 _half = dict.fromkeys(('mean','std'), (.5,.5,.5))
-add_weights(*[WeightRecord(name, renames=timm_renames, **timm_card(*card, **kw)) for name,card,kw in (
-    ('vovnet19_dw', ('ese_vovnet19b_dw.ra_in1k', 224, 256, 76.83), {}),
-    ('vovnet39', ('ese_vovnet39b.ra_in1k', 224, 256, 79.31), {}),
-    ('vovnet57', ('ese_vovnet57b.ra4_e3600_r256_in1k', 256, 269, 82.46), _half))])
-add_weights(*[WeightRecord(file.split('-')[0].removesuffix('_ese'), renames=vt_renames, **vt_release(file, top1))
-    for file,top1 in {'vovnet27_slim-dd43306a':71.6, 'vovnet19_slim_ese-f8075640':70.8, 'vovnet19_ese-a077657e':75.4,
-        'vovnet39_ese-9ce81b0d':78.1, 'vovnet57_ese-ae1a7f89':79.2, 'vovnet99_ese-713f3062':80.7}.items()])
-add_weights(*[WeightRecord(file.split('-')[0], renames=vt_renames,
-                           **vt_release(file, top1, config=dict(variant='vt', ese=False)))
-              for file,top1 in {'vovnet39-4c79d629':78.2, 'vovnet57-ecb9cc34':79.3}.items()])
+add_weights(*[
+    WeightRecord(name, renames=timm_renames, **timm_card(*card, **kw)) for name,card,kw in (
+        ('vovnet19_dw', ('ese_vovnet19b_dw.ra_in1k', 224, 256, 76.83), {}),
+        ('vovnet39', ('ese_vovnet39b.ra_in1k', 224, 256, 79.31), {}),
+        ('vovnet57', ('ese_vovnet57b.ra4_e3600_r256_in1k', 256, 269, 82.46), _half))])
+add_weights(*[
+    WeightRecord(file.split('-')[0].removesuffix('_ese'), renames=vt_renames,
+                 **vt_release(file, top1))
+    for file,top1 in {
+        'vovnet27_slim-dd43306a':71.6, 'vovnet19_slim_ese-f8075640':70.8,
+        'vovnet19_ese-a077657e':75.4, 'vovnet39_ese-9ce81b0d':78.1,
+        'vovnet57_ese-ae1a7f89':79.2, 'vovnet99_ese-713f3062':80.7}.items()])
+add_weights(*[
+    WeightRecord(file.split('-')[0], renames=vt_renames,
+                 **vt_release(file, top1, config=dict(variant='vt', ese=False)))
+    for file,top1 in {'vovnet39-4c79d629':78.2, 'vovnet57-ecb9cc34':79.3}.items()])
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #5975a7af
 def _canonical(config):
-    "The configuration with `residual` and `ese` spelled out block by block, so that equal nets have equal ones."
-    stem,mids,outs,blocks,residual,ese = [config[k] for k in ('stem','mids','outs','blocks','residual','ese')]
+    "The configuration with `residual` and `ese` by block, so that equal nets have equal ones."
+    keys = ('stem','mids','outs','blocks','residual','ese')
+    stem,mids,outs,blocks,residual,ese = [config[k] for k in keys]
     _check_stages(stem, mids, outs, blocks)
     _one_of(residual, (True,'same',False), 'residual')
     _one_of(ese, (True,'all','last',False), 'ese')
     def add(ni, nf, j): return bool(residual) and (j>0 or residual=='same' and ni==nf)
     def gate(j, n): return ese in (True,'all') or ese=='last' and j==n-1
     return config | dict(
-        residual=[[add(ni, nf, j) for j in range(n)] for ni,nf,n in zip((stem[2],*outs), outs, blocks)],
+        residual=[[add(ni, nf, j) for j in range(n)]
+                  for ni,nf,n in zip((stem[2],*outs), outs, blocks)],
         ese=[[gate(j, n) for j in range(n)] for n in blocks])
 
 VoVNet.canonical = staticmethod(_canonical) # read by `core.weights` before it compares

@@ -142,7 +142,8 @@ def save_picture(
     import matplotlib.pyplot as plt
     from backbones_nb.core.draw import show_side_by_side
     ds,dl = learn.dls.valid.dataset,learn.dls.valid
-    at = [round(i*(len(ds)-1)/max(1, n-1)) for i in range(min(n, len(ds)))] # spread over the classes
+    n = min(n, len(ds))
+    at = [round(i*(len(ds)-1)/max(1, n-1)) for i in range(n)] # from the first to the last: spread over the classes
     images,truth,found = [dl.create_item(i)[0] for i in at],[targets[i] for i in at],[preds[i] for i in at]
     fig = show_side_by_side(images, truth, found, learn.dls.class_map)
     fig.savefig(path, dpi=110, bbox_inches='tight')

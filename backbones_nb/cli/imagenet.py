@@ -23,7 +23,7 @@ def _run_options(cmd):
     e = cmd.add_parser('evaluate', help='measure published weights with their own preprocessing')
     e.add_argument('name', metavar='NAME', help="see 'backbones-nb list'")
     e.add_argument('--data', required=True, metavar='DIR', help="folder with val in it, of images or of shards, or Kaggle's")
-    e.add_argument('--pretrained', default=True, metavar='TAG', help='which weights; without, the best with a stated licence')
+    e.add_argument('--pretrained', default=True, metavar='TAG', help='which weights; without, the best with a stated license')
     e.add_argument('--bs', type=int, default=64, help='images a batch; default 64')
     e.add_argument('--workers', type=int, default=4, help='processes that read images; default 4')
     e.add_argument('--size', type=int, metavar='PIXELS', help='side of the crop, where it should not be that of the weights')

@@ -60,12 +60,14 @@ class Pair:
     @property
     def ours(self): return self.name + _said(self.config)
     @property
-    def theirs(self): return ', '.join([self.ref+_said(self.args), *self.edits, *['in float64']*self.double])
+    def theirs(self):
+        return ', '.join([self.ref+_said(self.args), *self.edits, *['in float64']*self.double])
 
 # %% ../../nbs/cli/62_parity.ipynb #984b1cf2
 def _word(v):
     "A value in a label."
-    if isinstance(v, partial): return f'{v.func.__name__} {v.args[0] if v.args else v.keywords.get("negative_slope")}'
+    if isinstance(v, partial):
+        return f'{v.func.__name__} {v.args[0] if v.args else v.keywords.get("negative_slope")}'
     if isinstance(v, CspStagesCfg): return f"{'-'.join(map(str, v.depth))} {v.stage_type[-1]}"
     return '-'.join(map(str, v)) if isinstance(v, (list,tuple)) else str(v)
 
@@ -76,12 +78,13 @@ def from_timm(
     pair, # a `Pair`
     ours, # our net, which gets the strides selected that both have
 ) -> nn.Module: # gives maps
-    "Returns timm's net with the maps of our strides; raises LookupError where this timm has no such name."
+    "Returns timm's net with the maps of our strides; raises LookupError where timm lacks the name."
     if not timm.is_model(pair.ref): raise LookupError(f'timm {timm.__version__} has no {pair.ref}')
-    with torch.device('meta'): info = timm.create_model(pair.ref, features_only=True, **pair.args).feature_info.info
-    at = {r['reduction']:i for i,r in enumerate(info)} # the last map of each stride
+    with torch.device('meta'): net = timm.create_model(pair.ref, features_only=True, **pair.args)
+    at = {r['reduction']:i for i,r in enumerate(net.feature_info.info)} # last map of each stride
     ours.select([r['reduction'] for r in ours.rows if r['reduction'] in at])
-    return timm.create_model(pair.ref, features_only=True, out_indices=[at[s] for s in ours.strides], **pair.args)
+    out = [at[s] for s in ours.strides]
+    return timm.create_model(pair.ref, features_only=True, out_indices=out, **pair.args)
 
 # %% ../../nbs/cli/62_parity.ipynb #078b5cef
 class Hooked(nn.Module):
@@ -95,7 +98,8 @@ class Hooked(nn.Module):
 
     def forward(self, x):
         seen = {}
-        def keep(tap): return lambda m,i,o: seen.update({tap:o.clone()}) # later layers may write into it
+        def keep(tap): # a clone, since later layers may write into the output
+            return lambda m,i,o: seen.update({tap:o.clone()})
         hooks = [self.net.get_submodule(o).register_forward_hook(keep(o)) for o in self.taps]
         try: self.net(x)
         finally:
@@ -107,14 +111,15 @@ def from_torchvision(
     pair, # a `Pair`
     ours, # our net, all of whose strides get selected
 ) -> nn.Module: # gives maps
-    "Returns torchvision's classifier without its head, hooked; raises LookupError where there is no such name."
+    "Returns torchvision's classifier without its head, hooked; raises LookupError for other names."
     if pair.ref not in models.list_models(): raise LookupError(
         f"torchvision {version('torchvision')} has no {pair.ref}")
     with ports._Counts(): net = models.get_model(pair.ref, weights=None, **pair.args)
     for o in ('fc','classifier'):
         if hasattr(net, o): setattr(net, o, nn.Identity())
     taps = [r['module'] for r in ours.rows]
-    if hasattr(net, 'features') and len(net.features)-1==len(ours.features): net.features[-1] = nn.Identity()
+    if hasattr(net, 'features') and len(net.features)-1==len(ours.features):
+        net.features[-1] = nn.Identity()
     ours.select([r['reduction'] for r in ours.rows])
     return Hooked(net, taps)
 
@@ -124,17 +129,21 @@ def from_fpn(
     ours, # our net
 ) -> nn.Module: # gives maps
     "Returns torchvision's residual net with its feature pyramid."
-    if not pair.args: return resnet_fpn_backbone(backbone_name=pair.ref, weights=None, norm_layer=nn.BatchNorm2d,
-                                                 trainable_layers=5)
-    nf,body = pair.args.get('channels', 256),models.get_model(pair.ref, weights=None)
+    if not pair.args:
+        return resnet_fpn_backbone(backbone_name=pair.ref, weights=None, norm_layer=nn.BatchNorm2d,
+                                   trainable_layers=5)
+    nf = pair.args.get('channels', 256)
+    body = models.get_model(pair.ref, weights=None)
     extra = LastLevelP6P7(nf, nf) if pair.args.get('extra')=='p6p7' else None
     norm = nn.BatchNorm2d if pair.args.get('norm')=='bn' else None
-    return BackboneWithFPN(body, {f'layer{i+1}':str(i) for i in range(4)}, ours.body.channels, nf, extra, norm)
+    taps = {f'layer{i+1}':str(i) for i in range(4)}
+    return BackboneWithFPN(body, taps, ours.body.channels, nf, extra, norm)
 
 # %% ../../nbs/cli/62_parity.ipynb #5a9cf620
 def _cfg53():
     res = ['32/3']
-    for nf,n in zip((64,128,256,512,1024), (1,2,8,8,4)): res += [f'{nf}/3/2'] + [f'{nf//2}/1', f'{nf}/3', '+']*n
+    for nf,n in zip((64,128,256,512,1024), (1,2,8,8,4)):
+        res += [f'{nf}/3/2'] + [f'{nf//2}/1', f'{nf}/3', '+']*n
     return res
 
 def _cfgcsp53():
@@ -142,17 +151,18 @@ def _cfgcsp53():
     for i,(nf,n) in enumerate(zip((64,128,256,512,1024), (1,2,8,8,4))):
         half = nf//2 if i else nf # stage 1 is not split in half
         block = [f'{nf//2}/1', f'{half}/3', '+']
-        res += [f'{nf}/3/2', f'{half}/1', '<-2', f'{half}/1', *block*n, f'{half}/1', f'<-1,{-3*n-4}', f'{nf}/1']
+        res += [f'{nf}/3/2', f'{half}/1', '<-2', f'{half}/1', *block*n,
+                f'{half}/1', f'<-1,{-3*n-4}', f'{nf}/1']
     return res
 
 cfgs = { # name of the file -> its layers up to the classifier
-    'darknet19.cfg':('32/3 M 64/3 M 128/3 64/1 128/3 M 256/3 128/1 256/3 M 512/3 256/1 512/3 256/1 512/3 M '
-                     '1024/3 512/1 1024/3 512/1 1024/3').split(),
+    'darknet19.cfg':('32/3 M 64/3 M 128/3 64/1 128/3 M 256/3 128/1 256/3 M 512/3 256/1 512/3 256/1 '
+                     '512/3 M 1024/3 512/1 1024/3 512/1 1024/3').split(),
     'darknet53.cfg':_cfg53(), 'csdarknet53.cfg':_cfgcsp53()}
 
 # %% ../../nbs/cli/62_parity.ipynb #215924f0
 class CfgNet(nn.Module):
-    "Darknet's layers as a .cfg file lists them; its maps are the outputs before each halving, and the last."
+    "The layers of Darknet's .cfg file; its maps are the outputs before each halving, and the last."
     def __init__(self,
         lines, # see `cfgs`
         slope:float=0.1, # of leaky ReLU
@@ -171,7 +181,8 @@ class CfgNet(nn.Module):
         seen,maps,convs = [],[],iter(self.convs)
         for o in self.lines:
             if seen and (o=='M' or o.endswith('/2')): maps.append(seen[-1])
-            if '/' in o: y = nn.functional.leaky_relu(next(convs)(seen[-1] if seen else x), self.slope)
+            last = seen[-1] if seen else x
+            if '/' in o: y = nn.functional.leaky_relu(next(convs)(last), self.slope)
             elif o=='M': y = nn.functional.max_pool2d(seen[-1], 2, ceil_mode=True)
             elif o=='+': y = seen[-1]+seen[-3]
             else: y = torch.cat([seen[int(i)] for i in o[1:].split(',')], 1)
@@ -189,13 +200,14 @@ def from_cfg(
     return CfgNet(cfgs[pair.ref], **pair.args)
 
 references = dict( # library -> what builds, the package whose version counts
-    timm=(from_timm, 'timm'), torchvision=(from_torchvision, 'torchvision'), fpn=(from_fpn, 'torchvision'),
-    cfg=(from_cfg, None))
+    timm=(from_timm, 'timm'), torchvision=(from_torchvision, 'torchvision'),
+    fpn=(from_fpn, 'torchvision'), cfg=(from_cfg, None))
 
 # %% ../../nbs/cli/62_parity.ipynb #14a5c725
 def _gates(net):
     for m in net.modules():
-        if isinstance(m, OsaBlock) and m.attn is None: m.attn = create_attn('ese', m.conv_concat.conv.out_channels)
+        if isinstance(m, OsaBlock) and m.attn is None:
+            m.attn = create_attn('ese', m.conv_concat.conv.out_channels)
 
 def _padded(net):
     for m in net.modules():
@@ -249,8 +261,8 @@ def cfg_slices(ref, ours):
 leaky = partial(nn.LeakyReLU, 0.1, inplace=True) # Darknet's slope, for timm, which has 0.01
 small = 96,(75,100) # pixels where the default sizes would take long
 _stages = dict(out_chs=(64,128,256,512,1024), stride=2)
-stages19 = CspStagesCfg(depth=(0,1,1,2,2), bottle_ratio=.5, block_ratio=1., stage_type='dark', block_type='dark',
-                        **_stages)
+stages19 = CspStagesCfg(depth=(0,1,1,2,2), bottle_ratio=.5, block_ratio=1.,
+                        stage_type='dark', block_type='dark', **_stages)
 
 def _dark(name, ref, whose, config, **args):
     return Pair(name, 'timm', ref, config, args, weights=darknet.timm_renames, whose=whose)
@@ -262,28 +274,33 @@ darknet_pairs = [
     _dark('darknet53', 'darknet53', 'vision-toolbox', dict(variant='vt'), act_layer='relu'),
     Pair('darknet19', 'cfg', 'darknet19.cfg', dict(variant='cfg'), whose='cfg'),
     _dark('darknet19', 'darknet21', 'vision-toolbox', {}, stages=stages19, act_layer='relu'),
-    _dark('darknet19', 'darknet21', 'vision-toolbox, slope 0.1', dict(act='leaky_relu'), stages=stages19,
-          act_layer=leaky),
-    _dark('darknet19', 'darknet21', 'vision-toolbox, slope 0.01', dict(act=darknet.timm_leaky), stages=stages19)]
+    _dark('darknet19', 'darknet21', 'vision-toolbox, slope 0.1', dict(act='leaky_relu'),
+          stages=stages19, act_layer=leaky),
+    _dark('darknet19', 'darknet21', 'vision-toolbox, slope 0.01', dict(act=darknet.timm_leaky),
+          stages=stages19)]
 
 # %% ../../nbs/cli/62_parity.ipynb #bb6bf63f
 def cs3_stages(blocks):
-    "timm's description of vision-toolbox's CSP stages: no second transition, all stages split in half."
-    return CspStagesCfg(depth=blocks, block_ratio=.5, bottle_ratio=1., down_growth=True, block_type='dark',
-                        stage_type=tuple('cs3' if n else 'dark' for n in blocks), **_stages)
+    "timm's description of vision-toolbox's CSP stages: no second transition, all split in half."
+    kinds = tuple('cs3' if n else 'dark' for n in blocks)
+    return CspStagesCfg(depth=blocks, block_ratio=.5, bottle_ratio=1., down_growth=True,
+                        block_type='dark', stage_type=kinds, **_stages)
 
 def _csp(whose, config, name='cspdarknet53', cs3=False, double=False, **args):
-    return [Pair(name, 'timm', 'cspdarknet53', config | dict(split=s), args, whose=whose, double=double,
-                 sizes=small if double else None, weights=partial(csp_weights, cs3=cs3)) for s in ('convs','slice')]
+    return [Pair(name, 'timm', 'cspdarknet53', config | dict(split=s), args, whose=whose,
+                 double=double, sizes=small if double else None,
+                 weights=partial(csp_weights, cs3=cs3))
+            for s in ('convs','slice')]
 
 cspdarknet_pairs = [
     Pair('cspdarknet53', 'cfg', 'csdarknet53.cfg', whose='cfg'),
-    Pair('cspdarknet53', 'cfg', 'csdarknet53.cfg', dict(split='slice'), weights=cfg_slices, whose='cfg'),
+    Pair('cspdarknet53', 'cfg', 'csdarknet53.cfg', dict(split='slice'), weights=cfg_slices,
+         whose='cfg'),
     *_csp('cfg', dict(order='cross'), act_layer=leaky),
     *_csp('cfg', {}, double=True, act_layer=leaky),
     *_csp('timm', dict(variant='timm'))]
 for _n,_c in cspdarknet.cspdarknet_configs.items():
-    for _o in (dict(order='blocks'), {}): # timm's order, whose sums are ours; then vision-toolbox's own
+    for _o in (dict(order='blocks'), {}): # timm's order, whose sums are ours; vision-toolbox's own
         cspdarknet_pairs += _csp('vision-toolbox', dict(variant='vt', **_o), _n, True, not _o,
                                  stages=cs3_stages(_c['blocks']), act_layer='relu')
 
@@ -291,16 +308,18 @@ for _n,_c in cspdarknet.cspdarknet_configs.items():
 _four = dict(block_per_stage=[1,1,1,1])
 _slim = dict(stage_out_chs=[128,256,384,512])
 vovnet_refs = dict( # ours -> timm's name, its arguments
-    vovnet19_slim=('ese_vovnet19b_slim', {}), vovnet19=('ese_vovnet39b', dict(layer_per_block=3, **_four)),
+    vovnet19_slim=('ese_vovnet19b_slim', {}),
+    vovnet19=('ese_vovnet39b', dict(layer_per_block=3, **_four)),
     vovnet19_slim_dw=('ese_vovnet19b_slim_dw', {}), vovnet19_dw=('ese_vovnet19b_dw', {}),
     vovnet27_slim=('vovnet39a', dict(stage_conv_chs=[64,80,96,112], **_four, **_slim)),
     vovnet39=('ese_vovnet39b', {}), vovnet57=('ese_vovnet57b', {}), vovnet99=('ese_vovnet99b', {}))
 
 def _vov(name, variant):
-    (ref,args),own = vovnet_refs[name],vovnet.vovnet_configs[name] | vovnet.vovnet_variants(name)[variant]
+    ref,args = vovnet_refs[name]
+    own = vovnet.vovnet_configs[name] | vovnet.vovnet_variants(name)[variant]
     if variant=='vt': args = args | (_slim if 'slim' in name else {}) | dict(stem_stride=2)
-    change = [o for o,needed in zip(edits, (own.get('ese', True) is True, variant=='vt', own.get('residual')=='same'))
-              if needed]
+    needed = own.get('ese', True) is True, variant=='vt', own.get('residual')=='same'
+    change = [o for o,n in zip(edits, needed) if n]
     return Pair(name, 'timm', ref, dict(variant=variant), args, tuple(change), vovnet.timm_renames,
                 dict(official='authors', timm='timm', vt='vision-toolbox')[variant])
 
@@ -309,22 +328,27 @@ vovnet_pairs = [_vov(n, v) for n in vovnet_refs for v in vovnet.vovnet_variants(
 # %% ../../nbs/cli/62_parity.ipynb #ef55ecd9
 v1 = dict(residual=False, ese=False)
 for _n in ('vovnet39','vovnet57'):
-    vovnet_pairs += [Pair(_n, 'timm', f'{_n}a', *o, weights=vovnet.timm_renames, whose=f'{w}, V1') for w,*o in (
-        ('timm', v1), ('authors', dict(ese=False), dict(residual=True)),
-        ('vision-toolbox', dict(variant='vt', ese=False), dict(stem_stride=2), tuple(edits)[1:3]),
-        ('vision-toolbox', dict(variant='vt', **v1), dict(stem_stride=2), tuple(edits)[1:2]))]
+    vovnet_pairs += [
+        Pair(_n, 'timm', f'{_n}a', *o, weights=vovnet.timm_renames, whose=f'{w}, V1') for w,*o in (
+            ('timm', v1), ('authors', dict(ese=False), dict(residual=True)),
+            ('vision-toolbox', dict(variant='vt', ese=False), dict(stem_stride=2),
+             tuple(edits)[1:3]),
+            ('vision-toolbox', dict(variant='vt', **v1), dict(stem_stride=2), tuple(edits)[1:2]))]
 
 # %% ../../nbs/cli/62_parity.ipynb #f5571545
-less = {o:small for o in ('resnet152', 'resnext101_32x8d', 'resnext101_64x4d', 'wide_resnet50_2',
-    'wide_resnet101_2', *ports.efficientnets[5:8], 'efficientnet_v2_m', 'efficientnet_v2_l', 'vgg16', 'vgg19',
-    'vgg16_bn', 'vgg19_bn', 'regnet_x_8gf', 'regnet_x_16gf', 'regnet_x_32gf', 'regnet_y_8gf', 'regnet_y_16gf',
-    'regnet_y_32gf', 'convnext_base', 'convnext_large')} | dict(regnet_y_128gf=(64,)) # pixels for nets that take long
+less = {o:small for o in ( # pixels for nets that take long
+    'resnet152', 'resnext101_32x8d', 'resnext101_64x4d', 'wide_resnet50_2', 'wide_resnet101_2',
+    *ports.efficientnets[5:8], 'efficientnet_v2_m', 'efficientnet_v2_l',
+    'vgg16', 'vgg19', 'vgg16_bn', 'vgg19_bn', 'regnet_x_8gf', 'regnet_x_16gf', 'regnet_x_32gf',
+    'regnet_y_8gf', 'regnet_y_16gf', 'regnet_y_32gf', 'convnext_base', 'convnext_large')}
+less |= dict(regnet_y_128gf=(64,))
 _port = dict(weights=((r'^net\.', ''),), whose='torchvision')
 port_pairs = [Pair(o, 'torchvision', o, dict(taps=t) if i else {}, sizes=less.get(o), **_port)
               for o,taps in ports.ports.items() for i,t in enumerate(taps)]
 
 def _twin(name, ref, args):
-    renames = () if name in ports.resnets else ((r'^features_', 'features.'),) if name in ports.vggs else None
+    vgg = ((r'^features_', 'features.'),)
+    renames = () if name in ports.resnets else vgg if name in ports.vggs else None
     change = ('without last 1x1',)*name.startswith('mobilenet_v3')
     return Pair(name, 'timm', ref, {}, args, change, renames, 'torchvision', less.get(name))
 
@@ -358,20 +382,21 @@ default_sizes = (224, 200, (230,310))
 def _px(s): return str(s) if isinstance(s, int) else f'{s[0]}x{s[1]}'
 def _reason(e): return ' '.join(f'{type(e).__name__}: {e}'.split())[:200].rstrip(' .:')
 def _label(pair):
-    package = references[pair.library][1]
-    return f"{package} {version(package)} {'FPN on '*(pair.library=='fpn')}{pair.theirs}" if package else pair.theirs
+    package,on = references[pair.library][1],'FPN on '*(pair.library=='fpn')
+    return f'{package} {version(package)} {on}{pair.theirs}' if package else pair.theirs
 
 # %% ../../nbs/cli/62_parity.ipynb #2b2856d9
 def _shape_of(build):
-    "What `build` returns, on the meta device where that is possible: shapes and names, no values and no memory."
+    "What `build` returns, on the meta device if possible: shapes and names, no values, no memory."
     try:
         with torch.device('meta'): return build()
     except Exception: return build()
 
 def _fill(net, seed):
-    "A reference with random weights; what randomise_ would leave out stays NaN, and the maps would show it."
+    "A reference with random weights; what randomise_ leaves out stays NaN, which the maps show."
     norms = 'running_mean','running_var','num_batches_tracked'
-    on_meta = all(p.is_meta for p in net.parameters()) and all(n.endswith(norms) for n,_ in net.named_buffers())
+    on_meta = (all(p.is_meta for p in net.parameters())
+               and all(n.endswith(norms) for n,_ in net.named_buffers()))
     return randomise_(blank(net, float('nan')) if on_meta else net, seed)
 
 def _load(pair, ref, ours):
@@ -384,7 +409,7 @@ def build_reference(
     pair, # a `Pair`
     ours, # our net, which gets the strides selected that both have
 ) -> nn.Module: # gives maps
-    "Returns the reference with its changes; raises LookupError or TypeError where the library lacks it."
+    "Returns the reference with its changes; raises LookupError or TypeError if there is none."
     ref = references[pair.library][0](pair, ours)
     for o in pair.edits: edits[o](ref)
     return ref
@@ -392,8 +417,8 @@ def build_reference(
 def build_pair(
     pair, # a `Pair`
     seed:int=0, # of the weights
-) -> tuple: # ours and the reference, which share their weights; the reference is a sentence where the library lacks it
-    "Returns both nets, with the strides selected that both have; raises ValueError where the weights do not fit."
+) -> tuple: # ours and the reference with equal weights, or a sentence if the library has none
+    "Returns both nets at the strides that both have; raises ValueError if the weights do not fit."
     ours = _shape_of(lambda: create_backbone(pair.name, **pair.config))
     try: ref = _shape_of(lambda: build_reference(pair, ours))
     except (LookupError, TypeError) as e: return ours,_reason(e)
@@ -411,9 +436,9 @@ def compare_pair(
     "Returns how far ours is from its reference, with the reason where that cannot be told."
     sizes,start = sizes or pair.sizes or default_sizes,time.perf_counter()
     tol,dtype = (1e-11,torch.float64) if pair.double else (tol,torch.float32)
-    row = dict(ours=pair.ours, whose=pair.whose, reference=_label(pair), params=None, ref_params=None, strides=None,
-               inputs=' '.join(map(_px, sizes)), worst=None, at=None, tol=tol, verdict='failed', reason=None,
-               seconds=None)
+    row = dict(ours=pair.ours, whose=pair.whose, reference=_label(pair), params=None,
+               ref_params=None, strides=None, inputs=' '.join(map(_px, sizes)), worst=None, at=None,
+               tol=tol, verdict='failed', reason=None, seconds=None)
     try:
         ours,ref = build_pair(pair, seed)
         row['params'] = count_params(ours)

@@ -24,8 +24,9 @@ from torch import Tensor, fx, nn
 from .draw import mix, palette
 
 # %% ../../nbs/core/08_diagram.ipynb #d13f81b0
-kinds = dict(layer=palette['backbone'], neck=palette['neck'], head=palette['head'], merge=palette['merge'],
-             attention=palette['attention'], data=palette['data']) # kind of a node -> its colour
+kinds = dict(layer=palette['backbone'], neck=palette['neck'], head=palette['head'],
+             merge=palette['merge'], attention=palette['attention'],
+             data=palette['data']) # kind of a node -> its color
 
 def _names(xs): return ', '.join(str(x) for x in xs)
 
@@ -186,7 +187,7 @@ _acts = tuple(getattr(nn, o) for o in 'ReLU ReLU6 LeakyReLU SiLU Mish Hardswish 
 _idle = nn.Identity,nn.modules.dropout._DropoutNd # do nothing in eval mode
 
 class NormTracer(fx.Tracer):
-    "fx's tracer, for which a normalisation is one step, whoever wrote it."
+    "fx's tracer, for which a normalization is one step, whoever wrote it."
     def is_leaf_module(self, m, name): return super().is_leaf_module(m, name) or isinstance(m, _norms)
 
 def is_unit(
@@ -365,7 +366,7 @@ def draw_module_graph(
     module:nn.Module, # a block that torch.fx can trace
     x, # as `module_graph` takes
     whole=(), # as `module_graph` takes
-    kind='layer', # of the boxes that are no merge, gate or data: 'neck' and 'head' change the colour
+    kind='layer', # of the boxes that are no merge, gate or data: 'neck' and 'head' change the color
     title:str=None,
     ax=None, # axes to draw on; None makes a figure of the right size
     **kwargs, # fontsize, width: see `draw_blocks`
@@ -378,7 +379,7 @@ def draw_module_graph(
     for s,t,_ in edges: read[t].add(nodes[s]['shape'][2:])
     def text(n, o):
         if o['shape'] is None: return o['text']
-        same = len(o['shape'])==4 and read[n]=={o['shape'][2:]} # the size is told where it changes
+        same = len(o['shape'])==4 and read[n]=={o['shape'][2:]} # the size is written where it changes
         return o['text']+'\n'+(f"{o['shape'][1]} ch" if same else '×'.join(map(str, o['shape'][1:])))
     boxes = {n:(*place[n], text(n, o), kind if o['kind']=='layer' else o['kind']) for n,o in nodes.items()}
     return draw_blocks(boxes, edges, title, ax, **kwargs)

@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from .features import IMAGENET_MEAN, IMAGENET_STD, as_list
 
 # %% ../../nbs/core/06_draw.ipynb #264b1be9
-palette = dict(backbone='#0072B2', neck='#E69F00', head='#009E73',   # the three parts of a detector
-               merge='#CC79A7', attention='#56B4E9', data='#7F7F7F', # in a block: concat and add, gates, inputs
+palette = dict(backbone='#0072B2', neck='#E69F00', head='#009E73',   # the parts of a detector
+               merge='#CC79A7', attention='#56B4E9', data='#7F7F7F', # concat and add, gates, inputs
                ink='#222222', line='#4D4D4D')                        # text, arrows
 
 # %% ../../nbs/core/06_draw.ipynb #e7e1fe40
 def mix(
-    color, # anything that matplotlib takes for a colour
-    share:float, # 1 keeps the colour, 0 gives the other
+    color, # anything that matplotlib takes for a color
+    share:float, # 1 keeps the color, 0 gives the other
     other='white', # what to mix in
 ) -> tuple: # RGB in [0,1]
     "Returns a tint of `color`."
@@ -41,7 +41,7 @@ def mix(
 def class_color(
     label:int, # class id
 ) -> tuple: # RGB in [0,1]
-    "Returns the colour of a class: six that colour-blind readers tell apart, then hues by the golden angle."
+    "Returns the color of a class: six that color-blind readers tell apart, then hues by the golden angle."
     first = '#0072B2','#D55E00','#009E73','#CC79A7','#E69F00','#56B4E9'
     i = int(label)-1
     return to_rgb(first[i]) if 0<=i<len(first) else tuple(float(o) for o in hsv_to_rgb((i*.618034%1, .75, .8)))
@@ -150,7 +150,7 @@ def sample_target(
 def image_array(
     image, # PIL image, array (H,W,3), or tensor (3,H,W); floats in [0,1] or uint8
 ) -> np.ndarray: # (H,W,3), float in [0,1]
-    "Returns the picture as matplotlib shows it; raises ValueError for shapes and values that are no RGB picture."
+    "Returns the image as matplotlib shows it; raises ValueError for anything that is not an RGB image."
     if isinstance(image, Image.Image): image = np.asarray(image.convert('RGB'))
     first = isinstance(image, Tensor)
     image = image.detach().cpu().numpy() if first else np.asarray(image)
@@ -167,7 +167,7 @@ def image_tensor(
     img, # PIL image, array or tensor, as `image_array` takes
     normalise:bool=True, # by ImageNet's mean and standard deviation, as backbones want it
 ) -> Tensor: # (1,3,H,W), float
-    "Returns the picture as a batch of one."
+    "Returns the image as a batch of one."
     x = torch.from_numpy(image_array(img)).float().permute(2,0,1)[None].contiguous()
     if not normalise: return x
     return (x-torch.tensor(IMAGENET_MEAN)[:,None,None])/torch.tensor(IMAGENET_STD)[:,None,None]
@@ -206,7 +206,7 @@ def draw_boxes(
     class_map=None, # has get_name(id), or is a list of names by id; None: ids are shown
     ax=None, # axes to draw on; None makes a figure
     score_thr:float=.05, # detections below are left out, where there are scores
-    color=None, # one colour for all; None: by class
+    color=None, # one color for all; None: by class
     masks:bool=True, # draw masks, where there are any
 ): # the Axes
     "Draws boxes, names, scores and masks on the image and returns the Axes; raises ValueError for boxes not (N,4)."
@@ -291,12 +291,12 @@ def show_side_by_side(
 # %% ../../nbs/core/06_draw.ipynb #9f6d697c
 def feature_grid(
     maps, # feature maps (1,C,H,W) or (C,H,W), finest first
-    img=None, # the picture that they came from, as `image_array` takes
+    img=None, # the image that they came from, as `image_array` takes
     titles=None, # one per map; None: stride (where `img` is given) and shape
     n:int=1, # rows: 1 shows the mean over channels, more the n channels that vary most
-    cmap='viridis', # colours, dark to light
+    cmap='viridis', # colors, dark to light
 ): # the Figure
-    "Draws one picture per map beside the image, cut at the 1st and 99th percentile of each; returns the Figure."
+    "Draws one panel per map beside the image, cut at the 1st and 99th percentile of each; returns the Figure."
     maps = [m.detach().float().cpu() for m in as_list(maps)]
     if not maps or any(m.dim() not in (3,4) for m in maps): raise ValueError(f'got maps of shapes '
         f'{[tuple(m.shape) for m in maps]}, expected a list of (1,C,H,W): give the output of a backbone')
@@ -351,25 +351,29 @@ def stride_of(shape, size): return 2**round(log2(max(size)/max(shape[-2:])))
 # %% ../../nbs/core/06_draw.ipynb #0bfa163d
 SLOT,TALL = 1.16,1.5 # inches: distance of blocks, height of the image
 
-def block_size(shape, size): return .1*max(log2(shape[0])-2, .8),TALL*(max(shape[-2:])/max(size))**.5
+def block_size(shape, size):
+    "Width and height of a block for a map of `shape` (C,H,W), inches."
+    return .1*max(log2(shape[0])-2, .8),TALL*(max(shape[-2:])/max(size))**.5
 
 def cuboid(ax, x, y, w, h, color, depth=.3):
-    "Draws a block with its front face centred on (x,y); the top is lit, the side in shade."
+    "Draws a block with its front face centered on (x,y); the top is lit, the side in shade."
     x0,x1,y0,y1,dx,dy = x-w/2,x+w/2,y-h/2,y+h/2,depth*h,.6*depth*h
     kw = dict(ec=mix(color, .75, 'black'), lw=.8, joinstyle='round')
-    ax.add_patch(Polygon([(x0,y1), (x1,y1), (x1+dx,y1+dy), (x0+dx,y1+dy)], fc=mix(color, .45), **kw))
-    ax.add_patch(Polygon([(x1,y0), (x1,y1), (x1+dx,y1+dy), (x1+dx,y0+dy)], fc=mix(color, .8, 'black'), **kw))
+    ax.add_patch(Polygon([(x0,y1), (x1,y1), (x1+dx,y1+dy), (x0+dx,y1+dy)],
+                         fc=mix(color, .45), **kw))
+    ax.add_patch(Polygon([(x1,y0), (x1,y1), (x1+dx,y1+dy), (x1+dx,y0+dy)],
+                         fc=mix(color, .8, 'black'), **kw))
     ax.add_patch(Rectangle((x0,y0), w, h, fc=color, gid='block', **kw))
 
 def arrow(ax, a, b):
-    ax.add_patch(FancyArrowPatch(a, b, arrowstyle='-|>', mutation_scale=10, shrinkA=0, shrinkB=0, lw=1.2,
-                                 color=palette['line']))
+    ax.add_patch(FancyArrowPatch(a, b, arrowstyle='-|>', mutation_scale=10, shrinkA=0, shrinkB=0,
+                                 lw=1.2, color=palette['line']))
 
 def caption(ax, x, y, *lines):
     "Writes lines below each other; the first is bold."
     for i,t in enumerate(lines):
-        ax.text(x, y-.19*i, t, ha='center', va='top', fontsize=9.5 if i else 10, weight=None if i else 'bold',
-                color=palette['ink'])
+        ax.text(x, y-.19*i, t, ha='center', va='top', fontsize=9.5 if i else 10,
+                weight=None if i else 'bold', color=palette['ink'])
 
 # %% ../../nbs/core/06_draw.ipynb #8dec7ae9
 def draw_stages(

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from .hub import HubMixin
 
 # %% ../../nbs/core/01_features.ipynb #6e4cc069
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225) # what random weights get, RGB in [0,1]
+IMAGENET_MEAN = (0.485, 0.456, 0.406) # what random weights get, RGB in [0,1]
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 def feature_row(
     num_chs:int, # channels of the map
@@ -34,30 +35,34 @@ def _names(xs): return ', '.join(str(x) for x in xs)
 
 def pick_strides(
     have, # strides that a net offers, ascending
-    strides=None, # the wanted ones: an int, a sequence, or None for 4, 8, 16, 32 as far as the net has them
+    strides=None, # the wanted ones: an int, a sequence, or None for those of 4, 8, 16, 32
     out_indices=None, # timm's way to ask: index i means stride 2**(i+1)
     name='this backbone', # for the error
 ) -> tuple: # the selected strides, finest first
     "Returns the selected strides, finest first; raises ValueError naming the strides that exist."
     if out_indices is not None:
-        if strides is not None: raise ValueError(f'got both strides={strides} and out_indices={out_indices}, '
+        if strides is not None: raise ValueError(
+            f'got both strides={strides} and out_indices={out_indices}, '
             'which mean the same thing: give one of them')
         if isinstance(out_indices, int): out_indices = (out_indices,)
-        if any(i<0 for i in out_indices): raise ValueError(f'got out_indices={tuple(out_indices)}, expected indices '
-            'from 0 on (i means stride 2**(i+1)): count from the finest map, or use strides=')
+        if any(i<0 for i in out_indices): raise ValueError(
+            f'got out_indices={tuple(out_indices)}, expected indices from 0 on '
+            '(i means stride 2**(i+1)): count from the finest map, or use strides=')
         strides = [2**(i+1) for i in out_indices]
     if strides is None: return tuple(s for s in have if s in (4,8,16,32)) or tuple(have[-1:])
     if isinstance(strides, int): strides = (strides,)
     strides = tuple(sorted(set(strides)))
-    if not strides: raise ValueError(f'got no strides at all, expected some of {_names(have)}: name at least one')
+    if not strides: raise ValueError(
+        f'got no strides at all, expected some of {_names(have)}: name at least one')
     lost = [s for s in strides if s not in have]
-    if lost: raise ValueError(f'{name} has no map at stride {_names(lost)}: choose among its strides {_names(have)}')
+    if lost: raise ValueError(
+        f'{name} has no map at stride {_names(lost)}: choose among its strides {_names(have)}')
     return strides
 
 # %% ../../nbs/core/01_features.ipynb #ba0814d4
 class Backbone(nn.Module, HubMixin):
-    "Images in, a list of feature maps out, finest first; a subclass builds its modules, then calls `set_trunk`."
-    name,pretrained,record = None,None,None # set by `create_backbone`: registered name, weights' tag, weights' record
+    "Images in, feature maps out, finest first; subclasses build modules, then call `set_trunk`."
+    name,pretrained,record = None,None,None # registered name, weights' tag and record, if any
     config = None # the arguments it was made with
 
     def set_trunk(self,
@@ -66,12 +71,14 @@ class Backbone(nn.Module, HubMixin):
         strides=None, # see `select`
         out_indices=None, # see `select`
     ):
-        "Declares the way of the data, its maps and the selected strides; raises ValueError where they disagree."
-        self.trunk,self.rows = {k:list(v) for k,v in trunk.items()},[dict(r) for r in rows]
+        "Declares the data path, its maps and selected strides; raises ValueError if they disagree."
+        self.trunk = {k:list(v) for k,v in trunk.items()}
+        self.rows = [dict(r) for r in rows]
         self._steps = [o for v in self.trunk.values() for o in v]
         self._taps = {r['module'] for r in self.rows}
         lost = self._taps - set(self._steps)
-        if lost: raise ValueError(f'feature rows name the modules {_names(sorted(lost))}, which are not in the trunk '
+        if lost: raise ValueError(
+            f'feature rows name the modules {_names(sorted(lost))}, which are not in the trunk '
             f'({_names(self._steps)}): name modules that the data flow through')
         self.select(strides, out_indices)
 
@@ -96,7 +103,8 @@ class Backbone(nn.Module, HubMixin):
 @patch
 def _maps(self:Backbone, x, n):
     "Yields the first `n` maps, finest first."
-    if x.dim()!=4: raise ValueError(f'got a tensor of shape {tuple(x.shape)}, expected a batch of images '
+    if x.dim()!=4: raise ValueError(
+        f'got a tensor of shape {tuple(x.shape)}, expected a batch of images '
         '(B,3,H,W): add the batch dimension with x[None]')
     for nm in self._steps:
         x = self.get_submodule(nm)(x)
@@ -107,14 +115,14 @@ def _maps(self:Backbone, x, n):
 
 @patch
 def forward(self:Backbone,
-    x:Tensor, # images (B,3,H,W), float, normalised
+    x:Tensor, # images (B,3,H,W), float, normalized
 ) -> list: # one map (B,C,H/s,W/s) per selected stride, finest first
     "Returns the selected feature maps; nothing beyond the last selected one is computed."
     return [o for i,o in enumerate(self._maps(x, self._picked[-1]+1)) if i in self._picked]
 
 @patch
 def get_feature_maps(self:Backbone,
-    x:Tensor, # images (B,3,H,W), float, normalised
+    x:Tensor, # images (B,3,H,W), float, normalized
 ) -> list: # every map, finest first
     "Returns the maps of all listed rows, selected or not (the name is vision-toolbox's)."
     return [o for o,r in zip(self._maps(x, len(self.rows)), self.rows) if r in self.listed]
@@ -128,7 +136,7 @@ def extra_repr(self:Backbone):
 # %% ../../nbs/core/01_features.ipynb #d658d99d
 @patch(as_prop=True)
 def feature_info(self:Backbone):
-    "timm's `FeatureInfo` of the selected maps; a map at stride 1 is listed only where it is selected."
+    "timm's `FeatureInfo` of the selected maps; a map at stride 1 is listed only if it is selected."
     from timm.models import FeatureInfo
     rows = [dict(r) for r in self.listed]
     at = [r['reduction'] for r in rows]
@@ -136,8 +144,8 @@ def feature_info(self:Backbone):
 
 # %% ../../nbs/core/01_features.ipynb #93bb7188
 @patch
-def param_groups(self:Backbone) -> list: # lists of parameters, from the input on: stem, then the stages
-    "Returns the parameters in order of depth, one list per trunk group, each parameter exactly once."
+def param_groups(self:Backbone) -> list: # lists of parameters: stem, then the stages
+    "Returns the parameters in order of depth, one list per trunk group, each exactly once."
     seen,groups = set(),[]
     for mods in [[self.get_submodule(o) for o in v] for v in self.trunk.values()] + [[self]]:
         new = {id(p):p for m in mods for p in m.parameters() if id(p) not in seen}
@@ -152,12 +160,14 @@ _norms = nn.modules.batchnorm._BatchNorm
 def freeze_to(self:Backbone,
     n:int, # groups before the n-th are frozen, the others trained; negative n counts from the end
 ) -> Backbone: # itself
-    """Freezes the first `n` parameter groups; `freeze_to(0)` frees all. Raises ValueError beyond the number of groups.
+    """Freezes the first `n` parameter groups; `freeze_to(0)` frees all.
 
-    Batch norm is frozen with them (affine and statistics) only where the weights are pretrained: statistics of
-    random weights mean nothing, so there it stays in training."""
+    Raises ValueError beyond the number of groups. Batch norm is frozen with them (affine and
+    statistics) only if the weights are pretrained: statistics of random weights mean nothing,
+    so there it keeps training."""
     groups = self.param_groups()
-    if not -len(groups)<=n<=len(groups): raise ValueError(f'got freeze_to({n}), but there are {len(groups)} groups: '
+    if not -len(groups)<=n<=len(groups): raise ValueError(
+        f'got freeze_to({n}), but there are {len(groups)} groups: '
         f'give a number from {-len(groups)} to {len(groups)}')
     frozen = {id(p) for g in groups[:n] for p in g}
     for p in self.parameters(): p.requires_grad_(id(p) not in frozen)
@@ -189,7 +199,8 @@ def measure(
 ) -> list: # (channels, stride) of each map
     """Returns what the maps of `model` really are, by one forward pass in eval mode.
 
-    Raises ValueError for outputs that are no (B,C,H,W) maps, or whose size does not divide the input's."""
+    Raises ValueError for outputs that are not (B,C,H,W) maps, or whose size does not divide
+    that of the input."""
     was = {m:m.training for m in model.modules()}
     p = next(model.parameters(), torch.zeros(1))
     try: maps = as_list(model.eval()(torch.zeros(1, 3, *size, device=p.device, dtype=p.dtype)))
@@ -198,12 +209,12 @@ def measure(
     res = []
     for o in maps:
         if not isinstance(o, Tensor) or o.dim()!=4: raise ValueError(
-            f'got {tuple(getattr(o, "shape", ())) or type(o).__name__} from the model, expected feature maps '
-            '(B,C,H,W): give a backbone without its classifier head')
+            f'got {tuple(getattr(o, "shape", ())) or type(o).__name__} from the model, '
+            'expected feature maps (B,C,H,W): give a backbone without its classifier head')
         s = [2**round(log2(a/b)) for a,b in zip(size, o.shape[-2:])]
         if s[0]!=s[1]: raise ValueError(
-            f'got a map of {o.shape[-2]}x{o.shape[-1]} for an input of {size[0]}x{size[1]}, expected maps '
-            '(B,C,H/s,W/s): permute channels-last maps to channels-first')
+            f'got a map of {o.shape[-2]}x{o.shape[-1]} for an input of {size[0]}x{size[1]}, '
+            'expected maps (B,C,H/s,W/s): permute channels-last maps to channels-first')
         res.append((o.shape[1], s[0]))
     return res
 
@@ -214,21 +225,23 @@ def check_contract(
 ) -> nn.Module: # itself
     "Returns `backbone` if its maps are what it claims; raises ValueError naming claim and truth."
     got,claim = measure(backbone, size),list(zip(backbone.channels, backbone.strides))
-    if got!=claim: raise ValueError(f'{type(backbone).__name__} claims (channels, stride) {claim} and gives {got}: '
+    if got!=claim: raise ValueError(
+        f'{type(backbone).__name__} claims (channels, stride) {claim} and gives {got}: '
         'mend its channels and strides')
     strides = [s for _,s in claim]
-    if strides!=sorted(set(strides)): raise ValueError(f'{type(backbone).__name__} gives maps at strides '
-        f'{strides}, expected each stride once, finest first: reorder its outputs')
+    if strides!=sorted(set(strides)): raise ValueError(
+        f'{type(backbone).__name__} gives maps at strides {strides}, expected '
+        'each stride once, finest first: reorder its outputs')
     return backbone
 
 # %% ../../nbs/core/01_features.ipynb #e7617588
 class WrappedBackbone(Backbone):
-    "A foreign module that returns feature maps, behind the contract; channels and strides are measured."
+    "Wraps any module that returns feature maps; its channels and strides are measured."
     def __init__(self, body:nn.Module, strides=None, out_indices=None):
         super().__init__()
         self.body = body
-        rows = [feature_row(c, s, 'body') for c,s in measure(body)]
-        self.trunk,self.rows = {k:[f'body.{k}'] for k,_ in body.named_children()} or dict(body=['body']),rows
+        self.rows = [feature_row(c, s, 'body') for c,s in measure(body)]
+        self.trunk = {k:[f'body.{k}'] for k,_ in body.named_children()} or dict(body=['body'])
         self.select(strides, out_indices)
         check_contract(self)
 
@@ -238,10 +251,11 @@ def as_backbone(
     model:nn.Module, # a `Backbone`, or any module that gives a map or several, finest first
     strides=None, # selection by stride, as everywhere
 ) -> Backbone: # the model itself if it is one already
-    """Returns `model` behind the contract; its channels and strides are measured by one forward pass.
+    """Returns `model` wrapped to meet the contract, measured by one forward pass.
 
-    Raises ValueError where it gives no maps."""
-    if not isinstance(model, nn.Module): raise TypeError(f'got {type(model).__name__} {str(model)[:40]!r}, expected a '
-        'name or an nn.Module that returns feature maps')
+    Raises ValueError if it returns no feature maps."""
+    if not isinstance(model, nn.Module): raise TypeError(
+        f'got {type(model).__name__} {str(model)[:40]!r}, expected a name '
+        'or an nn.Module that returns feature maps')
     if isinstance(model, Backbone): return model if strides is None else model.select(strides)
     return WrappedBackbone(model, strides)

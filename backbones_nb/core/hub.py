@@ -31,7 +31,7 @@ def encode(
     value, # of an argument
     what:str='the value', # its name, for the error
 ): # None, bool, number, string, list or dict
-    "Returns `value` as JSON carries it, layers of torch.nn by their name; raises ValueError for anything else."
+    "Returns `value` as JSON carries it, torch.nn layers by name; raises ValueError for the rest."
     if value is None or isinstance(value, (bool,int,float,str)): return value
     if isinstance(value, (list,tuple)): return [encode(o, what) for o in value]
     if isinstance(value, dict) and _key not in value and all(isinstance(k, str) for k in value):
@@ -40,20 +40,22 @@ def encode(
     if isinstance(f, type) and issubclass(f, nn.Module) and getattr(nn, f.__name__, None) is f:
         more = dict(args=value.args, kwargs=value.keywords) if isinstance(value, partial) else {}
         return {_key:f.__name__} | encode(more, what)
-    raise ValueError(f'got {what}={value!r}, which config.json cannot carry: expected numbers, strings, lists of them, '
-        'a class of torch.nn or a partial of one; use a name where the argument takes one')
+    raise ValueError(f'got {what}={value!r}, which config.json cannot carry: expected numbers, '
+        'strings, lists of them, a class of torch.nn or a partial of one; '
+        'use a name where the argument takes one')
 
 # %% ../../nbs/core/09_hub.ipynb #b5d4d460
 def decode(
     value, # what `encode` made
 ): # lists come back as tuples
-    "Returns the value; raises ValueError for a layer that torch.nn does not have. Nothing is imported."
+    "Returns the value, importing nothing; raises ValueError for a layer that torch.nn lacks."
     if isinstance(value, list): return tuple(decode(o) for o in value)
     if not isinstance(value, dict): return value
     if _key not in value: return {k:decode(v) for k,v in value.items()}
     f = getattr(nn, str(value[_key]), None)
-    if not (isinstance(f, type) and issubclass(f, nn.Module)): raise ValueError(f'got the layer {value[_key]!r}, '
-        'expected the name of a class in torch.nn: this package did not write the file, or torch is another version')
+    if not (isinstance(f, type) and issubclass(f, nn.Module)):
+        raise ValueError(f'got the layer {value[_key]!r}, expected the name of a class in '
+            'torch.nn: this package did not write the file, or torch is another version')
     if 'args' not in value: return f
     return partial(f, *decode(value['args']), **decode(value['kwargs']))
 
@@ -116,15 +118,16 @@ def _builder(cls, spec):
     if name and registry.has_backbone(name): return registry._entries[name].build
     found = next((c for c in _subclasses(cls) if f'{c.__module__}.{c.__qualname__}'==kind), None)
     if found: return found
-    raise ValueError(f'got a config.json of {name or kind}, which is not known here: import the module that defines or '
-        'registers it first')
+    raise ValueError(f'got a config.json of {name or kind}, which is not known here: '
+        'import the module that defines or registers it first')
 
 def _check_library(spec):
     if spec.get('library')=='backbones_nb': return
     arch = spec.get('architecture') # timm's files have it
-    hint = f"create_backbone('timm/{arch}') builds timm's" if arch else 'build the net and load its state dict'
-    raise ValueError(f"got a config.json of another library{f' for {arch}' if arch else ''}, expected one that "
-        f'save_pretrained wrote: {hint}')
+    if arch: hint = f"create_backbone('timm/{arch}') builds timm's"
+    else: hint = 'build the net and load its state dict'
+    raise ValueError(f"got a config.json of another library{f' for {arch}' if arch else ''}, "
+        f'expected one that save_pretrained wrote: {hint}')
 
 # %% ../../nbs/core/09_hub.ipynb #130bf3ec
 def rebuild(

@@ -27,23 +27,27 @@ def count_params(
     model:nn.Module,
     trainable:bool=None, # True: only those that train; False: only frozen ones; None: all
 ) -> int: # shared parameters counted once, buffers (running statistics) not
-    "Returns the number of parameters; raises TypeError for what is no module."
-    return sum(p.numel() for p in _module(model).parameters() if trainable is None or p.requires_grad==trainable)
+    "Returns the number of parameters; raises TypeError for an object that is not an nn.Module."
+    ps = _module(model).parameters()
+    return sum(p.numel() for p in ps if trainable is None or p.requires_grad==trainable)
 
 def _module(model):
-    if not isinstance(model, nn.Module): raise TypeError(f'got {type(model).__name__} {str(model)[:40]!r}, expected an '
-        'nn.Module: build it first, with create_backbone(name) for a registered name')
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'got {type(model).__name__} {str(model)[:40]!r}, expected an nn.Module: '
+            'build it first, with create_backbone(name) for a registered name')
     return model
 
 # %% ../../nbs/core/05_inspect.ipynb #53117cbb
 def _pair(size):
-    ok = (size,size) if isinstance(size, int) else tuple(size) if isinstance(size, (tuple,list)) else ()
-    if len(ok)!=2 or not all(isinstance(o, int) and o>0 for o in ok): raise ValueError(f'got size={size!r}, expected '
-        'pixels as an int or as (height, width), or an input tensor')
+    if isinstance(size, int): ok = size,size
+    else: ok = tuple(size) if isinstance(size, (tuple,list)) else ()
+    if len(ok)!=2 or not all(isinstance(o, int) and o>0 for o in ok):
+        raise ValueError(f'got size={size!r}, expected pixels as an int or as (height, width), '
+            'or an input tensor')
     return ok
 
 def _input(model, size, batch=1):
-    "What `size` stands for: an input, or pixels of a zero image; and the (height, width) that strides refer to."
+    "The input that `size` stands for, and the (height, width) that its strides refer to."
     if isinstance(size, Tensor): return size,(tuple(size.shape[-2:]) if size.dim()==4 else None)
     if isinstance(size, (list,tuple)) and size and isinstance(size[0], Tensor): # maps for a neck
         s = getattr(model, 'in_strides', (0,))[0]
@@ -58,13 +62,16 @@ def _twin(model, meta):
     def f(t):
         new = t.detach().to('meta') if meta else _real(t.detach())
         return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
-    return deepcopy(model, {id(t):f(t) for t in (*model.parameters(), *model.buffers()) if meta or t.is_meta})
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if meta or t.is_meta]
+    return deepcopy(model, {id(t):f(t) for t in tensors})
 
-def _real(t): return torch.zeros_like(t, device='cpu') if t.is_meta else t # zeros where there are no values
+def _real(t):
+    "`t`, or zeros where it has no values."
+    return torch.zeros_like(t, device='cpu') if t.is_meta else t
 
 # %% ../../nbs/core/05_inspect.ipynb #2855e28f
 class Ledger(TorchDispatchMode):
-    "While active, keeps account of the memory that operations write (bytes) and of what is alive at once."
+    "While active, counts the bytes that operations write and the bytes that are alive at once."
     def __init__(self, given=()):
         super().__init__()
         self.written,self.live,self.peak,self._known = 0,0,0,set()
@@ -78,7 +85,7 @@ class Ledger(TorchDispatchMode):
             if id(s) in self._known: continue # a view, or written in place
             self._known.add(id(s))
             self.live += s.nbytes()
-            if i==0: self.written += s.nbytes() # the others are by-products kept for the backward pass
+            if i==0: self.written += s.nbytes() # others: by-products for the backward pass
             weakref.finalize(s, self._free, id(s), s.nbytes()).atexit = False
         self.peak = max(self.peak, self.live)
 
@@ -93,24 +100,26 @@ class Ledger(TorchDispatchMode):
 
 # %% ../../nbs/core/05_inspect.ipynb #04cc6fa2
 class Trace:
-    "One pass through `model`: the MACs, bytes and outputs of every module, and the peak of live memory."
+    "One pass through `model`: MACs, bytes and outputs of every module; the peak of live memory."
     def __init__(self, model, x, train=False):
-        self.own,self.out = {},{} # by id(module), in order of execution; `own` excludes its children
-        self.flops,self.ledger = FlopCounterMode(display=False),Ledger([*model.parameters(), *model.buffers()])
+        self.own,self.out = {},{} # by id(module), in order of execution; `own` without children
+        self.flops = FlopCounterMode(display=False)
+        self.ledger = Ledger([*model.parameters(), *model.buffers()])
         self._stack,self._last = [id(model)],(0,0)
         self.ledger.add(x)
         self.ledger.written = 0
         for m in model.modules():
             m.register_forward_pre_hook(self._enter)
             m.register_forward_hook(self._leave)
-        # the ledger is the last to enter, so it sees whole operations; the flop counter takes some of them apart
+        # the ledger enters last, so it sees whole operations; the flop counter splits some
         with torch.random.fork_rng(devices=[]),self.flops,self.ledger,torch.set_grad_enabled(train):
             res = model.train(train)(x)
             res = [t for t in tree_leaves(res) if isinstance(t, Tensor)]
             self.macs = self.flops.get_total_flops()//2 # of the forward pass
             self._book()
             if train: sum(t.float().mean() for t in res if t.requires_grad).backward()
-        self.out = {k:[(shape, any(ref() is t for t in res)) for shape,ref in v] for k,v in self.out.items()}
+        self.out = {k:[(shape, any(ref() is t for t in res)) for shape,ref in v]
+                    for k,v in self.out.items()}
         self.peak = self.ledger.peak
 
 # %% ../../nbs/core/05_inspect.ipynb #701d46bd
@@ -132,28 +141,34 @@ def _enter(self:Trace, m, args):
 def _leave(self:Trace, m, args, out):
     self._book()
     self._stack.pop()
-    self.out[id(m)] = [(tuple(t.shape), weakref.ref(t)) for t in tree_leaves(out) if isinstance(t, Tensor)]
+    ts = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+    self.out[id(m)] = [(tuple(t.shape), weakref.ref(t)) for t in ts]
 
 # %% ../../nbs/core/05_inspect.ipynb #e3ec2feb
-_broken = RuntimeError,ValueError,TypeError,AttributeError,LookupError,AssertionError # what nets raise
+# what models raise
+_broken = RuntimeError,ValueError,TypeError,AttributeError,LookupError,AssertionError
 
 def trace(
     model:nn.Module,
-    size=224, # pixels: int or (height, width); or the input itself: a tensor, or a list of maps for a neck
+    size=224, # pixels: int or (height, width); or an input: a tensor, a list of maps for a neck
     batch:int=1, # images, where `size` is pixels
     train:bool=False, # with the backward pass
 ): # the copy that ran, its `Trace`, and the (height, width) of the input
-    "Runs a copy of `model`, on the meta device where it can; raises ValueError where it does not run on this size."
+    "Runs a copy of `model`, on the meta device where it can; raises ValueError for a wrong size."
     x,hw = _input(_module(model), size, batch)
     try:
         twin = _twin(model, meta=True)
         return twin,Trace(twin, tree_map_only(Tensor, lambda t: t.to('meta'), x), train),hw
-    except _broken: twin,x = _twin(model, meta=False),tree_map_only(Tensor, _real, x) # needs values: run it for real
+    except _broken: # needs values: run it for real
+        twin = _twin(model, meta=False)
+        x = tree_map_only(Tensor, _real, x)
     twin.zero_grad()
     try: return twin,Trace(twin, x, train),hw
-    except _broken as e: raise ValueError(f"{type(model).__name__} does not run on an input of "
-        f"{' and '.join(str(tuple(t.shape)) for t in tree_leaves(x))}: {str(e).splitlines()[0].rstrip('.')}; "
-        'give a larger size or the kind of input that it takes') from e
+    except _broken as e:
+        given = ' and '.join(str(tuple(t.shape)) for t in tree_leaves(x))
+        raise ValueError(f'{type(model).__name__} does not run on an input of {given}: '
+            f"{str(e).splitlines()[0].rstrip('.')}; "
+            'give a larger size or the kind of input that it takes') from e
 
 # %% ../../nbs/core/05_inspect.ipynb #88b3ee5e
 def count_macs(
@@ -168,16 +183,16 @@ def peak_memory(
     size=224, # pixels: int or (height, width); or an input
     batch:int=1, # images
     train:bool=False, # with the backward pass: what it needs kept, and gradients
-) -> float: # MB (1e6 bytes): input, activations, gradients; without the weights and an optimizer's state
+) -> float: # MB (1e6 bytes): input, activations, gradients; no weights, no optimizer state
     "Returns the most memory that is alive at once during a pass."
     return trace(model, size, batch, train)[1].peak/1e6
 
 # %% ../../nbs/core/05_inspect.ipynb #7519dbbe
 class Table(list):
-    "A list of rows (dicts) that shows itself as a Markdown table in a notebook and as plain text in a terminal."
+    "A list of rows (dicts), shown as a Markdown table in a notebook and as text in a terminal."
     def __init__(self,
         rows, # dicts
-        cols:dict, # key -> (header, format); a format is '' for text, a format spec or a function of the value
+        cols:dict, # key -> (header, format): '' for text, a format spec or a function of the value
         foot=None, # a last row, shown but no part of the list
         note='', # a line below
     ):
@@ -186,15 +201,20 @@ class Table(list):
 
     def cells(self):
         "Returns the table as lists of strings, the header first."
-        def show(v, f): return ('–' if f else '') if v is None else f(v) if callable(f) else format(v, f)
-        body = [[show(r.get(k), f) for k,(_,f) in self.cols.items()] for r in self]
-        if self.foot: body.append([show(self.foot[k], f) if k in self.foot else '' for k,(_,f) in self.cols.items()])
+        def show(v, f):
+            if v is None: return '–' if f else ''
+            return f(v) if callable(f) else format(v, f)
+        cols,foot = self.cols.items(),self.foot
+        body = [[show(r.get(k), f) for k,(_,f) in cols] for r in self]
+        if foot: body.append([show(foot[k], f) if k in foot else '' for k,(_,f) in cols])
         return [[h for h,_ in self.cols.values()], *body]
 
     def __repr__(self):
         cells = self.cells()
-        wide,left = [max(map(len, c)) for c in zip(*cells)],[not f for _,f in self.cols.values()]
-        lines = ['  '.join(o.ljust(w) if l else o.rjust(w) for o,w,l in zip(r, wide, left)).rstrip() for r in cells]
+        wide = [max(map(len, c)) for c in zip(*cells)]
+        left = [not f for _,f in self.cols.values()]
+        def pad(o, w, l): return o.ljust(w) if l else o.rjust(w)
+        lines = ['  '.join(map(pad, r, wide, left)).rstrip() for r in cells]
         lines.insert(1, '  '.join('-'*w for w in wide))
         if self.foot: lines.insert(-1, lines[1])
         return '\n'.join(lines + [self.note]*bool(self.note))
@@ -206,12 +226,13 @@ def _repr_markdown_(self:Table):
     head,*body = self.cells()
     if self.foot: body[-1] = [f'**{o}**' if o else o for o in body[-1]]
     rule = ['---' if not f else '---:' for _,f in self.cols.values()]
-    rows = '\n'.join('| ' + ' | '.join(str(o).replace('|', '\\|') for o in r) + ' |' for r in [head, rule, *body])
+    def line(r): return '| ' + ' | '.join(str(o).replace('|', '\\|') for o in r) + ' |'
+    rows = '\n'.join(line(r) for r in [head, rule, *body])
     return rows + f'\n\n{self.note}'*bool(self.note)
 
 # %% ../../nbs/core/05_inspect.ipynb #faabfe06
 def _parts(model, tr):
-    "(stage, module names) of the rows, in the order of the data; a group of the trunk is cut after each map."
+    "(stage, module names) of the rows in order; a group of the trunk is cut after each map."
     if not hasattr(model, 'trunk'):
         order = {k:i for i,k in enumerate(tr.out)}
         first = {n:min((order[id(o)] for o in m.modules() if id(o) in order), default=len(order))
@@ -236,8 +257,9 @@ class Summary(Table):
     "The table of a model: `rows`, `total`, and how it shows itself."
     def __init__(self, rows, total, note):
         for r in rows: r['hxw'] = f"{r['height']}x{r['width']}" if r['height'] else None
-        cols = dict(stage=('stage',''), module=('module',''), channels=('channels','d'), stride=('stride','d'),
-            hxw=('HxW','>'), params=('parameters',','), gmacs=('GMACs','.3f'), act_mb=('activations, MB','.2f'),
+        cols = dict(stage=('stage',''), module=('module',''),
+            channels=('channels','d'), stride=('stride','d'), hxw=('HxW','>'),
+            params=('parameters',','), gmacs=('GMACs','.3f'), act_mb=('activations, MB','.2f'),
             map=('map',lambda v: '✓' if v else ''))
         super().__init__(rows, cols, dict(total, stage='total'), note)
         self.rows,self.total = list(self),total
@@ -245,10 +267,10 @@ class Summary(Table):
 # %% ../../nbs/core/05_inspect.ipynb #c4b56937
 def summary(
     model:nn.Module, # a backbone, with or without neck, or any module
-    size=224, # pixels: int or (height, width); or the input itself: a tensor, or a list of maps for a neck
+    size=224, # pixels: int or (height, width); or an input: a tensor, a list of maps for a neck
     batch:int=1, # images
-) -> Summary: # a row per stage; for modules that are no backbone one per child, in the order of execution
-    "Returns what each part of `model` gives and costs; raises ValueError where it does not run on this size."
+) -> Summary: # a row per stage; for other modules one per child, in order of execution
+    "Returns what each part of `model` gives and costs; raises ValueError if the size does not fit."
     twin,tr,hw = trace(model, size, batch)
     rows,used,seen = [],set(),set()
     def cost(mods):
@@ -259,17 +281,22 @@ def summary(
     for stage,names in _parts(twin, tr):
         mods = [o for n in names for o in twin.get_submodule(n).modules()]
         last = twin.get_submodule(names[-1])
-        within = {id(m) for m in last.modules()} # the last to run, for a container that is never called itself
-        ran = tr.out.get(id(last)) or next((v for k,v in reversed(tr.out.items()) if k in within), [])
-        name = ' … '.join(dict.fromkeys((names[0], names[-1]))) if hasattr(twin, 'strides') else type(last).__name__
+        ran = tr.out.get(id(last))
+        if not ran: # a container that is never called itself: the last of its modules to run
+            within = {id(m) for m in last.modules()}
+            ran = next((v for k,v in reversed(tr.out.items()) if k in within), [])
+        if hasattr(twin, 'strides'): name = ' … '.join(dict.fromkeys((names[0], names[-1])))
+        else: name = type(last).__name__
         rows.append(_row(stage, name, *cost(mods), *(ran[0] if len(ran)==1 else ()), hw=hw))
-        if len(ran)>1: rows += [_row(f'{stage} {i}', '', shape=s, is_map=t, hw=hw) for i,(s,t) in enumerate(ran)]
+        if len(ran)<2: continue
+        rows += [_row(f'{stage} {i}', '', shape=s, is_map=t, hw=hw) for i,(s,t) in enumerate(ran)]
     rest = cost([twin, *twin.modules()])
     if any(rest): rows.append(_row('rest', type(model).__name__, *rest))
-    total = dict(params=count_params(model), gmacs=tr.macs/1e9, act_mb=sum(r['act_mb'] for r in rows),
-                 peak_mb=tr.peak/1e6)
+    total = dict(params=count_params(model), gmacs=tr.macs/1e9,
+                 act_mb=sum(r['act_mb'] for r in rows), peak_mb=tr.peak/1e6)
     given = ' and '.join(str(tuple(t.shape)) for t in tree_leaves(_input(model, size, batch)[0]))
-    return Summary(rows, total, f"{getattr(model, 'name', None) or type(model).__name__}, input {given}, eval mode; "
+    name = getattr(model, 'name', None) or type(model).__name__
+    return Summary(rows, total, f'{name}, input {given}, eval mode; '
         f"at most {total['peak_mb']:.2f} MB alive at once")
 
 # %% ../../nbs/core/05_inspect.ipynb #127f7862
@@ -279,14 +306,15 @@ def _costs(m, size):
     return dict(summary(create_backbone(m) if isinstance(m, str) else m, size).total)
 
 def cost_table(
-    models, # name -> module, registered name or published numbers as dict(params=..., gmacs=...); or a list of names
+    models, # name -> module, registered name or dict(params=..., gmacs=...); or a list of names
     size=224, # pixels: int or (height, width)
     reference=None, # name of the row that gaps refer to
-) -> Table: # a row per model: params, gmacs, act_mb, peak_mb and, with a reference, the gaps in percent
-    "Returns the costs of several models side by side; raises ValueError for a reference that is none of them."
+) -> Table: # a row per model: params, gmacs, act_mb, peak_mb; with a reference, gaps in percent
+    "Returns the costs of models side by side; raises ValueError if `reference` is none of them."
     if not isinstance(models, dict): models = {m:m for m in models}
-    if reference is not None and reference not in models: raise ValueError(f'got reference={reference!r}, expected '
-        f"one of {', '.join(map(str, models))}: name a row of the table")
+    if reference is not None and reference not in models:
+        raise ValueError(f'got reference={reference!r}, expected one of '
+            f"{', '.join(map(str, models))}: name a row of the table")
     rows = [dict(model=n, **_costs(m, size)) for n,m in models.items()]
     cols = dict(model=('model',''), params=('parameters',',.0f'), gmacs=('GMACs','.3f'),
                 act_mb=('activations, MB','.2f'), peak_mb=('peak, MB','.2f'))
@@ -296,5 +324,6 @@ def cost_table(
             cols[k+'_gap'] = h,'+.2%'
             for r in rows:
                 if r is not ref and r.get(k) and ref.get(k): r[k+'_gap'] = r[k]/ref[k]-1
-    note = f"One image of {'x'.join(map(str, _pair(size)))}, float32, inference" if not isinstance(size, Tensor) else ''
+    if isinstance(size, Tensor): note = ''
+    else: note = f"One image of {'x'.join(map(str, _pair(size)))}, float32, inference"
     return Table(rows, cols, note=note + f'; gaps relative to {reference}'*bool(reference))

@@ -13,13 +13,16 @@ from functools import partial
 from torch import nn
 
 # %% ../../nbs/core/02_layers.ipynb #bd5dd354
-acts = dict(relu=partial(nn.ReLU, inplace=True), leaky_relu=partial(nn.LeakyReLU, 0.1, inplace=True), # Darknet's slope
+acts = dict(relu=partial(nn.ReLU, inplace=True),
+            leaky_relu=partial(nn.LeakyReLU, 0.1, inplace=True), # Darknet's slope
             silu=partial(nn.SiLU, inplace=True), mish=partial(nn.Mish, inplace=True),
             hardswish=partial(nn.Hardswish, inplace=True), gelu=nn.GELU, sigmoid=nn.Sigmoid)
 norms = dict(bn=nn.BatchNorm2d, gn=partial(nn.GroupNorm, 32))
 
 def make_layer(kind, table, what, *args):
-    "Returns a layer from a name in `table`, a callable, or None (identity); raises ValueError naming those there are."
+    """Returns a layer from a name in `table`, a callable, or None (identity).
+
+    Raises ValueError that lists the known names."""
     if kind is None: return nn.Identity()
     if callable(kind): return kind(*args)
     if kind not in table: raise ValueError(
@@ -31,7 +34,7 @@ def make_norm(norm, nf): return make_layer(norm, norms, 'norm', nf)
 
 # %% ../../nbs/core/02_layers.ipynb #bcf42a3c
 class ConvNormAct(nn.Module):
-    "Convolution without bias, normalisation, activation; keeps ceil(size/stride) for odd kernels."
+    "Convolution without bias, normalization, activation; keeps ceil(size/stride) for odd kernels."
     def __init__(self,
         ni:int, # input channels
         nf:int, # output channels
@@ -52,7 +55,9 @@ class ConvNormAct(nn.Module):
 
 # %% ../../nbs/core/02_layers.ipynb #51b396ca
 class SeparableConvNormAct(nn.Module):
-    "Depth-wise, then point-wise convolution, normalisation, activation (MobileNet's factors, arXiv:1704.04861)."
+    """Depth-wise, then point-wise convolution, normalization, activation.
+
+    The factors are MobileNet's (arXiv:1704.04861)."""
     def __init__(self, ni:int, nf:int, ks:int=3, stride:int=1, act='relu', norm='bn'):
         super().__init__()
         self.dw = nn.Conv2d(ni, ni, ks, stride, padding=ks//2, groups=ni, bias=False)

@@ -19,21 +19,23 @@ from .features import as_list
 from .inspect import Table
 
 # %% ../../nbs/core/07_parity.ipynb #15a75b23
-_wrong_input = RuntimeError,ValueError,TypeError,AttributeError,LookupError,AssertionError # what nets raise
+# what models raise for an input of the wrong kind
+_wrong_input = RuntimeError,ValueError,TypeError,AttributeError,LookupError,AssertionError
 
 def _norms(model):
     "Modules with running statistics: batch norms, frozen ones included."
     return [m for m in model.modules() if isinstance(getattr(m, 'running_var', None), Tensor)]
 
 def _settle(model, x, rand):
-    "Gives each norm, in the order of execution, the shaken statistics of its input; later norms see its output."
+    "Gives each norm, in order of execution, shaken statistics of its input; later norms see this."
     def f(m, args):
         var,mean = torch.var_mean(args[0].transpose(0, 1).flatten(1), 1)
         m.running_var.copy_(var.clamp(min=0.1*var.mean().item()+1e-3) * rand(var, .7, 1.4))
         m.running_mean.copy_(mean + var.sqrt()*rand(mean, -.2, .2))
-    was,hooks = {m:m.training for m in model.modules()},[m.register_forward_pre_hook(f) for m in _norms(model)]
+    was = {m:m.training for m in model.modules()}
+    hooks = [m.register_forward_pre_hook(f) for m in _norms(model)]
     try: model.eval()(x)
-    except _wrong_input: pass # takes no image: what has not run keeps the random statistics that it has
+    except _wrong_input: pass # takes no image: norms that have not run stay random
     finally:
         for h in hooks: h.remove()
         for m,t in was.items(): m.training = t
@@ -45,14 +47,16 @@ def randomise_(
     seed:int=0,
     x=None, # example input; None: noise of 128 px, where the net begins with a convolution
 ) -> nn.Module: # itself, in the mode it was in
-    """Returns `model` with every parameter and running statistic random, the same for the same seed.
+    """Returns `model` with every parameter and running statistic random, fixed by the seed.
 
-    Weights get the variance of He et al. 2015 (arXiv:1502.01852), batch norms the shaken statistics of what reaches
-    them: nothing stays at 0 or 1, signals neither vanish nor explode. Buffers of other kinds stay."""
+    Weights get the variance of He et al. 2015 (arXiv:1502.01852), batch norms the shaken statistics
+    of what reaches them: nothing stays at 0 or 1, signals neither vanish nor explode. Buffers of
+    other kinds stay."""
     g = torch.Generator().manual_seed(seed)
     def normal(t, std): return (torch.randn(t.shape, generator=g)*std).to(t)
     def rand(t, lo, hi): return (torch.rand(t.shape, generator=g)*(hi-lo)+lo).to(t)
-    frozen = [(n,b) for m in _norms(model) for n,b in m.named_buffers(recurse=False) if n in ('weight','bias')]
+    frozen = [(n,b) for m in _norms(model) for n,b in m.named_buffers(recurse=False)
+              if n in ('weight','bias')]
     for n,p in [*model.named_parameters(), *frozen]:
         if p.dim()>1: p.copy_(normal(p, ((2 if p.dim()>2 else 1)/max(p[0].numel(), 1))**.5))
         else: p.copy_(rand(p, 0, 1) if n.endswith('bias') else rand(p, .5, 1.5))
@@ -67,14 +71,15 @@ def randomise_(
 
 # %% ../../nbs/core/07_parity.ipynb #dab92132
 def _tensors(m):
-    "Parameters and buffers by name, without batch norm's counter of batches, which has no part in the output."
+    "Parameters and buffers by name, without batch norm's batch counter, which outputs do not use."
     sd = m.state_dict() if isinstance(m, nn.Module) else m
     return {k:v for k,v in sd.items() if not k.endswith('num_batches_tracked')}
 
 def _left(what, keys, sd):
     if not keys: return f'none of the {what}'
     more = f' and {len(keys)-5} more' if len(keys)>5 else ''
-    return f'{len(keys)} of the {what} (' + ', '.join(f'{k} {tuple(sd[k].shape)}' for k in keys[:5]) + more + ')'
+    first = ', '.join(f'{k} {tuple(sd[k].shape)}' for k in keys[:5])
+    return f'{len(keys)} of the {what} ({first}{more})'
 
 # %% ../../nbs/core/07_parity.ipynb #d2069c33
 def match_keys(
@@ -82,9 +87,10 @@ def match_keys(
     dst:nn.Module, # module that wants them
     renames=None, # (regular expression, replacement) pairs, applied to each key of `src` in turn
 ) -> dict: # key in `dst` -> key in `src`
-    """Returns which tensor of `src` goes where; raises ValueError listing what is left over on both sides.
+    """Returns which tensor of `src` goes where; raises ValueError listing what is left over.
 
-    With `renames` by name and shape; without, the n-th tensor of a shape and last name goes to the n-th of the same."""
+    With `renames` by name and shape; without, the n-th tensor of a shape and last name goes to the
+    n-th of the same."""
     a,b = _tensors(src),_tensors(dst)
     def name(k):
         for pattern,replacement in renames or (): k = re.sub(pattern, replacement, k)
@@ -92,16 +98,19 @@ def match_keys(
     have,res = defaultdict(list),{}
     for k,v in a.items(): have[name(k),v.shape].append(k)
     for (n,_),ks in have.items():
-        if renames is not None and len(ks)>1: raise ValueError(f'the renames give {ks[0]} and {ks[1]} the same name '
-            f'{n!r}: make the rules more specific')
+        if renames is not None and len(ks)>1:
+            raise ValueError(f'the renames give {ks[0]} and {ks[1]} the same name {n!r}: '
+                'make the rules more specific')
     for k,v in b.items():
         ks = have[k if renames is not None else name(k), v.shape]
         if ks: res[k] = ks.pop(0)
-    over,short = [k for k in a if k not in set(res.values())],[k for k in b if k not in res]
+    over = [k for k in a if k not in set(res.values())]
+    short = [k for k in b if k not in res]
     how = 'order' if renames is None else 'name'
-    if over or short: raise ValueError(f"matched {len(res)} tensors by {how} and shape, but "
-        f"{_left('source', over, a)} and {_left('target', short, b)} are left over: give renames that map "
-        'them, or mend the net')
+    if over or short:
+        raise ValueError(f'matched {len(res)} tensors by {how} and shape, but '
+            f"{_left('source', over, a)} and {_left('target', short, b)} are left over: "
+            'give renames that map them, or fix the net')
     return res
 
 # %% ../../nbs/core/07_parity.ipynb #74922e6f
@@ -111,24 +120,27 @@ def map_weights(
     dst:nn.Module, # module that gets them, changed in place
     renames=None, # as in `match_keys`; None: by order and shape
 ) -> nn.Module: # `dst`
-    "Returns `dst` with all parameters and buffers of `src`; raises ValueError listing what is left over on both sides."
+    "Returns `dst` with the tensors of `src`; raises ValueError listing what is left over."
     a,pairs = _tensors(src),match_keys(src, dst, renames)
-    dst.load_state_dict({k:a[pairs[k]] if k in pairs else v for k,v in dst.state_dict().items()}, strict=True)
+    sd = {k:a[pairs[k]] if k in pairs else v for k,v in dst.state_dict().items()}
+    dst.load_state_dict(sd, strict=True)
     return dst
 
 # %% ../../nbs/core/07_parity.ipynb #0de9cee2
 def rel_error(
     a:Tensor, # ours
     b:Tensor, # the reference
-) -> float: # 0 where both are equal; inf or nan where either is not finite or only the reference is zero
+) -> float: # 0 if equal; inf or nan if either is not finite or only the reference is zero
     "Returns max|a-b| / max|b|; raises ValueError where the shapes differ."
     return _errors(a, b)[2]
 
 def _errors(a, b):
-    if a.shape!=b.shape: raise ValueError(f'got shapes {tuple(a.shape)} and {tuple(b.shape)}, expected equal ones: '
-        'compare maps of the same stride and input')
-    if not a.numel(): raise ValueError(f'got tensors of shape {tuple(a.shape)}, expected some elements to compare: '
-        'give a larger input')
+    if a.shape!=b.shape:
+        raise ValueError(f'got shapes {tuple(a.shape)} and {tuple(b.shape)}, expected equal ones: '
+            'compare maps of the same stride and input')
+    if not a.numel():
+        raise ValueError(f'got tensors of shape {tuple(a.shape)}, expected some elements '
+            'to compare: give a larger input')
     a,b = a.detach().cpu().double(),b.detach().cpu().double()
     d,m = (a-b).abs().max().item(),b.abs().max().item()
     return d,m,(d/m if m else 0. if d==0 else float('inf'))
@@ -150,7 +162,8 @@ def _noise(size, batch, seed):
     return torch.randn(batch, 3, h, w, generator=torch.Generator().manual_seed(seed))
 
 # %% ../../nbs/core/07_parity.ipynb #d0f450cc
-_cols = dict(shape=('shape',''), max_diff=('max abs(a-b)','.2e'), max_ref=('max abs(b)','.2e'), rel=('relative','.1e'))
+_cols = dict(shape=('shape',''), max_diff=('max abs(a-b)','.2e'), max_ref=('max abs(b)','.2e'),
+             rel=('relative','.1e'))
 def _bad(rel): return rel if rel==rel else float('inf') # nan counts as the worst
 
 class Errors(Table):
@@ -166,19 +179,20 @@ def compare_maps(
     sizes=None, # several of these instead
     batch:int=2, # images of noise
     seed:int=0, # of the noise
-    dtype=torch.float32, # float64 tells rounding (the error falls to 1e-15) from a true difference (it stays)
+    dtype=torch.float32, # float64 tells rounding (falls to 1e-15) from a true difference (stays)
 ) -> Errors: # a row per map and size: size, map, shape, max_diff, max_ref, rel
-    "Returns how far the maps of two models are apart in eval mode; raises ValueError where number or shapes differ."
+    "Returns how far two models' maps differ in eval mode; raises ValueError if their shapes do."
     rows = []
     for s in [size] if sizes is None else sizes:
         x = _noise(s, batch, seed)
         a,b = as_list(_run(ours, x, dtype)),as_list(_run(reference, x, dtype))
-        if len(a)!=len(b): raise ValueError(f'ours gives {len(a)} maps and the reference {len(b)}: '
-            'select the same strides in both')
+        if len(a)!=len(b):
+            raise ValueError(f'ours gives {len(a)} maps and the reference {len(b)}: '
+                'select the same strides in both')
         for i,(p,q) in enumerate(zip(a, b)):
             d,m,e = _errors(p, q)
-            rows.append(dict(size='x'.join(map(str, x.shape[2:])), map=str(i), shape=str(tuple(p.shape)),
-                             max_diff=d, max_ref=m, rel=e))
+            rows.append(dict(size='x'.join(map(str, x.shape[2:])), map=str(i),
+                             shape=str(tuple(p.shape)), max_diff=d, max_ref=m, rel=e))
     note = f'{dtype}, eval mode, seed {seed}'.replace('torch.', '')
     return Errors(rows, dict(size=('input',''), map=('map','')) | _cols, note=note)
 
@@ -194,16 +208,20 @@ def assert_parity(
     "Returns the errors of the maps; raises AssertionError naming the first map above `tol`."
     res = compare_maps(ours, reference, size, sizes, **kwargs)
     bad = next((r for r in res if not r['rel']<=tol), None)
-    if bad: raise AssertionError(f"map {bad['map']} {bad['shape']} for an input of {bad['size']} has a relative error "
-        f"of {bad['rel']:.1e}, expected at most {tol:.0e}: find the first layer that differs with locate()")
+    if bad:
+        raise AssertionError(f"map {bad['map']} {bad['shape']} for an input of {bad['size']} has "
+            f"a relative error of {bad['rel']:.1e}, expected at most {tol:.0e}: "
+            'find the first layer that differs with locate()')
     return res
 
 # %% ../../nbs/core/07_parity.ipynb #994483a8
 def _convs(model, x):
     "(name, output) of every convolution and linear layer, in the order of execution."
     res = []
-    hooks = [m.register_forward_hook(lambda m,i,o,n=n: res.append((n, o.clone()))) for n,m in model.named_modules()
-             if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
+    layers = [(n,m) for n,m in model.named_modules()
+              if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
+    def keep(n): return lambda m,i,o: res.append((n, o.clone()))
+    hooks = [m.register_forward_hook(keep(n)) for n,m in layers]
     try: model(x)
     finally:
         for h in hooks: h.remove()
@@ -218,7 +236,7 @@ def locate(
     seed:int=0,
     dtype=torch.float32,
 ) -> Errors: # a row per convolution up to the first that parts, which is the last row
-    "Returns where two nets part: the error lies after the last row but one's convolution and up to the last row's."
+    "Returns where two nets part: between the convolution of the last row and the one before it."
     x,rows = _noise(size, 2, seed),[]
     mine,theirs = _run(ours, x, dtype, _convs),_run(reference, x, dtype, _convs)
     for (n,a),(m,b) in zip(mine, theirs):
@@ -228,6 +246,8 @@ def locate(
         rows.append(dict(ours=n, reference=m, shape=shape, max_diff=d, max_ref=top, rel=e))
         if not e<=tol: break
     same = not rows or rows[-1]['rel']<=tol
-    note = f'{len(rows)} layers agree' if same else f"the nets part at {rows[-1]['ours'] or 'the first layer'}"
-    if same and len(mine)!=len(theirs): note += f', but ours has {len(mine)} and the reference {len(theirs)}'
+    if same: note = f'{len(rows)} layers agree'
+    else: note = f"the nets part at {rows[-1]['ours'] or 'the first layer'}"
+    if same and len(mine)!=len(theirs):
+        note += f', but ours has {len(mine)} and the reference {len(theirs)}'
     return Errors(rows, dict(ours=('ours',''), reference=('reference','')) | _cols, note=note)

@@ -28,25 +28,30 @@ class Entry:
     name: str # 'vovnet39'
     build: object # callable returning a `Backbone`
     config: dict # keyword arguments of `build`
-    variants: dict = field(default_factory=dict) # variant name -> what it lays over `config`; the first is the default
+    variants: dict = field(default_factory=dict) # name -> its overrides; the first is the default
 
 _entries,_watchers = {},[]
-_folders = 'backbones_nb.backbones', 'backbones_nb.necks' # modules in these register themselves when imported
-_sources = {'timm/':'backbones_nb.backbones.timm_models'} # prefix -> the module that registers all names with it
+_folders = 'backbones_nb.backbones', 'backbones_nb.necks' # their modules register rows on import
+_sources = {'timm/':'backbones_nb.backbones.timm_models'} # prefix -> module with its names
 
 def register(
     name:str, # unique; the spelling users type
     build, # callable returning a `Backbone`, taking `strides`
-    variants:dict=None, # variant name -> configuration laid over `config`; the first is the default
+    variants:dict=None, # name -> what it overrides in `config`; the first is the default
     **config, # keyword arguments of `build`
 ): # the family function `name(pretrained=False, strides=None, **overrides)`
-    "Registers a row and returns the function that builds it; raises ValueError if another builder has the name."
+    """Registers a row and returns the function that builds it.
+
+    Raises ValueError if another builder has the name."""
     old = _entries.get(name)
-    if old and getattr(old.build, '__qualname__', old.build)!=getattr(build, '__qualname__', build): raise ValueError(
-        f'the name {name!r} is taken by {old.build.__module__}.{old.build.__name__}: choose another name')
+    def spelled(o): return getattr(o, '__qualname__', o)
+    if old and spelled(old.build)!=spelled(build): raise ValueError(
+        f'the name {name!r} is taken by {old.build.__module__}.{old.build.__name__}: '
+        'choose another name')
     _entries[name] = Entry(name, build, config, variants or {})
     for tell in _watchers: tell(_entries[name])
-    def f(pretrained=False, strides=None, **overrides): return _create(_entries[name], pretrained, strides, overrides)
+    def f(pretrained=False, strides=None, **overrides):
+        return _create(_entries[name], pretrained, strides, overrides)
     f.__name__ = f.__qualname__ = name
     f.__doc__ = f'Returns `create_backbone({name!r}, ...)`: {build.__name__} with {config}.'
     return f
@@ -63,7 +68,7 @@ def did_you_mean(
 
 # %% ../../nbs/core/03_registry.ipynb #9b5394be
 def _stack(entry, overrides):
-    "The configuration of the row, under that of the variant asked for, under the caller's arguments."
+    "The row's configuration, overridden by the variant's, overridden by the caller's arguments."
     config,variants,overrides = dict(entry.config),entry.variants,dict(overrides)
     if variants:
         v = overrides.pop('variant', None) or next(iter(variants))
@@ -73,34 +78,41 @@ def _stack(entry, overrides):
     takes = inspect.signature(entry.build).parameters
     open_ = any(p.kind==p.VAR_KEYWORD for p in takes.values())
     for k in overrides:
-        if k not in takes and not open_: raise TypeError(f"{entry.name} takes no argument {k!r}, only "
+        if k not in takes and not open_: raise TypeError(
+            f"{entry.name} takes no argument {k!r}, only "
             f"{', '.join(o for o in takes if o!='self')}.{did_you_mean(k, takes)}")
     return config | overrides
 
 def _full(entry, overrides):
-    "All arguments that make the net, the builder's defaults included; maps and weights are chosen apart."
-    defaults = {k:p.default for k,p in inspect.signature(entry.build).parameters.items() if p.default is not p.empty}
+    "All arguments that make the net, defaults included; maps and weights are chosen apart."
+    takes = inspect.signature(entry.build).parameters
+    defaults = {k:p.default for k,p in takes.items() if p.default is not p.empty}
     config = defaults | _stack(entry, overrides)
     return {k:v for k,v in config.items() if k not in (*apart, *getattr(entry.build, 'apart', ()))}
 
 # %% ../../nbs/core/03_registry.ipynb #a53c40be
 def _create(entry, pretrained, strides, overrides):
-    if pretrained=='': raise ValueError(f"got pretrained='' for {entry.name}, expected True, False, the tag of published "
+    if pretrained=='': raise ValueError(
+        f"got pretrained='' for {entry.name}, expected True, False, the tag of published "
         'weights or a WeightRecord: random weights want pretrained=False')
-    out_indices,own = overrides.pop('out_indices', None),'pretrained' in inspect.signature(entry.build).parameters
+    out_indices = overrides.pop('out_indices', None)
+    own = 'pretrained' in inspect.signature(entry.build).parameters # loads its weights itself
     if pretrained and not own:
-        model = import_module('backbones_nb.core.weights').build_pretrained(entry, pretrained, overrides)
+        weights = import_module('backbones_nb.core.weights')
+        model = weights.build_pretrained(entry, pretrained, overrides)
     else:
-        model = entry.build(strides=None, **(_stack(entry, overrides) | (dict(pretrained=pretrained) if own else {})))
+        config = _stack(entry, overrides) | (dict(pretrained=pretrained) if own else {})
+        model = entry.build(strides=None, **config)
         model.config = said(_full(entry, overrides))
     model.name = entry.name
-    return model if strides is None and out_indices is None else model.select(strides, out_indices)
+    if strides is None and out_indices is None: return model
+    return model.select(strides, out_indices)
 
 # %% ../../nbs/core/03_registry.ipynb #13ff9626
 def _prefix(name): return next((p for p in _sources if name.startswith(p)), '')
 
 def _discover(prefix=''):
-    "Imports the source of a prefix, or every other module of the folders that hold registered backbones, once."
+    "Imports the source of a prefix, or without one every other module of `_folders`, once."
     if prefix: return import_module(_sources[prefix])
     for folder in _folders:
         try: path = import_module(folder).__path__
@@ -146,7 +158,7 @@ def create_backbone(
     strides=None, # strides of the maps, such as (8,16,32); None: 4, 8, 16, 32 as far as there are
     **config, # overrides of the row's configuration
 ) -> Backbone: # in training mode, as all new modules
-    "Returns a backbone by name, or a module behind the contract; raises ValueError suggesting the nearest names."
+    "Returns a backbone by name, or a module wrapped to meet the contract; raises ValueError suggesting near names."
     if isinstance(name, nn.Module): return as_backbone(name, strides)
     if not isinstance(name, str): raise TypeError(f'got {type(name).__name__}, expected a name such as '
         "'vovnet39' or a module that returns feature maps")

@@ -50,14 +50,14 @@ class WeightRecord:
     licence:str=None # SPDX identifier; None: none stated
     input_size:int=None # pixels of the images that the metrics were measured on
     resize_size:int=None # pixels that the shorter side was scaled to before the crop
-    mean:tuple=None # of the normalisation, RGB in [0,1]
+    mean:tuple=None # of the normalization, RGB in [0,1]
     std:tuple=None
     metrics:dict=field(default_factory=dict) # {'acc@1': 80.08}, percent
     recipe:str=None # URL of how they were trained
     config:dict=field(default_factory=dict) # arguments of the row that they were made for: {'variant':'timm'}
     renames:tuple=() # (regular expression, replacement): the publisher's keys -> ours, applied in turn
     drop:tuple=() # regular expressions of the publisher's keys without a place in ours: the classifier's
-    convert:object=None # importable function, state dict -> state dict, applied last: what is more than a rename
+    convert:object=None # importable function, state dict -> state dict, applied last: a conversion
 
     def __post_init__(self):
         if self.url and self.hub_id: raise ValueError(f'got a url and a hub_id for the weights {self.tag!r} of '
@@ -90,13 +90,16 @@ def _digest(path):
 
 def _failed(record, why, put):
     look = 'the path' if (record.url or '').startswith('file:') else 'the network'
-    return RuntimeError(f'could not get the weights {record.tag!r} of {record.name} from {record.source} ({why}): '
+    return RuntimeError(
+        f'could not get the weights {record.tag!r} of {record.name} from {record.source} ({why}): '
         f'check {look}, or {put}, or build with pretrained=False')
 
 def weights_path(
     record, # a `WeightRecord` with a url
 ) -> Path: # in torch.hub's folder
-    "Returns where the cache keeps the file; without a hash only the URL tells two files of one name apart."
+    """Returns where the cache keeps the file.
+
+    Without a hash only the URL tells two files of one name apart."""
     name = Path(unquote(urlparse(record.url).path)).name
     if not record.sha256: name = f'{hashlib.sha256(record.url.encode()).hexdigest()[:8]}-{name}'
     return Path(torch.hub.get_dir())/'checkpoints'/name
@@ -150,14 +153,14 @@ def _from_url(record):
     path = weights_path(record)
     if path.exists():
         if record.sha256 and not (d := _digest(path)).startswith(record.sha256): raise RuntimeError(
-            f'{path} has the hash {d[:8]}, expected {record.sha256}: it is not the file of the weights {record.tag!r} '
-            f'of {record.name}; delete it, and it will be fetched again')
+            f'{path} has the hash {d[:8]}, expected {record.sha256}: it is not the file of the '
+            f'weights {record.tag!r} of {record.name}; delete it, and it will be fetched again')
         return path
     try:
         with write_whole(path, shared=True) as part:
             quiet = record.url.startswith('file:')
             torch.hub.download_url_to_file(record.url, str(part), record.sha256, progress=not quiet)
-            if not record.sha256: read_weights(part) # nothing else would tell a file that was cut off
+            if not record.sha256: read_weights(part) # nothing else would tell a cut-off file
     except Exception as e: raise _failed(record, _reason(e), f'put that file at {path}') from e
     return path
 
@@ -252,7 +255,7 @@ def load_weights(
     return model
 
 # %% ../../nbs/core/04_weights.ipynb #9a52d1e5
-_records,_finders = {},{} # name -> its records; prefix of names -> function that finds the records of a name
+_records,_finders = {},{} # name -> its records; prefix -> function that finds those of a name
 
 def add_weights(
     *records, # `WeightRecord`s, those that are to be preferred first
@@ -273,7 +276,7 @@ def find_weights(
 def weight_records(
     name:str, # a registered name
 ) -> list: # of `WeightRecord`s
-    "Returns the records of a net, in the order in which they were added; none where it has no published weights."
+    "Returns the records of a net in the order they were added; none if nothing is published."
     prefix = registry._prefix(name)
     if name not in registry._entries: registry._discover(prefix)
     return _finders[prefix](name) if prefix in _finders else list(_records.get(name, []))
@@ -357,7 +360,7 @@ def _clash(config, found):
 # %% ../../nbs/core/04_weights.ipynb #03301081
 def pick_weights(
     name:str, # a registered name
-    pretrained=True, # True: the best with a stated licence; a tag; or a `WeightRecord`
+    pretrained=True, # True: the best with a stated license; a tag; or a `WeightRecord`
     config:dict=None, # what the caller asks of the net
 ) -> WeightRecord: # the first that agrees with `config`, or that can be converted exactly
     "Returns the weights that are meant; raises ValueError listing those that exist."

@@ -37,12 +37,13 @@ def on_white(im):
     return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
 
 def _from_array(a):
-    "PIL image of an array (H,W) or (H,W,C); raises ValueError for shapes and ranges that no image has."
+    "PIL image of an array (H,W) or (H,W,C); raises ValueError for what cannot be one."
     if a.ndim not in (2,3) or a.ndim==3 and a.shape[-1] not in (1,3,4):
         raise ValueError(f'got an array of shape {a.shape}, expected one image (H,W,3)')
     if a.dtype!=np.uint8:
-        if a.size and (a.min()<0 or a.max()>1): raise ValueError(f'got values from {a.min():.3g} to {a.max():.3g}, '
-            'expected uint8, or floats in [0,1]: divide by 255 or undo the normalisation')
+        if a.size and (a.min()<0 or a.max()>1):
+            raise ValueError(f'got values from {a.min():.3g} to {a.max():.3g}, expected uint8, '
+                             'or floats in [0,1]: divide by 255 or undo the normalisation')
         a = (a*255).round().astype(np.uint8)
     return Image.fromarray(a.squeeze(-1) if a.ndim==3 and a.shape[-1]==1 else a)
 
@@ -53,15 +54,16 @@ def _pil(item):
     if isinstance(item, (str,Path)): return load_image(item)
     if isinstance(item, Image.Image): return on_white(item)
     if isinstance(item, Tensor):
-        if item.dim()!=3 or item.shape[0] not in (1,3): raise ValueError(f'got a tensor of shape {tuple(item.shape)}, '
-            'expected one image (3,H,W)')
+        if item.dim()!=3 or item.shape[0] not in (1,3):
+            raise ValueError(f'got a tensor of shape {tuple(item.shape)}, '
+                             'expected one image (3,H,W)')
         item = item.detach().cpu().permute(1,2,0)
     return on_white(_from_array(np.asarray(item)))
 
 def open_image(
-    item, # a record, a path, a PIL image, an array (H,W,3) or a tensor (3,H,W), uint8 or float in [0,1]
+    item, # a record, path, PIL image, array (H,W,3) or tensor (3,H,W), uint8 or float in [0,1]
 ) -> tv_tensors.Image: # (3,H,W) uint8
-    "Returns the image of whatever holds one; raises ValueError for shapes and ranges that no image has."
+    "Returns the image of whatever holds one; raises ValueError for what cannot be one."
     if isinstance(item, tv_tensors.Image) and item.dtype==torch.uint8: return item
     return tv_tensors.Image(np.asarray(_pil(item)).copy().transpose(2,0,1))
 
@@ -72,21 +74,25 @@ def as_tv(
 ) -> dict: # boxes and masks as tv_tensors, so that transforms move them; boxes clipped to the image
     "Returns the target in the form that torchvision.transforms.v2 transforms."
     t = dict(target)
-    t['boxes'] = F.clamp_bounding_boxes(tv_tensors.BoundingBoxes(torch.as_tensor(t['boxes']).float().reshape(-1,4),
-        format='XYXY', canvas_size=tuple(size)))
-    if t.get('masks') is not None: t['masks'] = tv_tensors.Mask(torch.as_tensor(t['masks']).reshape(-1, *size))
+    boxes = torch.as_tensor(t['boxes']).float().reshape(-1,4)
+    boxes = tv_tensors.BoundingBoxes(boxes, format='XYXY', canvas_size=tuple(size))
+    t['boxes'] = F.clamp_bounding_boxes(boxes)
+    if t.get('masks') is not None:
+        t['masks'] = tv_tensors.Mask(torch.as_tensor(t['masks']).reshape(-1, *size))
     else: t.pop('masks', None)
     if t.get('area') is not None:
-        t['filled'] = torch.as_tensor(t['area']).float()/_area(t['boxes'].as_subclass(Tensor)).clamp(min=1e-6)
+        whole = _area(t['boxes'].as_subclass(Tensor)).clamp(min=1e-6)
+        t['filled'] = torch.as_tensor(t['area']).float()/whole
     return t
 
 # %% ../../nbs/data/43_batches.ipynb #ea2d0e27
-pad_fill = (124, 116, 104) # ImageNet's mean colour, uint8 RGB: zero after normalisation
+pad_fill = (124, 116, 104) # ImageNet's mean color, uint8 RGB: zero after normalization
 
 def hw(size):
     "Returns (height, width) of `size`, an int or a pair; raises ValueError for anything else."
     if isinstance(size, int): size = (size,size)
-    if len(size)!=2 or min(size)<1: raise ValueError(f'got size={size!r}, expected pixels: an int or (height, width)')
+    if len(size)!=2 or min(size)<1:
+        raise ValueError(f'got size={size!r}, expected pixels: an int or (height, width)')
     return tuple(map(int, size))
 
 def fit_size(
@@ -102,12 +108,13 @@ class Letterbox(v2.Transform):
     "Resizes to fit in a box, aspect kept, and pads on the right and at the bottom."
     def __init__(self,
         size, # int or (height, width), pixels
-        fill=pad_fill, # colour of the padding, uint8 RGB
+        fill=pad_fill, # color of the padding, uint8 RGB
     ):
         super().__init__()
         self.size,self.fill = hw(size),fill
 
-    def make_params(self, flat_inputs): return dict(new=fit_size(v2.query_size(flat_inputs), self.size))
+    def make_params(self, flat_inputs):
+        return dict(new=fit_size(v2.query_size(flat_inputs), self.size))
 
     def transform(self, inpt, params):
         (h,w),(nh,nw) = self.size,params['new']
@@ -128,14 +135,15 @@ def unletterbox_masks(
     return F.resize(m, list(size), antialias=True) if len(m) else m.new_zeros(0, 1, *size)
 
 def unletterbox(
-    det:dict, # detections of one image: boxes (N,4) xyxy px of the letterboxed image, maybe masks (N,1,H,W), float
+    det:dict, # of one letterboxed image: boxes (N,4) xyxy px, maybe masks (N,1,H,W), float
     size, # (height, width) of the original image
     box, # (height, width) of the letterbox
 ) -> dict: # the same in pixels of the original image
     "Returns detections with `Letterbox` undone, clipped to the image."
     (h,w),(nh,nw),res = size,fit_size(size, box),dict(det)
     by = lambda *v: torch.tensor(v, dtype=torch.float32, device=det['boxes'].device)
-    res['boxes'] = torch.minimum((det['boxes']*by(w/nw, h/nh, w/nw, h/nh)).clamp(min=0), by(w,h,w,h))
+    boxes = (det['boxes']*by(w/nw, h/nh, w/nw, h/nh)).clamp(min=0)
+    res['boxes'] = torch.minimum(boxes, by(w,h,w,h))
     if det.get('masks') is not None: res['masks'] = unletterbox_masks(det['masks'], size, box)
     return res
 
@@ -143,32 +151,34 @@ def unletterbox(
 def _area(b): return (b[:,2:]-b[:,:2]).clamp(min=0).prod(1)
 
 def _tighten(boxes, masks, which):
-    "Boxes intersected with the extent of their masks, for the objects in `which`; empty masks give empty boxes."
+    "Boxes, those in `which` cut to the extent of their masks; empty masks give empty boxes."
     boxes = boxes.as_subclass(Tensor).clone()
     for i in which.nonzero()[:,0].tolist():
         if not masks[i].any(): boxes[i] = 0; continue
         m = masks_to_boxes(masks[i].as_subclass(Tensor)[None])[0]
-        boxes[i] = torch.cat([torch.maximum(boxes[i,:2], m[:2]), torch.minimum(boxes[i,2:], m[2:]+1)])
+        boxes[i] = torch.cat([torch.maximum(boxes[i,:2], m[:2]),
+                              torch.minimum(boxes[i,2:], m[2:]+1)])
     return boxes
 
 # %% ../../nbs/data/43_batches.ipynb #660c8aad
 class RandomZoom(torch.nn.Module):
     """Zooms in by a random crop or out by random padding, and shifts.
 
-    Objects of which less than `min_visible` remains are dropped: their boxes become empty, which the last step removes.
-    Boxes that are cut shrink to what is left of their masks, where there are masks."""
+    Objects of which less than `min_visible` remains are dropped: their boxes become empty, and
+    the last step removes them. Boxes that are cut shrink to what is left of their masks, where
+    there are masks."""
     def __init__(self,
         scale=(0.7, 1.4), # zoom range: below 1 the image shrinks
         ratio=(0.9, 1.1), # range of the window's aspect relative to the image's
         min_visible:float=0.3, # share of a box that must stay inside
         p:float=0.8, # how often
-        fill=pad_fill, # colour of the padding, uint8 RGB
+        fill=pad_fill, # color of the padding, uint8 RGB
     ):
         super().__init__()
         self.scale,self.ratio,self.min_visible,self.p,self.fill = scale,ratio,min_visible,p,fill
 
     def window(self, h, w):
-        "Returns top, left, height, width of a random window, in pixels of an h x w image; parts may lie outside."
+        "Returns top, left, height, width of a random window in an h x w image; it may stick out."
         u = torch.rand(4).tolist()
         between = lambda lo,hi,t: lo*(hi/lo)**t
         s,a = between(*self.scale, u[0]),between(*self.ratio, u[1])**0.5
@@ -203,7 +213,7 @@ def default_augment(
     scale=(0.7, 1.4), # zoom range
     color:float=0.25, # strength of brightness, contrast and saturation jitter
 ) -> v2.Compose: # takes and returns (image, target)
-    "Returns the augmentation of training: mirror, zoom and shift, letterbox, colours."
+    "Returns the augmentation of training: mirror, zoom and shift, letterbox, colors."
     return v2.Compose([v2.RandomHorizontalFlip(flip), RandomZoom(scale), Letterbox(size),
                        v2.ColorJitter(color, color, color)])
 
@@ -214,23 +224,25 @@ def _rows(sample):
     return [v for v in sample[1].values() if type(v) is Tensor and v.dim() and len(v)==n]
 
 class ToBatch(torch.nn.Module):
-    "The last step: letterbox, boxes clipped, empty ones removed with all their rows, areas renewed, floats in [0,1]."
+    "The last step: letterbox, boxes clipped, empty ones removed, areas renewed, floats in [0,1]."
     def __init__(self, size):
         super().__init__()
         self.letterbox,self.sane = Letterbox(size),v2.SanitizeBoundingBoxes(labels_getter=_rows)
 
     def forward(self, img, target=None):
-        if target is None: return F.to_dtype(self.letterbox(img), torch.float32, scale=True).as_subclass(Tensor)
+        if target is None:
+            return F.to_dtype(self.letterbox(img), torch.float32, scale=True).as_subclass(Tensor)
         img,target = self.letterbox(img, target)
         target['boxes'] = F.clamp_bounding_boxes(target['boxes'])
         img,target = self.sane(img, target)
-        target = {k:v.as_subclass(Tensor) if isinstance(v, tv_tensors.TVTensor) else v for k,v in target.items()}
+        target = {k:v.as_subclass(Tensor) if isinstance(v, tv_tensors.TVTensor) else v
+                  for k,v in target.items()}
         if 'filled' in target: target['area'] = target.pop('filled')*_area(target['boxes'])
         return F.to_dtype(img, torch.float32, scale=True).as_subclass(Tensor),target
 
 # %% ../../nbs/data/43_batches.ipynb #31e134cb
 class DetectionDataset:
-    "Records as (image, target) before any augmentation, tv_tensors; images alone where the items have no targets."
+    "Records as (image, target) of tv_tensors, before augmentation; or images alone."
     def __init__(self,
         items, # records; or anything that `open_image` takes
         targets:bool=True, # False: images only
@@ -254,7 +266,7 @@ class DetectionDataset:
 
 # %% ../../nbs/data/43_batches.ipynb #36698058
 class DetectionDL(DataLoader):
-    "fastai's `DataLoader` over a `DetectionDataset`: batches of one image tensor and a tuple of targets."
+    "fastai's `DataLoader` of a `DetectionDataset`: batches of an image tensor and target dicts."
     n_inp = 1
     def __init__(self,
         dataset, # a `DetectionDataset`
@@ -289,7 +301,7 @@ class DetectionDL(DataLoader):
 def create_item(self:DetectionDL,
     i, # number of the item
 ) -> tuple: # image and target, or the image alone
-    "Returns one item, augmented; with a seed the random numbers depend on seed, epoch and item alone."
+    "Returns one item, augmented; with a seed, chance depends on seed, epoch, and item alone."
     item = self.dataset[i or 0]
     if self.tfm is None or len(item)==1: return self.to_batch(*item)
     if self.seed is None: return self.to_batch(*self.tfm(*item))
@@ -310,10 +322,11 @@ def create_batch(self:DetectionDL,
 def for_process(self:DetectionDL,
     rank:int=0, # number of the process
     world:int=1, # how many there are
-    equal:bool=False, # equally many full batches for each, leaving out the rest; False: every item once
+    equal:bool=False, # as many full batches for each, the rest left out; False: every item once
 ):
     "Gives only the part of one process from now on; without arguments everything again."
-    if not 0<=rank<world: raise ValueError(f'got rank {rank} of {world} processes, expected 0 to {world-1}')
+    if not 0<=rank<world:
+        raise ValueError(f'got rank {rank} of {world} processes, expected 0 to {world-1}')
     self.rank,self.world,self.equal = rank,world,equal
 
 @patch
@@ -357,7 +370,7 @@ def show_results(self:DetectionDL,
     out, # detections, one dict per image
     max_n:int=8, # images
     ncols:int=2, # pairs in a row
-    show:bool=True, # False: return images, targets, samples and outputs, as fastai's loggers ask for
+    show:bool=True, # False: return images, targets, samples and outputs, for fastai's loggers
     **kwargs, # for `show_side_by_side`
 ): # matplotlib Figure
     "Draws detections beside the targets."
@@ -384,13 +397,16 @@ class DetectionDataLoaders(DataLoaders):
     ) -> DetectionDL:
         "Returns a loader of `items` in order, prepared as in validation."
         ds = DetectionDataset(items, targets=with_labels)
-        return self.valid.new(ds, bs=bs or self.valid.bs, num_workers=num_workers, indexed=True, **kwargs)
+        return self.valid.new(ds, bs=bs or self.valid.bs, num_workers=num_workers, indexed=True,
+                              **kwargs)
 
 def _check_labels(records, class_map):
     for r in records:
         bad = [int(l) for l in getattr(r, 'labels', ()) if not 1<=int(l)<len(class_map)]
-        if bad: raise ValueError(f"record {getattr(r, 'image_id', '?')!r} has label {bad[0]}, but the class map has "
-            f'1 to {len(class_map)-1} (0 is background): read the records with this class map')
+        if bad:
+            raise ValueError(f"record {getattr(r, 'image_id', '?')!r} has label {bad[0]}, but the "
+                             f'class map has 1 to {len(class_map)-1} (0 is background): '
+                             'read the records with this class map')
 
 # %% ../../nbs/data/43_batches.ipynb #69740797
 def detection_dls(
@@ -399,7 +415,7 @@ def detection_dls(
     class_map, # `ClassMap`: names of the classes
     size=256, # int or (height, width) of the batch's images: letterboxed, so nothing is distorted
     bs:int=16,
-    augment=True, # True: `default_augment(size)`; None or False: none; or a transform of (image, target)
+    augment=True, # True: `default_augment(size)`; None, False: none; or takes (image, target)
     num_workers:int=0,
     seed:int=None, # the same seed gives the same batches, with any number of workers
     cache:bool=False, # keep decoded images in memory (small sets)
@@ -415,7 +431,8 @@ def detection_dls(
     if augment is True: augment = default_augment(size)
     if drop_last is None: drop_last = len(train)>=bs
     device = torch.device(default_device() if device is None else device)
-    kw = dict(size=size, class_map=class_map, seed=seed, num_workers=num_workers, device=device)|kwargs
+    kw = dict(size=size, class_map=class_map, seed=seed, num_workers=num_workers, device=device)
+    kw |= kwargs
     t,v = [DetectionDataset(o, cache=cache) for o in (train, valid)]
     t = DetectionDL(t, bs=bs, tfm=augment or None, shuffle=True, drop_last=drop_last, **kw)
     v = DetectionDL(v, bs=val_bs or bs, **kw)

@@ -20,18 +20,18 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core.inspect import Table
-from .coco import (coco_box, coco_images, decode_mask, entry_file, entry_id, entry_size, polygons,
-                                    read_coco)
+from .coco import (coco_box, coco_images, decode_mask, entry_file, entry_id,
+                                    entry_size, polygons, read_coco)
 from .pets import instances_of, is_pets, mask_boxes, read_list, read_trimap, species
-from .records import (image_files, load_image, natural, read_instances, read_names, read_voc,
-                                       xml_files)
+from .records import (image_files, load_image, natural, read_instances,
+                                       read_names, read_voc, xml_files)
 
 # %% ../../nbs/data/45_check.ipynb #7d808567
 kinds = {
     'missing image': ('error', 'listed or annotated, but there is no file'),
     'unreadable image': ('error', 'the file is broken, cut off, or no image'),
-    'size disagrees': ('error', 'annotated at another size than the upright image has: its boxes are wrong'),
-    'image twice': ('error', 'the same file, name or id in several entries: learned twice, or all but one are lost'),
+    'size disagrees': ('error', 'annotated at another size than the upright one: boxes are wrong'),
+    'image twice': ('error', 'the same file, name or id again: learned twice, or all but one lost'),
     'broken entry': ('error', 'an annotation or list that cannot be read'),
     'annotation without image': ('error', 'it belongs to no image of the set'),
     'unknown class': ('error', 'the class is not among those of the set'),
@@ -43,10 +43,10 @@ kinds = {
     'broken mask': ('error', 'it cannot be read, has another size, or has no pixel'),
     'mask disagrees with box': ('error', 'they overlap too little to be the same object'),
     'in two splits': ('error', 'what is measured on is learned from'),
-    'picture twice': ('hint', 'files with the same content: they may end up in training and in validation'),
+    'picture twice': ('hint', 'files of equal content: may end up in training and in validation'),
     'image without objects': ('hint', 'good if there is nothing in it'),
     'image not annotated': ('hint', 'it is in the folder, but no annotation or list names it'),
-    'object without mask': ('hint', 'others have one: images with it are skipped where masks are asked for'),
+    'object without mask': ('hint', 'others have one: its image is skipped if masks are needed'),
     'class spelled twice': ('hint', 'names that differ in case, spaces or hyphens only'),
     'tiny box': ('hint', 'so small that it may be a slip of the mouse'),
 }
@@ -65,7 +65,7 @@ class Problem:
 
 # %% ../../nbs/data/45_check.ipynb #92203e25
 class DataReport:
-    "What a data set holds and what is wrong with it; shows itself as text, and as Markdown in a notebook."
+    "What a data set holds and what is wrong with it; shown as text, or as Markdown in a notebook."
     def __init__(self,
         title:str, # what was checked
         images:int, # entries
@@ -74,7 +74,8 @@ class DataReport:
         classes:dict, # name -> number of boxes
         problems, # list of `Problem`
     ):
-        self.title,self.images,self.readable,self.boxes,self.classes = title,images,readable,boxes,classes
+        self.title,self.images,self.readable = title,images,readable
+        self.boxes,self.classes = boxes,classes
         order = {k:i for i,k in enumerate(kinds)}
         self.problems = sorted(problems, key=lambda p: (order[p.kind], natural(p.where), p.what))
 
@@ -119,7 +120,7 @@ def table(self:DataReport,
 # %% ../../nbs/data/45_check.ipynb #b06757e1
 @patch
 def listing(self:DataReport) -> str:
-    "Returns every problem, one a line."
+    "Returns every problem, one per line."
     return '\n'.join(f'{p.severity}: {p.kind}: {p}' for p in self.problems)
 
 @patch
@@ -164,16 +165,17 @@ class Entry:
 def _other_size(got, size): return f'{got[1]}x{got[0]}, the image has {size[1]}x{size[0]}'
 
 def _image_problems(e):
-    "Returns the problems of an entry's file, its real size or None, and a hash of its bytes or None."
+    "Returns the problems of an entry's file, its real size or None, and its bytes' hash or None."
     try:
         digest = hashlib.blake2b(e.path.read_bytes(), digest_size=16).hexdigest()
         size = load_image(e.path).size[::-1]
     except FileNotFoundError: return [Problem('missing image', e.name)],None,None
-    except Exception as err: # whatever a broken file makes the decoder do, the check goes on
+    except Exception as err: # whatever a broken file makes the decoder do, the check continues
         return [Problem('unreadable image', e.name, str(err.__cause__ or err))],None,None
     if e.size in (None, size): return [],size,digest
     turned = ': turned by its EXIF data?' if tuple(e.size)==size[::-1] else ''
-    return [Problem('size disagrees', e.name, f'annotated {_other_size(e.size, size)}{turned}')],size,digest
+    what = f'annotated {_other_size(e.size, size)}{turned}'
+    return [Problem('size disagrees', e.name, what)],size,digest
 
 # %% ../../nbs/data/45_check.ipynb #32fc54fb
 def _box_problems(t, size, small):
@@ -183,12 +185,16 @@ def _box_problems(t, size, small):
     text = '[' + ', '.join(f'{o:g}' for o in t.box) + ']'
     if not np.isfinite(t.box).all(): return [Problem('box not finite', t.where, text)]
     if x2<=x1 or y2<=y1: return [Problem('box without area', t.where, text)]
-    res = [Problem('tiny box', t.where, f'{x2-x1:g} x {y2-y1:g} pixels')] if min(x2-x1, y2-y1)<small else []
+    res = []
+    if min(x2-x1, y2-y1)<small:
+        res.append(Problem('tiny box', t.where, f'{x2-x1:g} x {y2-y1:g} pixels'))
     if size is None: return res
     h,w = size
     out = max(-x1, -y1, x2-w, y2-h)
-    if x1>=w or y1>=h or x2<=0 or y2<=0: res.append(Problem('box outside image', t.where, f'{text} wholly'))
-    elif out>.1: res.append(Problem('box outside image', t.where, f'{text} by {out:.3g} pixels'))
+    if x1>=w or y1>=h or x2<=0 or y2<=0:
+        res.append(Problem('box outside image', t.where, f'{text} wholly'))
+    elif out>.1:
+        res.append(Problem('box outside image', t.where, f'{text} by {out:.3g} pixels'))
     return res
 
 def _check_entry(e, small):
@@ -213,14 +219,17 @@ def box_overlap(
     both,(p,q) = max(w, 0)*max(h, 0),[(o[2]-o[0])*(o[3]-o[1]) for o in (a, b)]
     return both/(p+q-both),both/p
 
-def _usable(t): return t.box is not None and np.isfinite(t.box).all() and t.box[2]>t.box[0] and t.box[3]>t.box[1]
+def _usable(t):
+    if t.box is None or not np.isfinite(t.box).all(): return False
+    return t.box[2]>t.box[0] and t.box[3]>t.box[1]
 
 def _mask_problems(mask, t, min_iou):
     "Returns the problems of an object's mask (H,W)."
     if not mask.any(): return [Problem('broken mask', t.where, 'no pixel')]
     if not _usable(t): return []
     iou,_ = box_overlap(t.box, mask_boxes(mask[None])[0].tolist())
-    return [Problem('mask disagrees with box', t.where, f'overlap {iou:.2f}')] if iou<min_iou else []
+    if not iou<min_iou: return []
+    return [Problem('mask disagrees with box', t.where, f'overlap {iou:.2f}')]
 
 # %% ../../nbs/data/45_check.ipynb #fa22bfb3
 def _coco_masks(segs, things, min_iou, size):
@@ -262,7 +271,8 @@ def _record_masks(record, things, min_iou, size):
 
 # %% ../../nbs/data/45_check.ipynb #16d38bb6
 def _twice(ids, what):
-    return [Problem('broken entry', f'{what} {i}', f'{n} entries have this id') for i,n in Counter(ids).items() if n>1]
+    return [Problem('broken entry', f'{what} {i}', f'{n} entries have this id')
+            for i,n in Counter(ids).items() if n>1]
 
 def _category_names(data):
     "Returns id -> name of a COCO file, and problems."
@@ -270,8 +280,10 @@ def _category_names(data):
     for k,c in enumerate(data['categories']):
         if entry_id(c) is None or not isinstance(c.get('name'), str):
             problems.append(Problem('broken entry', f'categories[{k}]', 'without id or name'))
-        elif c['name'].strip()!='background': names.setdefault(c['id'], c['name'].strip()) # as readers do
-    return names,problems + _twice([i for i in map(entry_id, data['categories']) if i is not None], 'category')
+        elif c['name'].strip()!='background': # as readers do
+            names.setdefault(c['id'], c['name'].strip())
+    ids = [i for i in map(entry_id, data['categories']) if i is not None]
+    return names,problems + _twice(ids, 'category')
 
 def _coco_thing(a, file, names):
     where,i = f"{file} annotation {a.get('id', '?')}",entry_id(a, 'category_id')
@@ -284,10 +296,14 @@ def _annotations(data, listed):
     anns,problems = defaultdict(list),[]
     for k,a in enumerate(data['annotations']):
         i = entry_id(a, 'image_id')
-        if i is None: problems.append(Problem('broken entry', f'annotations[{k}]', 'without image_id'))
+        if i is None:
+            problems.append(Problem('broken entry', f'annotations[{k}]', 'without image_id'))
         elif i in listed: anns[i].append(a)
-        else: problems.append(Problem('annotation without image', f"annotation {a.get('id', '?')}", f'image_id {i!r}'))
-    return anns,problems + _twice([i for i in map(entry_id, data['annotations']) if i is not None], 'annotation')
+        else:
+            where = f"annotation {a.get('id', '?')}"
+            problems.append(Problem('annotation without image', where, f'image_id {i!r}'))
+    ids = [i for i in map(entry_id, data['annotations']) if i is not None]
+    return anns,problems + _twice(ids, 'annotation')
 
 # %% ../../nbs/data/45_check.ipynb #e27f8471
 def _coco_entry(img, folder, anns, names, min_iou):
@@ -314,7 +330,8 @@ def _from_coco(json, images, min_iou):
             e,segs = _coco_entry(img, folder, anns[i], names, min_iou)
             entries.append(e)
             bare += [t for t,o in zip(e.things, segs) if not o]
-    if any(e.masks for e in entries): problems += [Problem('object without mask', t.where) for t in bare]
+    if any(e.masks for e in entries):
+        problems += [Problem('object without mask', t.where) for t in bare]
     problems += _not_annotated(entries, {e.path.parent for e in entries})
     return f'COCO file {json}',entries,list(names.values()),problems
 
@@ -418,7 +435,7 @@ _readers = dict(coco=_from_coco, voc=_from_voc, pets=_from_pets)
 def find_format(
     path, # file or folder
 ) -> tuple: # 'coco', 'voc' or 'pets', and the path of the file or folder itself
-    "Returns the format of a data set; raises an error where there is none, or where there are several COCO files."
+    "Returns the format of a data set; raises an error for none, or for several COCO files."
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f'there is no {path}: check the path')
     if path.is_file(): return 'coco',path
@@ -464,12 +481,14 @@ def _pictures_twice(entries, digests):
 
 def _known_only(entries, names):
     "Turns classes that are not in `names` into unknown ones."
-    for t in (t for e in entries for t in e.things if t.name not in names): t.name,t.said = None,t.name or t.said
+    for t in (t for e in entries for t in e.things if t.name not in names):
+        t.name,t.said = None,t.name or t.said
 
 def _spelled_twice(names):
     groups = defaultdict(list)
     for n in sorted(set(names)): groups[''.join(c for c in n.lower() if c not in ' _-')].append(n)
-    return [Problem('class spelled twice', ', '.join(map(repr, v))) for v in groups.values() if len(v)>1]
+    return [Problem('class spelled twice', ', '.join(map(repr, v)))
+            for v in groups.values() if len(v)>1]
 
 # %% ../../nbs/data/45_check.ipynb #0db2404d
 def check_data(
@@ -482,15 +501,17 @@ def check_data(
     workers:int=None, # threads that decode; None: as many as processors, at most 8
     progress:bool=False, # show a progress bar
 ) -> DataReport:
-    "Returns all that is wrong with a data set, and what is fine; raises an error only where there is no data set."
+    "Returns all that is wrong with a data set, and what is fine; raises an error if there is none."
     title,entries,names,problems = _open(data, images, format, class_map, min_iou)
-    if not entries: raise ValueError(f'{title} has no image that could be checked: check the path and the format')
+    if not entries:
+        raise ValueError(f'{title} has no image that could be checked: '
+                         'check the path and the format')
     if class_map is not None: _known_only(entries, set(class_map.names[1:]))
     found = _look(entries, small, workers, progress)
     boxed = [t for e in entries for t in e.things if t.box is not None]
     boxes = Counter(t.name for t in boxed if t.name is not None)
-    problems = [*problems, *(p for ps,*_ in found for p in ps), *_pictures_twice(entries, [d for *_,d in found]),
-                *_spelled_twice([*names, *boxes])]
+    problems = [*problems, *(p for ps,*_ in found for p in ps),
+                *_pictures_twice(entries, [d for *_,d in found]), *_spelled_twice([*names, *boxes])]
     classes = {n:boxes[n] for n in dict.fromkeys([*names, *sorted(boxes)])}
     return DataReport(title, len(entries), sum(size is not None for _,size,_ in found),
                       len(boxed), classes, problems)

@@ -38,11 +38,11 @@ from .shards import as_place, join_place, read_index, read_samples, webdataset
 # %% ../../nbs/data/48_class_batches.ipynb #f0ede65a
 def plain_tfms(
     size:int=224, # side of the square, pixels
-    resize:int=None, # of validation: shorter side before the centre is cut out; None: size/0.875
+    resize:int=None, # of validation: shorter side before the center is cut out; None: size/0.875
     scale=(0.08, 1.0), # of training: share of the image's area that the crop takes
     flip:float=0.5, # of training: how often mirrored
 ) -> tuple: # of training, of validation: each takes a PIL image
-    "Returns a random part, maybe mirrored, for training, and the centre for validation."
+    "Returns a random part, maybe mirrored, for training, and the center for validation."
     return (v2.Compose([v2.RandomResizedCrop(size, scale=scale), v2.RandomHorizontalFlip(flip)]),
             v2.Compose([v2.Resize(resize or round(size/0.875)), v2.CenterCrop(size)]))
 
@@ -51,13 +51,13 @@ def plain_tfms(
 def seeded(
     *key, # ints
 ):
-    "A block whose random numbers on the CPU depend on `key` alone, and that leaves those after it as they were."
+    "A block whose random numbers on the CPU depend on `key` alone; those after it stay the same."
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(hash(key) & (2**63-1))
         yield
 
 class ClassSet:
-    "What the data sets of classification have in common: classes, transforms, and how a sample is shown."
+    "What data sets of classification share: classes, transforms, and how a sample is shown."
     n_inp,loss_func = 1,CrossEntropyLossFlat()
     def __init__(self,
         vocab, # classes, in the order of their numbers
@@ -72,9 +72,14 @@ class ClassSet:
         x = self.tfm(img)
         return F.pil_to_tensor(x) if isinstance(x, Image.Image) else x.as_subclass(torch.Tensor)
 
-    def name(self, label): return self.names.get(self.vocab[label], self.vocab[label]).partition(',')[0]
+    def name(self, label):
+        c = self.vocab[label]
+        return self.names.get(c, c).partition(',')[0]
+
     def decode(self, o, full=True): return (o[0], *(Category(self.name(int(y))) for y in o[1:]))
-    def test_set(self, files, labels=None): return ImageSet(files, labels, self.vocab, self.tfm, self.names)
+    def test_set(self, files, labels=None):
+        return ImageSet(files, labels, self.vocab, self.tfm, self.names)
+
     def new_empty(self): return self.test_set([], [])
 
 # %% ../../nbs/data/48_class_batches.ipynb #661f88b8
@@ -102,12 +107,13 @@ class ImageSet(ClassSet):
 
     def __getitem__(self, i):
         o = self.item(i)
-        x = self.tensor(load_image(o) if isinstance(o, (str,Path)) else F.to_pil_image(open_image(o)))
+        x = self.tensor(load_image(o) if isinstance(o, (str,Path))
+                        else F.to_pil_image(open_image(o)))
         return (x,) if self.labels is None else (x, int(self.labels[i]))
 
 # %% ../../nbs/data/48_class_batches.ipynb #88c0b911
 class RankedDL(TfmdDL):
-    "fastai's `TfmdDL` with an order that depends on seed and epoch alone, and with a share for each process."
+    "fastai's `TfmdDL` whose order depends on seed and epoch alone, with a share for each process."
     def __init__(self,
         dataset, # a `ClassSet`
         bs:int=64, # of one process
@@ -121,14 +127,16 @@ class RankedDL(TfmdDL):
         super().__init__(dataset, bs=bs, drop_last=drop_last, **kwargs)
         self.world = (num_distrib() or 1) if world is None else world
         self.rank = rank_distrib() if rank is None else rank
-        if not 0<=self.rank<self.world: raise ValueError(f'got rank {self.rank} of {self.world} processes, expected 0 '
-            f'to {self.world-1}')
+        if not 0<=self.rank<self.world:
+            raise ValueError(f'got rank {self.rank} of {self.world} processes, '
+                             f'expected 0 to {self.world-1}')
         self.shuffle,self.seed,self.epoch,self.start,self.running = shuffle,seed,-1,0,False
-        labelled = getattr(dataset, 'labels', 0) is not None
-        self._n_inp,self._types = 1,{tuple:[TensorImage,TensorCategory][:1+labelled]}
+        labeled = getattr(dataset, 'labels', 0) is not None
+        self._n_inp,self._types = 1,{tuple:[TensorImage,TensorCategory][:1+labeled]}
 
     def new(self, dataset=None, cls=None, **kwargs):
-        return super().new(dataset, cls, **dict(seed=self.seed, rank=self.rank, world=self.world)|kwargs)
+        same = dict(seed=self.seed, rank=self.rank, world=self.world)
+        return super().new(dataset, cls, **same|kwargs)
 
     def retain(self, res, b): return res # types are right already
 
@@ -138,7 +146,7 @@ def set_epoch(self:RankedDL,
     epoch:int, # of the next pass
     start:int=0, # batches to leave out at its beginning
 ):
-    "Decides which pass comes next, so that an interrupted training goes on where it was."
+    "Decides which pass comes next, so that an interrupted run resumes where it was."
     self.epoch,self.start = epoch-1,start
 
 @patch
@@ -176,15 +184,17 @@ def create_batch(self:RankedDL,
 
 # %% ../../nbs/data/48_class_batches.ipynb #0da703b6
 class FolderDL(RankedDL):
-    "A loader of files: batch for batch the processes share what one process with a larger batch would take."
+    "A loader of files: batch for batch, processes share what one with larger batches would take."
     order = None
-    def shuffle_fn(self, idxs): return np.random.default_rng([self.seed, max(self.epoch, 0)]).permutation(idxs)
+    def shuffle_fn(self, idxs):
+        return np.random.default_rng([self.seed, max(self.epoch, 0)]).permutation(idxs)
 
     def get_idxs(self):
         self.order = np.asarray(self.shuffle_fn(list(range(self.n)))) if self.shuffle else None
         if not self.drop_last: return list(range(*self.share()))[self.start*self.bs:]
         n = len(self)*self.bs*self.world
-        return np.arange(n).reshape(-1, self.bs, self.world)[self.start:,:,self.rank].ravel().tolist()
+        batches = np.arange(n).reshape(-1, self.bs, self.world)
+        return batches[self.start:,:,self.rank].ravel().tolist()
 
     def make_batches(self, samps): return super(RankedDL, self).create_batches(samps)
 
@@ -198,7 +208,7 @@ class FolderDL(RankedDL):
 class ClassDataLoaders(DataLoaders):
     "fastai's `DataLoaders` of classification, which make loaders for new images."
     def test_dl(self,
-        test_items, # paths, PIL images, arrays or tensors; with labels pairs of one and the class's number
+        test_items, # paths, PIL images, arrays or tensors; with labels: pairs (item, class number)
         with_labels:bool=False,
         bs:int=None, # None: that of validation
         num_workers:int=0,
@@ -208,14 +218,15 @@ class ClassDataLoaders(DataLoaders):
     ) -> FolderDL:
         "Returns a loader of `test_items` in order, prepared as in validation."
         files,labels = zip(*test_items) if with_labels else (list(test_items),None)
-        return FolderDL(self.valid.dataset.test_set(files, labels), bs=bs or self.valid.bs, rank=0, world=1,
-                        num_workers=num_workers, after_batch=self.valid.after_batch, do_setup=False, device=self.device,
+        ds = self.valid.dataset.test_set(files, labels)
+        return FolderDL(ds, bs=bs or self.valid.bs, rank=0, world=1, num_workers=num_workers,
+                        after_batch=self.valid.after_batch, do_setup=False, device=self.device,
                         **kwargs)
 
 def to_float(x:TensorImage): return x if x.is_floating_point() else x.float().div_(255)
 
 class Normalized(Normalize):
-    "Stands for a normalisation that an item's transforms have done: nothing to do but to undo it for showing."
+    "Stands for a normalization that an item's transforms have done; only undoes it for showing."
     def encodes(self, x:TensorImage): return x
 
 # %% ../../nbs/data/48_class_batches.ipynb #eac15b53
@@ -226,8 +237,9 @@ def same_classes(
     "Raises ValueError where the two differ."
     if list(train)==list(valid): return
     a,b = sorted(set(train)-set(valid)),sorted(set(valid)-set(train))
-    raise ValueError(f'training has {len(train)} classes and validation {len(valid)}, only in training {a[:3]}, only '
-        f'in validation {b[:3]}: both must hold the same classes')
+    raise ValueError(f'training has {len(train)} classes and validation {len(valid)}, '
+                     f'only in training {a[:3]}, only in validation {b[:3]}: '
+                     'both must hold the same classes')
 
 # %% ../../nbs/data/48_class_batches.ipynb #18fa0d56
 def class_dls(
@@ -235,15 +247,15 @@ def class_dls(
     train, # data set
     valid, # data set
     bs:int, # of one process
-    mean, # of the normalisation, for RGB in [0,1]; None: none
-    std, # of the normalisation
-    normalized:bool=False, # the transforms of the data sets have normalised already
+    mean, # of the normalization, for RGB in [0,1]; None: none
+    std, # of the normalization
+    normalized:bool=False, # the transforms of the data sets have normalized
     path='.', # where learners save
     device=None, # None: fastai's default
     val_bs:int=None, # None: bs
     **kwargs, # for the loaders
 ) -> ClassDataLoaders:
-    "Returns loaders of two data sets; raises ValueError where they do not fit each other or the batch size."
+    "Returns loaders of two data sets; raises ValueError if they or the batch size do not fit."
     same_classes(train.vocab, valid.vocab)
     device = torch.device(default_device() if device is None else device)
     kind = Normalized if normalized else Normalize
@@ -261,11 +273,11 @@ def folder_dls(
     bs:int=64, # of one process
     train='train', # name of the folder
     valid='val', # name of the folder
-    tfms=None, # of training and of validation, each from a PIL image to one or to a tensor; None: `plain_tfms(size)`
-    mean=IMAGENET_MEAN, # of the normalisation, for RGB in [0,1]; None: none
-    std=IMAGENET_STD, # of the normalisation
+    tfms=None, # of training, of validation: each takes a PIL image; None: `plain_tfms(size)`
+    mean=IMAGENET_MEAN, # of the normalization, for RGB in [0,1]; None: none
+    std=IMAGENET_STD, # of the normalization
     names=None, # class -> what is shown for it; None: those that `synset_names` finds
-    **kwargs, # for `class_dls`: normalized, val_bs, device; for `FolderDL`: seed, rank, world, num_workers, ...
+    **kwargs, # for `class_dls`: normalized, val_bs, device; for `FolderDL`: seed, num_workers, ...
 ) -> ClassDataLoaders:
     "Returns loaders of images in class folders; raises an error that names what does not fit."
     folders = imagenet_folders(path, train, valid)
@@ -294,8 +306,10 @@ class ShardSet(ClassSet):
         try:
             img,label = load_image(io.BytesIO(s['jpg'])),int(s['cls'])
             if not 0<=label<self.c: raise ValueError(f'class {label} of {self.c}')
-        except (KeyError, ValueError) as e: raise ValueError(f"sample {s['__key__']} of {s['__url__']} cannot be read "
-            f'({e.__cause__ or e}): mend its image, and write the shards anew') from e
+        except (KeyError, ValueError) as e:
+            raise ValueError(f"sample {s['__key__']} of {s['__url__']} cannot be read "
+                             f'({e.__cause__ or e}): mend its image, '
+                             'and write the shards again') from e
         return self.tensor(img),label
 
 # %% ../../nbs/data/48_class_batches.ipynb #af389668
@@ -304,17 +318,19 @@ class ShardDL(RankedDL):
     def __init__(self,
         dataset, # a `ShardSet`
         bs:int=64, # of one process
-        buffer:int=1000, # samples, still encoded, among which training draws the next one, in each worker
+        buffer:int=1000, # encoded samples of a worker, among which training draws the next one
         **kwargs, # for `RankedDL`
     ):
         super().__init__(dataset, bs=bs, **kwargs)
         self.buffer,self.n = buffer,None # `n` None: there are no numbers to shuffle
 
-    def new(self, dataset=None, cls=None, **kwargs): return super().new(dataset, cls, **dict(buffer=self.buffer)|kwargs)
-    def get_idxs(self): return list(range(*self.share())) # for their number; the stream has its own order
+    def new(self, dataset=None, cls=None, **kwargs):
+        return super().new(dataset, cls, **dict(buffer=self.buffer)|kwargs)
+
+    def get_idxs(self): return list(range(*self.share())) # only their number counts
 
     def stretch(self, worker, workers):
-        "Returns the first sample of a worker and the one after its last, and how many of them to leave out."
+        "Returns a worker's first sample, the one after its last, and how many of them to skip."
         n,size = len(self),len(self)*self.bs
         lo,hi = (self.rank*size,(self.rank+1)*size) if self.drop_last else self.share()
         worker = (worker+self.start)%workers # after `start` batches it is the turn of this one
@@ -328,7 +344,8 @@ def make_batches(self:ShardDL, samps):
     "Yields this worker's batches."
     ds,epoch = self.dataset,max(self.epoch, 0)
     lo,hi,done = self.stretch(self.offs, self.num_workers)
-    order = np.random.default_rng([self.seed, epoch]).permutation(len(ds.index['shards'])) if self.shuffle else None
+    n = len(ds.index['shards'])
+    order = np.random.default_rng([self.seed, epoch]).permutation(n) if self.shuffle else None
     stream = read_samples(ds.folder, ds.index, lo, hi, order)
     if self.shuffle:
         rng = random.Random(hash((self.seed, epoch, lo)))
@@ -344,11 +361,11 @@ def shard_dls(
     bs:int=64, # of one process
     train='train', # name of the folder
     valid='val', # name of the folder
-    tfms=None, # of training and of validation, each from a PIL image to one or to a tensor; None: `plain_tfms(size)`
-    mean=IMAGENET_MEAN, # of the normalisation, for RGB in [0,1]; None: none
-    std=IMAGENET_STD, # of the normalisation
-    names=None, # class -> what is shown for it; None: those of `find_names`, or of ImageNet-1k elsewhere
-    **kwargs, # for `class_dls`, as in `folder_dls`; for `ShardDL`: buffer, seed, rank, world, num_workers, ...
+    tfms=None, # of training, of validation: each takes a PIL image; None: `plain_tfms(size)`
+    mean=IMAGENET_MEAN, # of the normalization, for RGB in [0,1]; None: none
+    std=IMAGENET_STD, # of the normalization
+    names=None, # class -> what is shown for it; None: as `find_names` has it, elsewhere ImageNet-1k
+    **kwargs, # for `class_dls`, as in `folder_dls`; for `ShardDL`: buffer, seed, num_workers, ...
 ) -> ClassDataLoaders:
     "Returns loaders of shards, streamed; raises an error that names what does not fit."
     webdataset()

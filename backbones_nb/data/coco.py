@@ -31,7 +31,7 @@ def read_coco(
         try: data,name = loads(Path(json).read_text(encoding='utf-8-sig')),json
         except FileNotFoundError: raise FileNotFoundError(f'there is no file {json}: check the path') from None
         except (OSError, ValueError, RecursionError) as e:
-            raise ValueError(f'{json} cannot be read as JSON ({e}): mend or replace it') from e
+            raise ValueError(f'{json} cannot be read as JSON ({e}): fix or replace it') from e
     need = ('images','annotations','categories')
     lost = [k for k in need if not (isinstance(data, Mapping) and isinstance(data.get(k), list))]
     if lost: raise ValueError(f"{name} has no list of {' and '.join(lost)}, expected {', '.join(need)}: give COCO's "
@@ -57,7 +57,7 @@ def entry_file(
 def entry_size(
     image:Mapping, # entry of the list of images
 ) -> tuple: # (height, width), pixels
-    "Returns the size that an image is listed with; None where it is none, such as the zeros that some tools write."
+    "Returns the size that an image is listed with; None where it is none, such as zeros."
     size = [image.get(k) for k in ('height','width')]
     return tuple(map(int, size)) if all(isinstance(o, (int,float)) and 0<o<1e9 for o in size) else None
 
@@ -66,7 +66,7 @@ def coco_images(
     json:Path, # of a COCO file
     data:Mapping, # its content
 ) -> Path: # folder
-    "Returns the folder with the images of a file, from where they usually are; raises FileNotFoundError naming these."
+    "Returns the usual folder that has a file's images; raises FileNotFoundError naming them all."
     json = Path(json)
     above,split = (json.parent,json.parent.parent),json.stem.split('_')[-1]
     places = [o/n for o in above for n in (split, f'images/{split}', 'images', json.stem, '.')]
@@ -82,7 +82,8 @@ def polygons(
 ) -> list: # those that have at least three corners, none of them far from any image
     "Returns the usable polygons of a segmentation."
     def ok(p):
-        try: return len(p)>=6 and len(p)%2==0 and bool((abs(np.array(p, float))<1e5).all()) # no image is larger
+        try: # no image is larger than 1e5
+            return len(p)>=6 and len(p)%2==0 and bool((abs(np.array(p, float))<1e5).all())
         except (TypeError, ValueError): return False
     return [p for p in seg if ok(p)] if isinstance(seg, (list,tuple)) else []
 
@@ -93,8 +94,11 @@ def read_segmentation(
 ) -> dict: # packed run lengths
     "Returns a segmentation in the library's form; raises ValueError saying what is wrong with it."
     (h,w),parts = size,polygons(seg)
-    if parts: return mask_api.merge(mask_api.frPyObjects([list(map(float, p)) for p in parts], h, w))
-    if not isinstance(seg, Mapping): raise ValueError('no segmentation' if not seg else 'no polygon of three corners')
+    if parts:
+        parts = [list(map(float, p)) for p in parts]
+        return mask_api.merge(mask_api.frPyObjects(parts, h, w))
+    if not isinstance(seg, Mapping):
+        raise ValueError('no segmentation' if not seg else 'no polygon of three corners')
     got,counts = seg.get('size'),seg.get('counts')
     if got not in ([h,w], (h,w)): raise ValueError(f'run lengths for size {got}, expected {[h,w]}')
     if isinstance(counts, list):
@@ -102,7 +106,8 @@ def read_segmentation(
             raise ValueError(f'run lengths that do not fill the {h*w} pixels')
         return mask_api.frPyObjects(dict(size=[h,w], counts=counts), h, w)
     try: mask_api.decode(dict(size=[h,w], counts=counts))
-    except (ValueError, RuntimeError, TypeError): raise ValueError('packed run lengths that are broken') from None
+    except (ValueError, RuntimeError, TypeError):
+        raise ValueError('packed run lengths that are broken') from None
     return dict(size=[h,w], counts=counts)
 
 def decode_mask(
@@ -129,14 +134,14 @@ def _names(data):
     "Returns id -> name of all categories but the background."
     for c in data['categories']:
         if entry_id(c) is None or not isinstance(c.get('name'), str): raise ValueError(f'got the category {c!r}, '
-            'expected one with an id and a name: mend the file')
+            'expected one with an id and a name: fix the file')
     names = {c['id']:c['name'].strip() for c in data['categories']}
     return {i:n for i,n in names.items() if n!='background'} # some tools list it: nothing that could be found
 
 def coco_categories(
     json, # as for `read_coco`
 ) -> dict: # name -> id in the file, in the order of the ids
-    "Returns the categories of a file, 'background' left out; raises ValueError for one without a name or id."
+    "Returns a file's categories but 'background'; raises ValueError for one without a name or id."
     rows,res = _names(read_coco(json)).items(),{}
     for i,n in sorted(rows, key=lambda o: (isinstance(o[0], str), o[0])): res.setdefault(n, i)
     return res
@@ -147,11 +152,12 @@ def coco_box(
 ) -> list: # x1, y1, x2, y2, pixels
     "Returns the corners of an annotation's box; raises ValueError where it has none."
     try: x,y,w,h = map(float, ann['bbox'])
-    except (KeyError, TypeError, ValueError): raise ValueError('without a box of four numbers') from None
+    except (KeyError, TypeError, ValueError):
+        raise ValueError('without a box of four numbers') from None
     return [x, y, x+w, y+h]
 
 def _coco_object(a, names, size, crowd):
-    "Returns (box, name, crowd flag, segmentation) of an annotation, or the reason that it has to be left out."
+    "Returns (box, name, crowd flag, segmentation) of an annotation, or why it is left out."
     name,flag = names.get(entry_id(a, 'category_id')),int(bool(a.get('iscrowd')))
     if name is None: return 'with an object of an unknown category, left out'
     if flag and crowd=='skip': return None
@@ -196,11 +202,11 @@ def coco_records(
     json, # path of a file in COCO's format, or its content
     images=None, # folder that the file names start from; None: found by `coco_images`
     class_map=None, # `ClassMap`; None: the file's categories, in the order of their ids
-    crowd:str='crowd', # annotations with iscrowd: 'crowd' (neither learned nor counted), 'keep' as any, or 'skip'
+    crowd:str='crowd', # with iscrowd: 'crowd' (not learned, not counted), 'keep' as any, or 'skip'
     masks:bool=False, # masks beside the boxes; an image with an object without mask is skipped then
     empty:bool=True, # keep images without objects
 ) -> tuple: # records (their ids are the file's), ClassMap, SkipReport
-    "Returns the records of a COCO file, all else skipped and named; raises ValueError where nothing is left."
+    "Returns the records of a COCO file, the rest skipped and named; raises ValueError if all are."
     if crowd not in ('crowd','keep','skip'): raise ValueError(f"got crowd={crowd!r}, expected 'crowd', 'keep' or "
         "'skip'")
     data = read_coco(json)
@@ -227,13 +233,16 @@ def _image_ids(records):
     "Returns the records' ids as numbers where they all are, else 1, 2, 3."
     ids = [str(r.image_id) for r in records]
     plain = all(o.isascii() and o.isdigit() and str(int(o))==o for o in ids)
-    return [int(o) for o in ids] if plain and len(set(ids))==len(ids) else list(range(1, len(ids)+1))
+    if plain and len(set(ids))==len(ids): return [int(o) for o in ids]
+    return list(range(1, len(ids)+1))
 
 def _numbers(class_map, category_ids):
     "Returns label -> category id."
     if category_ids is None: return {i:i for i in range(1, len(class_map))}
     lost = [n for n in list(class_map)[1:] if n not in category_ids]
-    if lost: raise ValueError(f"got no category id for {', '.join(map(repr, lost))}: give one for each class")
+    if lost:
+        raise ValueError(f"got no category id for {', '.join(map(repr, lost))}: "
+                         'give one for each class')
     return {i:category_ids[class_map.get_name(i)] for i in range(1, len(class_map))}
 
 def _entry(d, j, image_id, numbers, box=True, mask=True):
@@ -242,8 +251,10 @@ def _entry(d, j, image_id, numbers, box=True, mask=True):
     res = dict(image_id=image_id, category_id=numbers[int(d['labels'][j])])
     if box: res['bbox'] = [x1, y1, x2-x1, y2-y1]
     if mask and d.get('masks') is not None:
-        m = np.asfortranarray(torch.as_tensor(d['masks'][j]).squeeze().cpu().numpy()>=.5, dtype=np.uint8)
-        res['segmentation'] = dict(size=list(m.shape), counts=bytes(mask_api.encode(m)['counts']).decode())
+        m = torch.as_tensor(d['masks'][j]).squeeze().cpu().numpy()>=.5
+        m = np.asfortranarray(m, dtype=np.uint8)
+        counts = bytes(mask_api.encode(m)['counts']).decode()
+        res['segmentation'] = dict(size=list(m.shape), counts=counts)
     return res
 
 # %% ../../nbs/data/44_coco.ipynb #86ba0a6d
@@ -253,31 +264,35 @@ def to_coco(
     category_ids:dict=None, # name -> id; None: the class map's
     images=None, # folder that the file names start from; None: the one that holds all of them
 ) -> dict: # what a COCO file has; json.dump writes it
-    "Returns the records in COCO's format; raises ValueError for a class without id, or an image outside `images`."
+    "Returns the records in COCO's format; raises ValueError for a missing id or a misplaced image."
     records,numbers = list(records),_numbers(class_map, category_ids)
-    if images is None: images = commonpath([r.path.absolute().parent for r in records]) if records else '.'
+    if images is None:
+        images = commonpath([r.path.absolute().parent for r in records]) if records else '.'
     categories = [dict(id=i, name=class_map.get_name(k)) for k,i in numbers.items()]
     res = dict(images=[], annotations=[], categories=categories)
     for r,i in zip(records, _image_ids(records)):
         try: file = r.path.absolute().relative_to(Path(images).absolute()).as_posix()
-        except ValueError: raise ValueError(f'the image {r.path} is not in the folder {images}: give one that holds '
-            'all images, or none') from None
-        res['images'].append(dict(id=i, file_name=file, height=int(r.size[0]), width=int(r.size[1])))
+        except ValueError:
+            raise ValueError(f'the image {r.path} is not in the folder {images}: '
+                             'give one that holds all images, or none') from None
+        h,w = map(int, r.size)
+        res['images'].append(dict(id=i, file_name=file, height=h, width=w))
         t = r.target()
         for j in range(len(t['labels'])):
-            more = dict(id=len(res['annotations'])+1, area=float(t['area'][j]), iscrowd=int(t['iscrowd'][j]))
+            more = dict(id=len(res['annotations'])+1, area=float(t['area'][j]),
+                        iscrowd=int(t['iscrowd'][j]))
             res['annotations'].append(_entry(t, j, i, numbers) | more)
     return res
 
 # %% ../../nbs/data/44_coco.ipynb #f42cf14e
 def coco_results(
-    preds, # one dict an image: boxes (N,4) xyxy in pixels of the original image, labels, scores, maybe masks
+    preds, # per image: boxes (N,4) xyxy, px of the original image, labels, scores, maybe masks
     records, # the images, in the same order
     class_map, # `ClassMap`
     category_ids:dict=None, # name -> id; None: the class map's
     iou_type:str='bbox', # 'bbox' or 'segm': what is to be evaluated
 ) -> list: # of dicts: image_id, category_id, score, and bbox or segmentation
-    "Returns predictions in COCO's format of results; raises ValueError where images have none, or these no masks."
+    "Returns predictions in COCO's format of results; raises ValueError for missing ones or masks."
     if iou_type not in ('bbox','segm'): raise ValueError(f"got iou_type={iou_type!r}, expected 'bbox' or 'segm'")
     if len(preds)!=len(records): raise ValueError(f'got {len(preds)} predictions for {len(records)} records: give one '
         'for each')

@@ -33,35 +33,38 @@ toy_synsets = {
     'n01443537': ('goldfish, Carassius auratus',
         'p darkorange 68 50 98 22 90 50 98 78; o orange 6 26 78 74; o black 18 40 26 48'),
     'n02165456': ('ladybug, ladybeetle, lady beetle, ladybird, ladybird beetle',
-        'o black 34 6 66 36; o firebrick 14 18 86 94; l black 50 20 50 92; o black 26 36 42 52; o black 58 36 74 '
-        '52; o black 28 62 42 76; o black 58 62 72 76'),
+        'o black 34 6 66 36; o firebrick 14 18 86 94; l black 50 20 50 92; o black 26 36 42 52; '
+        'o black 58 36 74 52; o black 28 62 42 76; o black 58 62 72 76'),
     'n02782093': ('balloon',
-        'l saddlebrown 30 55 42 84; l saddlebrown 70 55 58 84; o crimson 14 2 86 70; o gold 36 2 64 70; r '
-        'saddlebrown 40 82 60 98'),
+        'l saddlebrown 30 55 42 84; l saddlebrown 70 55 58 84; o crimson 14 2 86 70; '
+        'o gold 36 2 64 70; r saddlebrown 40 82 60 98'),
     'n02802426': ('basketball',
-        'o chocolate 8 8 92 92; l black 50 8 50 92; l black 8 50 92 50; a black -32 16 32 84 -90 90; a black 68 '
-        '16 132 84 90 270'),
+        'o chocolate 8 8 92 92; l black 50 8 50 92; l black 8 50 92 50; '
+        'a black -32 16 32 84 -90 90; a black 68 16 132 84 90 270'),
     'n02948072': ('candle, taper, wax light',
         'r ivory 38 38 62 98; l black 50 38 50 28; o orangered 41 4 59 32; o yellow 46 12 54 30'),
     'n03291819': ('envelope',
-        'r wheat 4 22 96 80; l saddlebrown 4 22 50 56; l saddlebrown 96 22 50 56; r firebrick 80 26 92 40'),
+        'r wheat 4 22 96 80; l saddlebrown 4 22 50 56; l saddlebrown 96 22 50 56; '
+        'r firebrick 80 26 92 40'),
     'n03544143': ('hourglass',
-        'p lightblue 24 10 76 10 50 50; p lightblue 24 90 76 90 50 50; p goldenrod 34 90 66 90 50 68; r '
-        'saddlebrown 16 2 84 12; r saddlebrown 16 88 84 98'),
+        'p lightblue 24 10 76 10 50 50; p lightblue 24 90 76 90 50 50; '
+        'p goldenrod 34 90 66 90 50 68; r saddlebrown 16 2 84 12; r saddlebrown 16 88 84 98'),
 }
 
 # %% ../../nbs/data/46_imagenet.ipynb #c5840da2
 toy_synsets |= {
     'n03888257': ('parachute, chute',
-        'l black 8 40 50 86; l black 92 40 50 86; l black 50 40 50 86; s tomato 6 4 94 78 180 360; s white 34 4 '
-        '66 78 180 360; o navy 44 80 56 98'),
+        'l black 8 40 50 86; l black 92 40 50 86; l black 50 40 50 86; '
+        's tomato 6 4 94 78 180 360; s white 34 4 66 78 180 360; o navy 44 80 56 98'),
     'n04254680': ('soccer ball',
-        'o white 8 8 92 92; p black 50 34 66 46 60 64 40 64 34 46; p black 40 10 60 10 50 20; p black 10 44 20 36 '
-        '20 54; p black 90 44 80 36 80 54; p black 24 82 28 70 38 80; p black 76 82 72 70 62 80'),
+        'o white 8 8 92 92; p black 50 34 66 46 60 64 40 64 34 46; p black 40 10 60 10 50 20; '
+        'p black 10 44 20 36 20 54; p black 90 44 80 36 80 54; p black 24 82 28 70 38 80; '
+        'p black 76 82 72 70 62 80'),
     'n04409515': ('tennis ball',
         'o greenyellow 8 8 92 92; a white -40 12 36 88 -60 60; a white 64 12 140 88 120 240'),
     'n04507155': ('umbrella',
-        'l black 50 10 50 88; a black 34 80 50 98 0 180; s rebeccapurple 4 8 96 96 180 360; o black 47 2 53 10'),
+        'l black 50 10 50 88; a black 34 80 50 98 0 180; s rebeccapurple 4 8 96 96 180 360; '
+        'o black 47 2 53 10'),
     'n04548280': ('wall clock',
         'o black 6 6 94 94; o white 14 14 86 86; l black 50 50 50 22; l black 50 50 68 62'),
     'n06794110': ('street sign',
@@ -75,17 +78,19 @@ toy_synsets |= {
     'n07734744': ('mushroom',
         'r antiquewhite 38 46 62 96; s sienna 8 8 92 90 180 360'),
     'n07742313': ('Granny Smith',
-        'o yellowgreen 8 20 62 94; o yellowgreen 38 20 92 94; l saddlebrown 50 28 56 6; o green 56 6 80 18'),
+        'o yellowgreen 8 20 62 94; o yellowgreen 38 20 92 94; l saddlebrown 50 28 56 6; '
+        'o green 56 6 80 18'),
     'n07745940': ('strawberry',
-        'p red 12 28 88 28 66 78 50 96 34 78; p green 20 28 30 10 50 22 70 10 80 28 50 36; o khaki 34 44 39 50; o '
-        'khaki 58 44 63 50; o khaki 46 62 51 68'),
+        'p red 12 28 88 28 66 78 50 96 34 78; p green 20 28 30 10 50 22 70 10 80 28 50 36; '
+        'o khaki 34 44 39 50; o khaki 58 44 63 50; o khaki 46 62 51 68'),
     'n07749582': ('lemon',
         'p gold 2 50 24 36 24 64; p gold 98 50 76 36 76 64; o gold 12 20 88 80'),
     'n07753592': ('banana',
-        'p yellow 10 14 20 12 30 42 52 64 90 72 92 82 60 90 32 76 16 50; p saddlebrown 8 4 18 4 20 14 10 14'),
+        'p yellow 10 14 20 12 30 42 52 64 90 72 92 82 60 90 32 76 16 50; '
+        'p saddlebrown 8 4 18 4 20 14 10 14'),
     'n11939491': ('daisy',
-        'o white 62 34 94 66; o white 51 56 83 88; o white 28 61 60 93; o white 9 46 41 78; o white 9 22 41 54; o '
-        'white 28 7 60 39; o white 51 12 83 44; o gold 34 34 66 66'),
+        'o white 62 34 94 66; o white 51 56 83 88; o white 28 61 60 93; o white 9 46 41 78; '
+        'o white 9 22 41 54; o white 28 7 60 39; o white 51 12 83 44; o gold 34 34 66 66'),
 }
 
 # %% ../../nbs/data/46_imagenet.ipynb #7ae97f36
@@ -93,10 +98,11 @@ def draw_synset(
     synset:str, # id, one of `toy_synsets`
     rng, # numpy Generator
     size:int=96, # shorter side, pixels
-) -> Image.Image: # RGB, one thing on a coloured ground
+) -> Image.Image: # RGB, one thing on a colored ground
     "Returns a drawing of one thing, of random place, size, turn and light."
     w,h = (int(size*o) for o in rng.permutation([1, rng.uniform(1, 1.4)]))
-    ground = Image.fromarray(rng.integers(40, 216, (4,4,3), np.uint8)).resize((w,h), Image.Resampling.BICUBIC)
+    ground = Image.fromarray(rng.integers(40, 216, (4,4,3), np.uint8))
+    ground = ground.resize((w,h), Image.Resampling.BICUBIC)
     thing = Image.new('RGBA', (200,200))
     d = ImageDraw.Draw(thing)
     draw = dict(p=d.polygon, o=d.ellipse, r=d.rectangle, s=d.pieslice, l=partial(d.line, width=7),
@@ -106,7 +112,8 @@ def draw_synset(
         box,angles = ([2*o for o in at[:4]],at[4:]) if kind in 'as' else ([2*o for o in at],[])
         draw[kind](box, *angles, color)
     side = int(min(w,h)*rng.uniform(.55, .9))
-    thing = thing.rotate(rng.uniform(-25, 25), Image.Resampling.BICUBIC).resize((side,side), Image.Resampling.LANCZOS)
+    thing = thing.rotate(rng.uniform(-25, 25), Image.Resampling.BICUBIC)
+    thing = thing.resize((side,side), Image.Resampling.LANCZOS)
     ground.paste(thing, (int(rng.integers(0, w-side+1)), int(rng.integers(0, h-side+1))), thing)
     noisy = np.asarray(ground)*rng.uniform(.7, 1.2) + rng.normal(0, 6, (h,w,3))
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
@@ -151,7 +158,7 @@ def toy_imagenet(
     seed:int=0, # the same seed gives the same images
     size:int=96, # shorter side, pixels
 ) -> Path: # `dest`
-    "Draws a small ImageNet in Kaggle's layout; raises ValueError for a folder that holds something else."
+    "Draws a small ImageNet in Kaggle's layout; raises ValueError if the folder holds other files."
     dest,mark = Path(dest),'toy.json'
     few = min(per_class, val_per_class)<1
     if few or not 2<=n_classes<=len(toy_synsets): raise ValueError(f'got {n_classes} classes of {per_class} '
@@ -181,9 +188,9 @@ def _mapping(file):
 def _imagenet_names(): return ImageNetInfo().label_descriptions(as_dict=True)
 
 def synset_names(
-    path=None, # LOC_synset_mapping.txt, meta.bin, or a folder that has one of them; None: the names of ImageNet-1k
+    path=None, # LOC_synset_mapping.txt, meta.bin, or a folder with one of them; None: ImageNet-1k's
 ) -> dict: # synset id -> names of the thing, separated by commas
-    "Returns what the synsets are called; raises FileNotFoundError or ValueError where `path` does not say."
+    "Returns what the synsets are called; raises an error if `path` has no names."
     if path is None: return dict(_imagenet_names())
     path = Path(path)
     files = [path/o for o in ('LOC_synset_mapping.txt', 'meta.bin') if (path/o).is_file()] if path.is_dir() else [path]
@@ -245,8 +252,10 @@ def _places(val_dir):
     places,foreign = {},[]
     def look(folder, entries):
         for o in entries:
-            if not folder and o.is_dir() and _synset.fullmatch(o.name): look(o.name, os.scandir(o.path))
-            elif o.is_file() and _is_image(o.name): places.setdefault(Path(o.name).stem, []).append((folder, o.name))
+            if not folder and o.is_dir() and _synset.fullmatch(o.name):
+                look(o.name, os.scandir(o.path))
+            elif o.is_file() and _is_image(o.name):
+                places.setdefault(Path(o.name).stem, []).append((folder, o.name))
             else: foreign.append(os.path.join(folder, o.name))
     look('', os.scandir(val_dir))
     return places,sorted(foreign)
@@ -254,17 +263,22 @@ def _places(val_dir):
 def _refuse(solution, places, val_dir, val_solution, allow_missing):
     "Raises ValueError where csv and folder do not belong together."
     first = lambda xs: f'{len(xs)} images, {min(xs)} first'
-    if unknown := places.keys()-solution.keys(): raise ValueError(f'{val_dir} holds {len(places)} images and '
-        f'{val_solution} does not name {first(unknown)}: give the csv and the folder of the same images')
-    if twice := [k for k,v in places.items() if len(v)>1]: raise ValueError(f'{val_dir} has two files for '
-        f'{first(twice)}: remove one of each')
-    if other := [k for k,((d,_),) in places.items() if d not in ('', solution[k])]: raise ValueError(f'{val_solution} '
-        f'disagrees with the class folder of {first(other)}: give the csv that they were sorted by')
+    if unknown := places.keys()-solution.keys():
+        raise ValueError(f'{val_dir} holds {len(places)} images and {val_solution} does not name '
+                         f'{first(unknown)}: give the csv and the folder of the same images')
+    if twice := [k for k,v in places.items() if len(v)>1]:
+        raise ValueError(f'{val_dir} has two files for {first(twice)}: remove one of each')
+    if other := [k for k,((d,_),) in places.items() if d not in ('', solution[k])]:
+        raise ValueError(f'{val_solution} disagrees with the class folder of {first(other)}: '
+                         'give the csv that they were sorted by')
     missing = sorted(solution.keys()-places.keys())
-    if not places: raise ValueError(f'{val_solution} names {len(solution)} images and {val_dir} holds none of them: '
-        'give the folder they are in, ILSVRC/Data/CLS-LOC/val, or unpack the archive again')
-    if missing and not allow_missing: raise ValueError(f'{val_solution} names {len(solution)} images and '
-        f'{val_dir} lacks {first(missing)}: unpack the archive again, or say allow_missing=True')
+    if not places:
+        raise ValueError(f'{val_solution} names {len(solution)} images and {val_dir} holds none of '
+                         'them: give the folder they are in, ILSVRC/Data/CLS-LOC/val, '
+                         'or unpack the archive again')
+    if missing and not allow_missing:
+        raise ValueError(f'{val_solution} names {len(solution)} images and {val_dir} lacks '
+                         f'{first(missing)}: unpack the archive again, or say allow_missing=True')
     return missing
 
 # %% ../../nbs/data/46_imagenet.ipynb #e703fb59
@@ -272,11 +286,12 @@ def prepare_val(
     val_solution, # LOC_val_solution.csv
     val_dir, # ILSVRC/Data/CLS-LOC/val
     dry_run:bool=False, # look and report, move nothing
-    allow_missing:bool=False, # go on where images that the csv names are not there
+    allow_missing:bool=False, # continue where images that the csv names are missing
 ) -> ValReport:
-    "Sorts validation images into class folders; raises ValueError, before any is moved, where the csv does not fit."
+    "Sorts validation images into class folders; raises ValueError before any move for a bad csv."
     val_dir = Path(val_dir)
-    if not val_dir.is_dir(): raise FileNotFoundError(f'there is no folder {val_dir}: give ILSVRC/Data/CLS-LOC/val')
+    if not val_dir.is_dir():
+        raise FileNotFoundError(f'there is no folder {val_dir}: give ILSVRC/Data/CLS-LOC/val')
     solution,(places,foreign) = read_solution(val_solution),_places(val_dir)
     missing = _refuse(solution, places, val_dir, val_solution, allow_missing)
     todo = [(name, solution[k]) for k,((folder,name),) in places.items() if not folder]
@@ -303,13 +318,15 @@ def imagenet_folders(
     inner = path/'ILSVRC'/'Data'/'CLS-LOC'
     res = [(inner if inner.is_dir() else path)/o for o in (train, valid)]
     for o in res:
-        if not o.is_dir(): raise FileNotFoundError(f'there is no folder {o}: give one with {train} and {valid} in it')
+        if not o.is_dir():
+            raise FileNotFoundError(f'there is no folder {o}: '
+                                    f'give one with {train} and {valid} in it')
     return tuple(res)
 
 def scan_classes(
     folder, # one folder of images for each class
 ) -> tuple: # classes, sorted; files relative to `folder`, array of bytes; labels, array of int64
-    "Returns what a folder of class folders holds; raises ValueError for one that has none, or an empty one."
+    "Returns what a folder of class folders holds; raises ValueError for none, or an empty one."
     entries = list(os.scandir(folder))
     classes = sorted(o.name for o in entries if o.is_dir() and not o.name.startswith('.'))
     flat = any(_is_image(o.name) for o in entries)
@@ -318,7 +335,9 @@ def scan_classes(
     files,counts = [],[]
     for c in classes:
         names = sorted(o.name for o in os.scandir(os.path.join(folder, c)) if _is_image(o.name))
-        if not names: raise ValueError(f'{folder}/{c} has no images: unpack its archive, or remove the folder')
+        if not names:
+            raise ValueError(f'{folder}/{c} has no images: '
+                             'unpack its archive, or remove the folder')
         files += [os.fsencode(os.path.join(c, o)) for o in names]
         counts.append(len(names))
     return classes,np.array(files),np.repeat(np.arange(len(classes)), counts)

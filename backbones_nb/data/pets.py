@@ -24,8 +24,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from .records import (ClassMap, Record, SkipReport, clean_boxes, image_size, natural, read_voc,
-                                       split_records)
+from .records import (ClassMap, Record, SkipReport, clean_boxes, image_size,
+                                       natural, read_voc, split_records)
 
 # %% ../../nbs/data/41_pets.ipynb #ffdbe1c0
 species = ('cat', 'dog') # ids 1 and 2 in the lists
@@ -35,7 +35,7 @@ def read_list(
     path, # the data set's folder
     name:str, # 'list', 'trainval' or 'test'
 ) -> dict: # image name -> (class id, species id)
-    "Returns a list of the data set, without comments; raises FileNotFoundError or ValueError naming file and line."
+    "Returns a list without its comments; raises an error that names the file and the line."
     f = Path(path)/'annotations'/f'{name}.txt'
     if not f.exists(): raise FileNotFoundError(f'there is no {f}: give a folder in the layout of Oxford-IIIT Pets')
     res = {}
@@ -46,7 +46,7 @@ def read_list(
             res[o[0]] = int(o[1]),int(o[2])
             species[res[o[0]][1]-1]
         except (ValueError, IndexError): raise ValueError(f'{f}, line {i}: got {l!r}, expected "NAME CLASS-ID SPECIES '
-            'BREED-ID" with species 1 or 2: mend the line') from None
+            'BREED-ID" with species 1 or 2: fix the line') from None
     return res
 
 def breed_of(name): return name.rsplit('_', 1)[0]
@@ -66,14 +66,15 @@ def pets_class_map(
 def read_trimap(path) -> np.ndarray: # (H,W) uint8: 1 pet, 2 background, 3 border or unclear
     "Returns a trimap; raises ValueError naming the file where it is none."
     try: a = np.asarray(Image.open(path))
-    except (OSError, SyntaxError) as e: raise ValueError(f'{path} cannot be read ({e}): replace it') from e
+    except (OSError, SyntaxError) as e:
+        raise ValueError(f'{path} cannot be read ({e}): replace it') from e
     if a.ndim!=2 or a.dtype!=np.uint8 or (a-1>2).any():
         raise ValueError(f'{path} is no trimap with values 1, 2 and 3: replace it')
     return a
 
 def instances_of(
     trimap, # (H,W) of 1, 2, 3
-    instances:str='whole', # 'whole': one pet an image; 'components': one for each connected piece
+    instances:str='whole', # 'whole': one pet per image; 'components': one for each connected piece
     border:bool=True, # whether the border (3) belongs to the pet
     min_share:float=0.01, # pieces smaller than this share of all are specks, and left out
 ) -> np.ndarray: # (N,H,W) uint8
@@ -141,7 +142,7 @@ def download(
     tries:int=3, # attempts in a row that bring nothing, before it gives up
     progress=None, # called with (bytes so far, bytes in all or None)
 ) -> Path: # dest
-    "Returns `dest`, whole and verified; raises RuntimeError where there is no answer or the content is wrong."
+    "Returns `dest`, verified; raises RuntimeError if no answer comes or the content is wrong."
     dest,part,left = Path(dest),Path(f'{dest}.part'),tries
     if dest.exists() and (md5sum is None or md5(dest)==md5sum): return dest
     dest.parent.mkdir(parents=True, exist_ok=True)
@@ -154,13 +155,14 @@ def download(
             if e.code<500: left = 1
         except (OSError, HTTPException) as e: err = e
         left = tries if _size(part)>had else left-1
-        if not left: raise RuntimeError(f'{url} could not be downloaded ({err}): check address and network and call '
-            f'again, {_size(part)} bytes are kept')
+        if not left:
+            raise RuntimeError(f'{url} could not be downloaded ({err}): check address and network '
+                               f'and call again, {_size(part)} bytes are kept')
         if left<tries: time.sleep(tries-left)
     if md5sum and (got := md5(part))!=md5sum:
         part.unlink()
-        raise RuntimeError(f'{url} has md5 {got}, expected {md5sum}: the file was removed, download it again or give '
-            'another source')
+        raise RuntimeError(f'{url} has md5 {got}, expected {md5sum}: the file was removed, '
+                           'download it again or give another source')
     part.replace(dest)
     return dest
 
@@ -191,11 +193,11 @@ def _archive(name, md5sum, source, local, work, progress):
 # %% ../../nbs/data/41_pets.ipynb #18140bc9
 def untar_pets(
     dest=None, # folder to make; None: in `cache_dir()`, or beside the archives of a local source
-    source=None, # None: the authors' server; a URL; or a local folder, unpacked or with the two archives
+    source=None, # None: the authors' server; a URL; a local folder, unpacked or with the archives
     files=None, # name of archive -> md5; None: those of the original
     progress:bool=True, # show progress bars
 ) -> Path: # folder with images/ and annotations/
-    "Returns the data set, fetched, verified and unpacked where it is not there; raises an error naming what fails."
+    "Returns the data set, fetched and unpacked if needed; raises an error that names what fails."
     files,local = files or pets_files,None
     if source is not None and '://' not in str(source):
         local = Path(source)
@@ -222,7 +224,8 @@ def untar_pets(
 # %% ../../nbs/data/41_pets.ipynb #2ebd0d4c
 class TrimapMasks:
     "Masks read from a trimap when asked for; can be pickled."
-    def __init__(self, path, instances, border): self.path,self.instances,self.border = path,instances,border
+    def __init__(self, path, instances, border):
+        self.path,self.instances,self.border = path,instances,border
     def __call__(self): return instances_of(read_trimap(self.path), self.instances, self.border)
 
 def _head(path, name, real, report):
@@ -275,11 +278,12 @@ def pets_records(
     instances:str=None, # 'whole', 'components'; None: components for toy pets, else whole
     border:bool=True, # whether the trimap's border belongs to the body
 ) -> tuple: # list of `Record`s, `SkipReport`
-    "Returns the records of a split and what was skipped; raises ValueError where the data cannot meet the request."
+    "Returns the records of a split and what was skipped; raises ValueError if it has no such data."
     path = Path(path)
     _check(path, split, boxes, masks, instances)
     if instances is None: instances = 'components' if (path/'toy.json').exists() else 'whole'
-    rows = {k:v for o in (('trainval','test') if split=='all' else (split,)) for k,v in read_list(path, o).items()}
+    lists = ('trainval','test') if split=='all' else (split,)
+    rows = {k:v for o in lists for k,v in read_list(path, o).items()}
     cm,report,res = pets_class_map(path, classes),SkipReport(len(rows)),[]
     for name,(_,sid) in sorted(rows.items(), key=lambda o: natural(o[0])):
         img = path/'images'/f'{name}.jpg'

@@ -26,16 +26,18 @@ from ..core.registry import did_you_mean
 
 # %% ../../nbs/data/40_records.ipynb #7431c010
 class ClassMap:
-    "Class names and ids: id 0 is the background, classes count from 1, as torchvision's detectors want it."
+    "Class names and ids; id 0 is the background and classes count from 1, as in torchvision."
     def __init__(self,
         names, # class names in the order of their ids, without background
         background='background', # name of id 0
     ):
         names = list(names)
-        if twice := sorted({o for o in names if names.count(o)>1}): raise ValueError(f"got class names with "
-            f"{', '.join(map(repr, twice))} more than once, expected each once: remove the repetition")
-        if background in names: raise ValueError(f'got {background!r} among the classes, which is the name of id 0: '
-            'leave it out')
+        if twice := sorted({o for o in names if names.count(o)>1}):
+            raise ValueError(f"got class names with {', '.join(map(repr, twice))} more than once, "
+                             "expected each once: remove the repetition")
+        if background in names:
+            raise ValueError(f'got {background!r} among the classes, which is the name of id 0: '
+                             'leave it out')
         self.names = [background, *names]
         self._ids = {o:i for i,o in enumerate(self.names)}
 
@@ -48,18 +50,20 @@ class ClassMap:
     def get_name(self, id):
         "Returns the name of an id; raises ValueError outside of the range."
         if 0<=id<len(self.names): return self.names[id]
-        raise ValueError(f'there is no class id {id}: ids go from 0 (background) to {len(self.names)-1}')
+        raise ValueError(f'there is no class id {id}: '
+                         f'ids go from 0 (background) to {len(self.names)-1}')
 
     def __len__(self): return len(self.names)
     def __iter__(self): return iter(self.names)
     def __eq__(self, o): return isinstance(o, ClassMap) and o.names==self.names
-    def __repr__(self): return f"ClassMap({', '.join(f'{i}: {o}' for i,o in enumerate(self.names))})"
+    def __repr__(self):
+        return f"ClassMap({', '.join(f'{i}: {o}' for i,o in enumerate(self.names))})"
 
 # %% ../../nbs/data/40_records.ipynb #9da05041
 def load_image(
     path, # file of any format that PIL reads, whatever its name says
 ) -> Image.Image: # RGB, upright
-    "Returns the image as RGB, turned by its EXIF data, on white; raises an error that names the file."
+    "Returns the image as RGB, upright, on white; raises an error that names the file."
     try:
         with Image.open(path) as im:
             ImageOps.exif_transpose(im, in_place=True)
@@ -69,7 +73,8 @@ def load_image(
             if im.mode.startswith('I'): # 16 bits
                 im = Image.fromarray((np.asarray(im, np.int64)>>8).clip(0, 255).astype(np.uint8))
             return im.convert('RGB')
-    except FileNotFoundError: raise FileNotFoundError(f'there is no image {path}: check the path') from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f'there is no image {path}: check the path') from None
     except (OSError, SyntaxError, ValueError) as e:
         raise ValueError(f'{path} cannot be read as an image ({e}): replace it') from e
 
@@ -79,7 +84,7 @@ _turned,_orientation = (5,6,7,8),274 # EXIF orientations that swap width and hei
 def image_size(
     path, # as for `load_image`
 ) -> tuple: # (height, width), pixels, upright
-    "Returns the size that `load_image` gives, from the file's head alone. Raises as `load_image` does."
+    "Returns the size that `load_image` gives, from the file's head alone. Raises the same errors."
     try:
         with Image.open(path) as im:
             w,h = im.size
@@ -97,7 +102,7 @@ class Record:
     size: tuple # (height, width), pixels
     boxes: np.ndarray # (N,4) float32, xyxy, pixels
     labels: np.ndarray # (N,) int64, from 1
-    masks: object = None # None, an array (N,H,W) uint8, or a callable without arguments that gives one
+    masks: object = None # None, an array (N,H,W) uint8, or a callable that returns one
     iscrowd: np.ndarray = None # (N,) int64
 
     def __post_init__(self):
@@ -107,8 +112,9 @@ class Record:
         crowd = np.zeros(len(self.labels)) if self.iscrowd is None else self.iscrowd
         self.iscrowd = np.asarray(crowd, np.int64).reshape(-1)
         b,l,c = map(len, (self.boxes, self.labels, self.iscrowd))
-        if not b==l==c: raise ValueError(f'record {self.image_id!r} has {b} boxes, {l} labels and {c} crowd flags, '
-            'expected equal numbers')
+        if not b==l==c:
+            raise ValueError(f'record {self.image_id!r} has {b} boxes, {l} labels '
+                             f'and {c} crowd flags, expected equal numbers')
 
     def image(self) -> Image.Image: return load_image(self.path)
 
@@ -120,14 +126,16 @@ def target(self:Record) -> dict:
              image_id=self.image_id, iscrowd=torch.from_numpy(self.iscrowd.copy()))
     t['area'] = (t['boxes'][:,2:]-t['boxes'][:,:2]).prod(1)
     if self.masks is not None:
-        t['masks'] = torch.from_numpy(np.array(self.masks() if callable(self.masks) else self.masks, np.uint8))
+        masks = self.masks() if callable(self.masks) else self.masks
+        t['masks'] = torch.from_numpy(np.array(masks, np.uint8))
         t['area'] = t['masks'].flatten(1).sum(1).float()
     return t
 
 # %% ../../nbs/data/40_records.ipynb #c7d06444
 class SkipReport:
-    "What a reader left out (`skip`) or mended (`note`), by reason, with names."
-    def __init__(self, total=0): self.total,self.reasons,self.notes = total,defaultdict(list),defaultdict(list)
+    "What a reader left out (`skip`) or fixed (`note`), by reason, with names."
+    def __init__(self, total=0):
+        self.total,self.reasons,self.notes = total,defaultdict(list),defaultdict(list)
     def skip(self, name, reason): self.reasons[reason].append(str(name))
     def note(self, name, reason): self.notes[reason].append(str(name))
     def __len__(self): return sum(map(len, self.reasons.values()))
@@ -142,7 +150,8 @@ class SkipReport:
     def __str__(self):
         def some(v): return f"{', '.join(v[:5])}{', ...' if len(v)>5 else ''}"
         def each(d): return '; '.join(f'{len(v)} {r} ({some(v)})' for r,v in d.items())
-        head = f'skipped {len(self)} of {self.total}: ' if self.reasons else f'nothing skipped of {self.total}'
+        head = (f'skipped {len(self)} of {self.total}: ' if self.reasons
+                else f'nothing skipped of {self.total}')
         return head + each(self.reasons) + (f'; note: {each(self.notes)}' if self.notes else '')
     __repr__ = __str__
 
@@ -164,7 +173,7 @@ def mend_boxes(
     name, # of the image
     report, # `SkipReport` that takes the notes
 ) -> tuple: # as `clean_boxes`
-    "Returns `clean_boxes`, and notes what was mended."
+    "Returns `clean_boxes`, and notes what was fixed."
     raw = np.array(boxes, np.float32).reshape(-1, 4)
     boxes,ok = clean_boxes(raw, size)
     if not ok.all(): report.note(name, 'with a box without area, left out')
@@ -177,8 +186,8 @@ def read_voc(
 ) -> tuple: # (height, width) or None, [(name, [x1,y1,x2,y2], difficult)]
     """Returns the size and objects of a VOC file.
 
-    VOC counts pixels from 1 and its xmax belongs to the box, so a box covers xmin-1 to xmax in continuous coordinates.
-    Raises ValueError naming the file where it is no such annotation."""
+    VOC counts pixels from 1 and its xmax belongs to the box, so a box covers xmin-1 to xmax
+    in continuous coordinates. Raises ValueError naming a file that is no such annotation."""
     try:
         root = ET.parse(xml).getroot()
         s = root.find('size')
@@ -189,13 +198,13 @@ def read_voc(
         def one(o): return o.findtext('name').strip(),box(o),o.findtext('difficult')=='1'
         return size if size and all(size) else None,[one(o) for o in root.iter('object')]
     except (ET.ParseError, TypeError, ValueError, AttributeError) as e:
-        raise ValueError(f'{xml} is no VOC annotation ({e}): mend or remove it') from e
+        raise ValueError(f'{xml} is no VOC annotation ({e}): fix or remove it') from e
 
 def natural(s): return [int(o) if o.isdigit() else o for o in re.split(r'(\d+)', str(s))]
 
 # %% ../../nbs/data/40_records.ipynb #3fa3bede
-def read_instances(path) -> np.ndarray: # (H,W) uint8: number of the object, 0 background, 255 border
-    "Returns a picture of VOC's SegmentationObject; raises ValueError naming the file where it is none."
+def read_instances(path) -> np.ndarray: # (H,W) uint8: object number, 0 background, 255 border
+    "Returns an image of VOC's SegmentationObject; raises ValueError naming a file that is none."
     try: a = np.asarray(Image.open(path))
     except (OSError, SyntaxError) as e: raise ValueError(f'{path} cannot be read ({e}): replace it') from e
     if a.ndim!=2 or a.dtype!=np.uint8:
@@ -248,7 +257,7 @@ _formats = {'.jpg','.jpeg','.png','.bmp','.gif','.webp','.tif','.tiff'}
 def image_files(
     folder, # searched without its sub-folders
 ) -> list: # paths, in natural order
-    "Returns the images of a folder, by their suffixes; raises FileNotFoundError where there is no such folder."
+    "Returns the images of a folder, by their suffixes; raises FileNotFoundError if it is missing."
     if not Path(folder).is_dir(): raise FileNotFoundError(f'there is no folder {folder}: check the path')
     files = [o for o in Path(folder).iterdir() if o.suffix.lower() in _formats and not o.name.startswith('.')]
     return sorted(files, key=lambda o: natural(o.name))
@@ -263,11 +272,11 @@ def voc_records(
     images, # folder of images
     xmls, # folder of VOC annotations, named like the images
     class_map=None, # `ClassMap`; None: all names found, sorted
-    difficult:str='crowd', # objects flagged difficult: 'crowd' (neither learned nor counted), 'keep', or 'skip'
+    difficult:str='crowd', # difficult objects: 'crowd' (not learned, not counted), 'keep' or 'skip'
     names:list=None, # of the images wanted, without suffix; None: all
-    masks=None, # folder of pictures as in VOC's SegmentationObject: images without one are skipped; None: no masks
+    masks=None, # folder like SegmentationObject: images without one are skipped; None: no masks
 ) -> tuple: # records, ClassMap, SkipReport
-    "Returns the records of a VOC folder, all else skipped and named; raises ValueError where nothing is left."
+    "Returns the records of a VOC folder, the rest skipped and named; raises ValueError if all are."
     if difficult not in ('crowd','keep','skip'): raise ValueError(f"got difficult={difficult!r}, expected 'crowd', "
         "'keep' or 'skip'")
     files,found,masks = image_files(images),xml_files(xmls),None if masks is None else Path(masks)
@@ -313,10 +322,10 @@ def voc_names(
     return sorted(res)
 
 def read_names(
-    path, # text file, one name a line
-    flags:bool=False, # it may be one of VOC's lists of a class: a name, and 1 or -1 (shows it or not) or 0 (difficult)
+    path, # text file, one name per line
+    flags:bool=False, # may list a class: names with 1 (shows it), -1 (does not) or 0 (difficult)
 ) -> list:
-    "Returns the names of a list, without those flagged -1; raises FileNotFoundError naming the lists there are."
+    "Returns a list's names without those flagged -1; raises FileNotFoundError naming the others."
     f = Path(path)
     if not f.is_file(): raise FileNotFoundError(f"there is no list {f}: {f.parent} has "
         f"{', '.join(sorted(o.stem for o in f.parent.glob('*.txt'))) or 'none'}")
@@ -352,12 +361,17 @@ def split_records(
     seed:int=42,
     key=None, # function of a record: what must be alike in both parts; None: chance alone
 ) -> tuple: # train records, valid records, in the order they came
-    "Returns a random split, with the same share of each key; raises ValueError for a share that is none."
-    if not 0<valid_pct<1: raise ValueError(f'got valid_pct={valid_pct}, expected a share between 0 and 1, such as 0.2')
+    "Returns a random split, with the same share of each key; raises ValueError for a bad share."
+    if not 0<valid_pct<1:
+        raise ValueError(f'got valid_pct={valid_pct}, '
+                         'expected a share between 0 and 1, such as 0.2')
     rng,groups,out = np.random.default_rng(seed),defaultdict(list),set()
     for i,r in enumerate(records): groups[key(r) if key else 0].append(i)
-    for k in sorted(groups): out |= set(rng.permutation(groups[k])[:round(valid_pct*len(groups[k]))].tolist())
-    return [r for i,r in enumerate(records) if i not in out],[r for i,r in enumerate(records) if i in out]
+    for k in sorted(groups):
+        n = round(valid_pct*len(groups[k]))
+        out |= set(rng.permutation(groups[k])[:n].tolist())
+    return ([r for i,r in enumerate(records) if i not in out],
+            [r for i,r in enumerate(records) if i in out])
 
 # %% ../../nbs/data/40_records.ipynb #665614b6
 def _called(r):
@@ -372,7 +386,7 @@ def split_listed(
     train=None, # the same of images to learn from; None: all others
     strict:bool=True, # whether a name without a record is an error
 ) -> tuple: # train records, valid records, in the order they came
-    "Returns a split by names; raises ValueError for names of no record, and for names in both lists."
+    "Returns a split by names; raises ValueError for names of no record or in both lists."
     as_set = lambda o: {n.removeprefix('./') for n in (read_names(o) if isinstance(o, (str,Path)) else map(str, o))}
     lists,records = [as_set(o) for o in (valid, train) if o is not None],list(records)
     names = [_called(r) for r in records]

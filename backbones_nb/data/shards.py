@@ -64,15 +64,15 @@ def webdataset():
 
 # %% ../../nbs/data/47_shards.ipynb #3b2a4ec6
 def _write_one(job, folder, classes, files, labels):
-    "Writes a shard that is not there yet; `job` is its path and the numbers of its samples."
+    "Writes a shard that does not exist yet; `job` is its path and the numbers of its samples."
     path,numbers = job
     def write(tar):
         for i in numbers:
             name,label = os.fsdecode(files[i]),int(labels[i])
             load_image(folder/name) # raises for what is no whole image, and names it
             about = dict(file=name, synset=classes[label])
-            tar.write({'__key__':f'{i:08d}', 'jpg':(folder/name).read_bytes(), 'cls':str(label).encode(),
-                       'json':json.dumps(about).encode()})
+            tar.write({'__key__':f'{i:08d}', 'jpg':(folder/name).read_bytes(),
+                       'cls':str(label).encode(), 'json':json.dumps(about).encode()})
     if not path.exists():
         with write_whole(path) as part, open(part, 'wb') as f:
             with webdataset().TarWriter(f, encoder=False, mtime=0) as tar: write(tar)
@@ -80,54 +80,59 @@ def _write_one(job, folder, classes, files, labels):
 
 # %% ../../nbs/data/47_shards.ipynb #3e53aac5
 def _start(out, fingerprint):
-    "Makes `out`, or finds it begun in the same way; raises ValueError where it holds something else."
+    "Makes `out`, or finds it begun in the same way; raises ValueError if it holds other files."
     if (out/index_name).exists():
         index = json.loads((out/index_name).read_text())
-        if index.get('fingerprint')!=fingerprint: raise ValueError(f'{out} holds shards of other images or other '
-            'arguments: give an empty folder')
+        if index.get('fingerprint')!=fingerprint:
+            raise ValueError(f'{out} holds shards of other images or other arguments: '
+                             'give an empty folder')
         return index
-    if out.exists() and any(o.suffix!='.part' for o in out.iterdir()): raise ValueError(f'{out} holds other files: '
-        'give an empty folder')
+    if out.exists() and any(o.suffix!='.part' for o in out.iterdir()):
+        raise ValueError(f'{out} holds other files: give an empty folder')
     out.mkdir(parents=True, exist_ok=True)
     _put_index(out, dict(fingerprint=fingerprint, complete=False))
 
 # %% ../../nbs/data/47_shards.ipynb #8996cbf8
 def write_shards(
     folder, # one folder of images for each class
-    out, # folder for the shards, written by one process at a time; one that was begun alike is continued, or mended
+    out, # folder for the shards, for one process at a time; one begun alike is continued or fixed
     maxcount:int=1000, # samples in a shard
     maxsize:int=200_000_000, # bytes of images in a shard
     seed:int=0, # of the order, which is shuffled once for all
     workers:int=1, # threads, one shard each
     progress:bool=True, # show a bar
 ) -> dict: # the index: classes, count, seed, shards with count and bytes
-    "Packs images into tar files, each complete or absent, and then writes the index; raises ValueError for bad input."
-    if maxcount<1 or maxsize<1: raise ValueError(f'got maxcount={maxcount}, maxsize={maxsize}, expected at least 1')
+    "Packs images into tar files, each complete or absent, then an index; or raises ValueError."
+    if maxcount<1 or maxsize<1:
+        raise ValueError(f'got maxcount={maxcount}, maxsize={maxsize}, expected at least 1')
     webdataset()
     folder,out = Path(folder),Path(out)
     classes,files,labels = scan_classes(folder)
     sizes = np.array([os.stat(folder/os.fsdecode(f)).st_size for f in files])
-    key = json.dumps([classes, maxcount, maxsize, seed]).encode() + files.tobytes() + labels.tobytes() + sizes.tobytes()
+    key = json.dumps([classes, maxcount, maxsize, seed]).encode()
+    key += files.tobytes() + labels.tobytes() + sizes.tobytes()
     fingerprint = hashlib.sha256(key).hexdigest()
     index = _start(out, fingerprint) or {}
     if index.get('complete'):
         if not (bad := _damaged(out, index)): return index
         for f,*_ in bad: f.unlink(missing_ok=True)
-    plan = plan_shards(sizes, np.random.default_rng(seed).permutation(len(files)), maxcount, maxsize)
+    order = np.random.default_rng(seed).permutation(len(files))
+    plan = plan_shards(sizes, order, maxcount, maxsize)
     jobs = [(out/f'shard-{i:06d}.tar', o) for i,o in enumerate(plan)]
     write = partial(_write_one, folder=folder, classes=classes, files=files, labels=labels)
     with ThreadPoolExecutor(workers) as pool:
         todo = pool.map(write, jobs)
         shards = list(progress_bar(todo, total=len(jobs)) if progress else todo)
-    index = dict(fingerprint=fingerprint, complete=True, seed=seed, count=len(files), classes=classes, shards=shards)
+    index = dict(fingerprint=fingerprint, complete=True, seed=seed, count=len(files),
+                 classes=classes, shards=shards)
     _put_index(out, index)
     return index
 
 # %% ../../nbs/data/47_shards.ipynb #895296de
 def as_place(
-    path, # a path, or an address such as 'https://host/imagenet' or 'pipe:aws s3 cp s3://bucket/imagenet/{} -'
+    path, # path or address: 'https://host/imagenet', 'pipe:aws s3 cp s3://bucket/imagenet/{} -'
 ): # Path of this machine, which file:// is too, else the address
-    "Returns where something is; raises ValueError for an address that cannot be read, or was spoilt by Path."
+    "Returns where something is; raises ValueError for a bad address or one spoiled by Path."
     if not isinstance(path, str):
         if re.match('pipe:|[a-z]{2,}:/', str(path)): raise ValueError(f'got the path {path}, in which an address has '
             'lost a slash: give it as a string')
@@ -154,7 +159,7 @@ def join_place(
 def has_shards(
     path, # as for `as_place`
 ) -> bool:
-    "Says whether a folder holds shards; an address does for sure, since from there nothing else is read."
+    "Says whether a folder holds shards; an address always does, as nothing else is read there."
     at = join_place(path, index_name)
     return not isinstance(at, Path) or at.exists()
 
@@ -202,7 +207,9 @@ def _parse(data, at):
 # %% ../../nbs/data/47_shards.ipynb #e9e63065
 class _Stream:
     "The bytes of a place, opened again and continued where they break off."
-    def __init__(self, place, size): self.place,self.size,self.at,self.failed,self.stream = place,size,0,0,None
+    def __init__(self, place, size):
+        self.place,self.size = place,size
+        self.at,self.failed,self.stream = 0,0,None
 
     def open(self):
         self.stream = _open(self.place, self.at)
@@ -215,7 +222,7 @@ class _Stream:
 
     def close(self):
         if self.stream is not None:
-            with suppress(OSError): self.stream.close() # a command that is not read to its end complains
+            with suppress(OSError): self.stream.close() # a command cut short complains
         self.stream = None
 
 # %% ../../nbs/data/47_shards.ipynb #0659c1ae
@@ -248,7 +255,7 @@ def _damaged(folder, index):
 def read_index(
     folder, # of `write_shards`, or its address
 ) -> dict: # as `write_shards` returns it
-    "Returns the index of shards; raises FileNotFoundError, ConnectionError or ValueError where something is amiss."
+    "Returns the index of shards; or raises FileNotFoundError, ConnectionError or ValueError."
     at = join_place(folder, index_name)
     index = _parse(_fetch(at), _shown(at))
     if not index['complete']: raise ValueError(f'the shards of {_shown(folder)} are not complete: run write_shards '
@@ -269,7 +276,7 @@ def read_shard(
     stop:int, # the one after the last
     size:int=None, # bytes that it must have; None: not known
 ): # iterator over dicts of bytes: `jpg`, `cls`, `json`; and `__key__`, `__url__`
-    "Streams samples of a shard; raises ValueError naming it where it is cut off, away or no tar file."
+    "Streams samples of a shard; raises ValueError naming it if it is missing, cut off or no tar."
     path,got,again = as_place(path),start,'copy it again, or run write_shards again'
     try:
         with closing(_Stream(path, size)) as stream:
@@ -286,7 +293,7 @@ def read_samples(
     index:dict, # its index
     start:int, # first sample, counted over all shards
     stop:int, # the one after the last
-    order=None, # numbers of the shards in the order in which they are read; None: as they were written
+    order=None, # numbers of the shards in reading order; None: as they were written
 ): # iterator over samples as `read_shard` gives them
     "Streams the samples of a stretch, and opens only the shards that it touches."
     end = 0
@@ -294,5 +301,6 @@ def read_samples(
         shard = index['shards'][i]
         begin,end = end,end+shard['count']
         if begin<stop and end>start:
-            yield from read_shard(join_place(folder, shard['name']), max(start-begin, 0), min(stop, end)-begin,
-                                  shard['bytes'])
+            place = join_place(folder, shard['name'])
+            first,last = max(start-begin, 0),min(stop, end)-begin
+            yield from read_shard(place, first, last, shard['bytes'])

@@ -20,12 +20,14 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from scipy import ndimage
 
 # %% ../../nbs/data/42_toy.ipynb #c3d1377d
-furs = ((206,132,60), (150,92,50), (92,66,48), (52,48,50), (128,124,122), (186,182,176), (232,220,196), (222,178,118), (172,70,40))
+furs = ((206,132,60), (150,92,50), (92,66,48), (52,48,50), (128,124,122), (186,182,176),
+        (232,220,196), (222,178,118), (172,70,40))
 eyes = ((196,208,90), (214,150,52), (110,160,196), (122,78,44), (62,48,40))
 noses = ((214,120,120), (22,20,20), (110,70,60))
 rose = (222,130,130) # inside of ears, tongues
 breeds = dict( # name -> id, species, build
-    Tabby=dict(id=1, species=1, marks='stripes', fluff=0, ear=1.0), Siamese=dict(id=2, species=1, marks='points', fluff=0, ear=1.3),
+    Tabby=dict(id=1, species=1, marks='stripes', fluff=0, ear=1.0),
+    Siamese=dict(id=2, species=1, marks='points', fluff=0, ear=1.3),
     Persian=dict(id=3, species=1, marks='patches', fluff=1, ear=.8),
     beagle=dict(id=4, species=2, marks='patches', fluff=0, ear=1.0, leg=1., body=1.),
     dachshund=dict(id=5, species=2, marks='points', fluff=0, ear=1.2, leg=.55, body=1.25),
@@ -36,13 +38,17 @@ def shade(c, f): return tuple(int(max(0, min(255, v*f))) for v in c)
 def _pick(rng, xs): return xs[rng.integers(len(xs))]
 
 def _coat(rng, marks):
-    "The colour of each part: one rule for both species."
+    "The color of each part: one rule for both species."
     base,second = (furs[i] for i in rng.choice(len(furs), 2, replace=False))
     parts = (second,) if marks=='points' else (base, second, shade(base, .6))
-    return dict(base=base, second=second, far=shade(base, .8), tip=_pick(rng, parts), ear=_pick(rng, parts),
-        face=_pick(rng, (*parts, shade(base, 1.25))), inner=rose if rng.random()<.6 else shade(base, .7),
-        eye=_pick(rng, eyes), nose=_pick(rng, noses), mark=second if marks=='patches' else shade(base, .62),
-        scarf=_pick(rng, (*furs, *eyes, *noses, rose)), look=rng.uniform(.75, 1.2)) # how far the eyes are open
+    return dict(
+        base=base, second=second, far=shade(base, .8), tip=_pick(rng, parts), ear=_pick(rng, parts),
+        face=_pick(rng, (*parts, shade(base, 1.25))),
+        inner=rose if rng.random()<.6 else shade(base, .7),
+        eye=_pick(rng, eyes), nose=_pick(rng, noses),
+        mark=second if marks=='patches' else shade(base, .62),
+        scarf=_pick(rng, (*furs, *eyes, *noses, rose)),
+        look=rng.uniform(.75, 1.2)) # how far the eyes are open
 
 # %% ../../nbs/data/42_toy.ipynb #ac7b33b1
 _S = 4 # pixels per unit of a pet's own canvas of 120 x 120 units
@@ -70,7 +76,8 @@ class _Pen:
                 self.oval(x0+(x1-x0)*t, y0+(y1-y0)*t, w/2, w/2, c)
     def over(self, layer, c):
         "Paints where `layer` (L) and the pet both are."
-        self.img.paste(Image.new('RGBA', self.img.size, (*c,255)), mask=ImageChops.multiply(layer, self.img.getchannel('A')))
+        both = ImageChops.multiply(layer, self.img.getchannel('A'))
+        self.img.paste(Image.new('RGBA', self.img.size, (*c,255)), mask=both)
 
 def _bezier(p, n=12):
     t = np.linspace(0, 1, n)[:,None]
@@ -78,7 +85,8 @@ def _bezier(p, n=12):
 
 # %% ../../nbs/data/42_toy.ipynb #ac7a496f
 def _sitting(pen, rng, b, c):
-    cat,lw = b['species']==1,6 if b['species']==1 else 8
+    cat = b['species']==1
+    lw = 6 if cat else 8 # width of a leg
     if cat: pen.path(_bezier([(70,92), (108,98), (92,62+rng.uniform(-8,8))]), 5.5, c['tip'])
     else: pen.path([(68,90), (88,80)], 9, c['tip'])
     pen.oval(58, 72, 19*(1 if cat else 1.1), 25, c['base'], b['fluff'], rng)
@@ -88,10 +96,12 @@ def _sitting(pen, rng, b, c):
     return (58,36),False
 
 def _standing(pen, rng, b, c, y=62):
-    cat,lw,leg,wide = b['species']==1,6 if b['species']==1 else 8,b.get('leg', 1.),b.get('body', 1.)
+    cat,leg,wide = b['species']==1,b.get('leg', 1.),b.get('body', 1.)
+    lw = 6 if cat else 8
     if cat: pen.path(_bezier([(86,58), (112,56), (104,22+rng.uniform(-6,14))]), 5.5, c['tip'])
     else: pen.path([(80*(.5+wide/2),56), (98,42)], 8.5, c['tip'])
-    for x,k in ((42,'far'), (78,'far'), (36,'base'), (84,'base')): pen.path([(x,y), (x,y+(32 if cat else 34)*leg)], lw, c[k])
+    for x,k in ((42,'far'), (78,'far'), (36,'base'), (84,'base')):
+        pen.path([(x,y), (x,y+(32 if cat else 34)*leg)], lw, c[k])
     for x in (36, 84): pen.oval(x-1, y+33*leg, lw*.7, 3.5, c['tip'])
     pen.oval(60, y, 29 if cat else 30*wide, 14 if cat else 15, c['base'], b['fluff'], rng)
     if not cat: pen.oval(40, y-1, 15, 16, c['base'])
@@ -124,16 +134,21 @@ def _cat_head(pen, rng, b, at, side, c):
     pen.oval(x, y+5, 9, 8, c['face'])
     _eyes(pen, x, y-2, (-6.5,6.5), 3.4, (1.3,3.2), c)
     for s in (-1, 1): # whiskers, no part of the outline
-        for k in (-2,0,2): pen.draws[0].line([((x+s*6)*_S,(y+9)*_S), ((x+s*19)*_S,(y+8+k)*_S)], fill=(*c['face'],255), width=_S//2)
+        for k in (-2,0,2):
+            ends = [((x+s*6)*_S,(y+9)*_S), ((x+s*19)*_S,(y+8+k)*_S)]
+            pen.draws[0].line(ends, fill=(*c['face'],255), width=_S//2)
     pen.poly([(x-4,y+3), (x+4,y+3), (x,y+8)], c['nose'])
 
 def _dog_head(pen, rng, b, at, side, c):
     (x,y),e,mx = at,b['ear'],at[0]-13*side
     pen.oval(x, y, 14, 14.5, c['base'], b['fluff'], rng)
-    if rng.random()<.8: pen.oval(mx-(3 if side else 0), y+(13 if side else 17), 3.4, 6, c['inner']) # the tongue hangs out
-    pen.oval(mx, y+(5 if side else 8), 11 if side else 8.5, 6.5 if side else 8, c['face'], b['fluff'], rng)
+    if rng.random()<.8: # the tongue hangs out
+        pen.oval(mx-(3 if side else 0), y+(13 if side else 17), 3.4, 6, c['inner'])
+    rx,ry = (11,6.5) if side else (8.5,8) # of the muzzle
+    pen.oval(mx, y+(5 if side else 8), rx, ry, c['face'], b['fluff'], rng)
     pen.oval(mx-(9 if side else 0), y+(2.5 if side else 4), 3.2, 2.6, c['nose'])
-    _eyes(pen, x, y-3, (-3,) if side else (-6,6), 4.6 if side else 3.4, (2.9,2.9) if side else (2.1,2.1), c)
+    xs,r,pupil = ((-3,),4.6,(2.9,2.9)) if side else ((-6,6),3.4,(2.1,2.1))
+    _eyes(pen, x, y-3, xs, r, pupil, c)
     for s in (1,) if side else (-1,1):
         a = x+s*(7 if side else 14)
         if e>=1: pen.oval(a, y+3*e, 5.2, 13*e, c['ear'])
@@ -145,7 +160,8 @@ def _marks(pen, rng, kind, c):
     layer = Image.new('L', pen.img.size)
     d = ImageDraw.Draw(layer)
     if kind=='stripes':
-        for k in np.arange(24, 118, 9.): d.line([(k*_S,40*_S), ((k-6)*_S,104*_S)], fill=255, width=3*_S)
+        for k in np.arange(24, 118, 9.):
+            d.line([(k*_S,40*_S), ((k-6)*_S,104*_S)], fill=255, width=3*_S)
     else:
         for _ in range(3):
             x,y,r = rng.uniform(38, 88),rng.uniform(50, 92),rng.uniform(7, 13)
@@ -156,7 +172,7 @@ def draw_pet(
     rng, # numpy Generator
     breed:str, # name in `breeds`
 ) -> tuple: # RGBA image cut to the pet, and an L image of the same size that marks its head
-    "Returns one pet in a random pose, colour and direction."
+    "Returns one pet in a random pose, color, and direction."
     b,pen = breeds[breed],_Pen()
     c = _coat(rng, b['marks'])
     at,side = _pick(rng, (_sitting,_standing,_lying))(pen, rng, b, c)
@@ -165,7 +181,8 @@ def draw_pet(
     pen.on_head = at
     (_cat_head if b['species']==1 else _dog_head)(pen, rng, b, at, side, c)
     img,head = pen.img,pen.head
-    if rng.random()<.5: img,head = (o.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for o in (img,head))
+    if rng.random()<.5:
+        img,head = (o.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for o in (img,head))
     return _cut(img, head)
 
 def _cut(img, head):
@@ -176,7 +193,7 @@ def _cut(img, head):
 _any = lambda rng: furs[rng.integers(len(furs))]
 
 def _shape(d, rng, x, y, r, c):
-    "One thing that is no pet: a cushion, ball, box, plank or plant, in any colour."
+    "One thing that is no pet: a cushion, ball, box, plank or plant, in any color."
     k,w,h = rng.integers(5),r*rng.uniform(.5, 1.4),r*rng.uniform(.4, 1.2)
     if k==0: d.rounded_rectangle([x-w,y-h,x+w,y+h], r*.3, fill=c)
     elif k==1:
@@ -184,52 +201,69 @@ def _shape(d, rng, x, y, r, c):
         d.arc([x-r*.4,y-r*.7,x+r*.4,y+r*.7], 0, 360, fill=shade(c, .6), width=max(1, int(r*.08)))
     elif k==2:
         d.polygon([(x-w,y+h), (x+w,y+h), (x+w*.8,y-h), (x-w*.8,y-h)], fill=c)
-        for t in (-.5,0,.5): d.line([(x-w*.85,y+h*t), (x+w*.85,y+h*t)], fill=shade(c, .75), width=max(1, int(r*.08)))
-    elif k==3: d.polygon([(x+w*rng.uniform(.4,1)*cos(a), y+h*rng.uniform(.4,1)*sin(a)) for a in np.linspace(0, 2*pi, 9)[:-1]], fill=c)
+        for t in (-.5,0,.5):
+            ends = [(x-w*.85,y+h*t), (x+w*.85,y+h*t)]
+            d.line(ends, fill=shade(c, .75), width=max(1, int(r*.08)))
+    elif k==3:
+        turns = np.linspace(0, 2*pi, 9)[:-1]
+        pts = [(x+w*rng.uniform(.4,1)*cos(a), y+h*rng.uniform(.4,1)*sin(a)) for a in turns]
+        d.polygon(pts, fill=c)
     else:
-        for a in rng.uniform(-1., 1., 7): d.line([(x,y+r), (x+r*sin(a),y+r-1.8*r*cos(a))], fill=shade(c, rng.uniform(.7,1.2)), width=max(2, int(r*.14)))
+        for a in rng.uniform(-1., 1., 7):
+            ends = [(x,y+r), (x+r*sin(a),y+r-1.8*r*cos(a))]
+            d.line(ends, fill=shade(c, rng.uniform(.7,1.2)), width=max(2, int(r*.14)))
 
 # %% ../../nbs/data/42_toy.ipynb #0447832e
-def _color(rng): return _any(rng) if rng.random()<.6 else tuple(int(v) for v in rng.integers(30, 235, 3))
+def _color(rng):
+    return _any(rng) if rng.random()<.6 else tuple(int(v) for v in rng.integers(30, 235, 3))
 
 def _background(rng, w, h):
     "Wall and floor in two gradients with texture, and a clutter of things."
     top,bottom = (np.array(_color(rng), float) for _ in range(2))
     t = np.linspace(0, 1, h)[:,None,None]
     a = top*(1-t)+bottom*t + rng.normal(0, 1, (h,w,1))*rng.uniform(3, 12)
-    if rng.random()<.5: a += 14*np.sin(np.arange(w)[None,:,None]*rng.uniform(.08,.5)+np.arange(h)[:,None,None]*rng.uniform(-.3,.3))
+    if rng.random()<.5:
+        x,y = np.arange(w)[None,:,None],np.arange(h)[:,None,None]
+        a += 14*np.sin(x*rng.uniform(.08,.5)+y*rng.uniform(-.3,.3))
     img = Image.fromarray(a.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(1))
     d = ImageDraw.Draw(img)
     if rng.random()<.6: d.rectangle([0, h*rng.uniform(.5,.8), w, h], fill=_color(rng))
-    for _ in range(rng.integers(3, 8)): _shape(d, rng, rng.uniform(0,w), rng.uniform(0,h), min(w,h)*rng.uniform(.06,.2), _color(rng))
+    for _ in range(rng.integers(3, 8)):
+        x,y = rng.uniform(0,w),rng.uniform(0,h)
+        _shape(d, rng, x, y, min(w,h)*rng.uniform(.06,.2), _color(rng))
     return img
 
 # %% ../../nbs/data/42_toy.ipynb #606e9c75
 def _one(mask): return ndimage.label(mask, np.ones((3,3)))[1]==1
 
 def _lit(rng, pet):
-    "The pet under light from one side, with the grain of fur: no part keeps one exact colour."
+    "The pet under light from one side, with the grain of fur: no part keeps one exact color."
     a = np.asarray(pet).astype(float)
     y,x = np.mgrid[-1:1:a.shape[0]*1j, -1:1:a.shape[1]*1j]
     turn = rng.uniform(0, 2*pi)
-    light = rng.uniform(.75, 1.15)*(1+rng.uniform(0, .25)*(x*cos(turn)+y*sin(turn))) + rng.normal(0, rng.uniform(.02, .06), x.shape)
+    light = rng.uniform(.75, 1.15)*(1+rng.uniform(0, .25)*(x*cos(turn)+y*sin(turn)))
+    light += rng.normal(0, rng.uniform(.02, .06), x.shape)
     a[...,:3] *= light[...,None]
     return Image.fromarray(a.clip(0, 255).astype(np.uint8))
 
 def _place(rng, img, breed, n, taken):
-    "Pastes a pet where it touches no other; returns its mask and head mask (float 0-1, scene size), or None."
+    "Pastes a pet where it touches no other; returns masks of it and its head (H,W), bool, or None."
     w,h = img.size
     side = min(w, h)
     s = rng.uniform(*((.34,.8), (.26,.55), (.22,.44))[n-1])*side
     pet,head = draw_pet(rng, breed)
     r = s/max(pet.size)
-    size,tilt = (max(3, round(pet.width*r)),max(3, round(pet.height*r))),rng.uniform(-14, 14)
-    pet,head = _cut(*(o.resize(size, Image.Resampling.BOX).rotate(tilt, Image.Resampling.BICUBIC, expand=True) for o in (pet,head)))
+    size = max(3, round(pet.width*r)),max(3, round(pet.height*r))
+    tilt = rng.uniform(-14, 14)
+    pet,head = (o.resize(size, Image.Resampling.BOX) for o in (pet,head))
+    pet,head = (o.rotate(tilt, Image.Resampling.BICUBIC, expand=True) for o in (pet,head))
+    pet,head = _cut(pet, head)
     size = pet.size
     if size[0]>=w or size[1]>=h or max(size)>.8*side: return None
     x,y = int(rng.integers(0, w-size[0]+1)),int(rng.integers(0, h-size[1]+1))
     masks = [np.zeros((h,w), bool) for _ in range(2)]
-    for m,o in zip(masks, (pet.getchannel('A'), head)): m[y:y+size[1],x:x+size[0]] = np.asarray(o)>127
+    for m,o in zip(masks, (pet.getchannel('A'), head)):
+        m[y:y+size[1],x:x+size[0]] = np.asarray(o)>127
     if not _one(masks[0]) or (masks[0] & taken).any(): return None
     pet = _lit(rng, pet)
     img.paste(pet, (x,y), pet)
@@ -260,7 +294,7 @@ def draw_scene(
     size=(144,144), # (height, width), pixels
     max_hidden:float=0.35, # the largest share of a pet that things in front may hide
 ) -> tuple: # RGB image, list of dicts with 'seen' and 'head': (H,W) bool masks of what is visible
-    "Returns a picture of one to three pets of one breed, and its truth. No two pets touch, and each is in one piece."
+    "Returns an image of one to three pets, each in one piece, no two touching, and its truth."
     h,w = (2*o for o in size)
     img,n = _background(rng, w, h),int(rng.choice([1,2,3], p=(.6,.26,.14)))
     pets,taken = [],np.zeros((h,w), bool)
@@ -272,9 +306,12 @@ def draw_scene(
         pets.append(dict(whole=m[0], seen=m[0], head=m[1]))
     for _ in range(rng.integers(0, 3)): img = _occlude(rng, img, pets, max_hidden)
     img = img.resize((w//2,h//2), Image.Resampling.BOX)
-    half = lambda m: np.asarray(Image.fromarray(m).convert('L').resize((w//2,h//2), Image.Resampling.BOX))>127
+    def half(m):
+        m = Image.fromarray(m).convert('L')
+        return np.asarray(m.resize((w//2,h//2), Image.Resampling.BOX))>127
     res = [dict(seen=half(p['seen']), head=half(p['head'] & p['seen'])) for p in pets]
-    a = np.asarray(img, np.float32)*rng.uniform(.85, 1.1) + rng.normal(0, rng.uniform(1, 4), (h//2,w//2,3))
+    a = np.asarray(img, np.float32)*rng.uniform(.85, 1.1)
+    a = a + rng.normal(0, rng.uniform(1, 4), a.shape)
     return Image.fromarray(a.clip(0, 255).astype(np.uint8)),res
 
 # %% ../../nbs/data/42_toy.ipynb #54ef0f69
@@ -316,10 +353,10 @@ def _write_one(job):
     heads = [_box(p['head']) for p in pets if p['head'].sum()>=12]
     if head and heads: (ann/'xmls'/f'{name}.xml').write_text(_xml(name, size, ('cat','dog')[breeds[breed]['species']-1], heads))
     img.save(path/'images'/f'{name}.part', 'JPEG', quality=92)
-    (path/'images'/f'{name}.part').replace(path/'images'/f'{name}.jpg') # last, so a picture stands for all its files
+    (path/'images'/f'{name}.part').replace(path/'images'/f'{name}.jpg') # last, so an image stands for all its files
 
 # %% ../../nbs/data/42_toy.ipynb #8cfde76a
-_version = 3 # of the drawing: a folder drawn by another one is drawn anew
+_version = 3 # of the drawing: a folder drawn by another one is drawn again
 
 def _mark(path, args, **kw): (path/'toy.json').write_text(json.dumps(args | dict(version=_version) | kw))
 
@@ -343,7 +380,7 @@ _header = ('#Image CLASS-ID SPECIES BREED ID', '#ID: 1:6 Class ids', '#SPECIES: 
            '#All images with a capital first letter are cats', '#All images with a small first letter are dogs')
 
 def _split(n, seed, test_pct):
-    "Which of `n` pictures are for test, and which have no head box."
+    "Which of `n` images are for test, and which have no head box."
     rng,k = np.random.default_rng([seed]),len(breeds)
     test = {i for b in range(k) for i in rng.permutation(range(b, n, k))[:round(test_pct*len(range(b, n, k)))]}
     return test,{int(i) for i in rng.choice([i for i in range(n) if i not in test], max(1, (n-len(test))//60), replace=False)}
@@ -377,8 +414,8 @@ def toy_pets(
 ) -> Path: # the folder
     """Draws a data set of toy pets in the layout of Oxford-IIIT Pets; returns its folder.
 
-    The same arguments give the same data. A finished folder is left alone, an unfinished one is completed;
-    raises ValueError where the folder holds something else."""
+    The same arguments give the same data. A finished folder is left alone, an unfinished one
+    is completed; raises ValueError where the folder holds something else."""
     if n<1: raise ValueError(f'got n={n}, expected the number of images: give at least 1, or {len(breeds)} to see every breed')
     path,args = Path(dest),dict(n=n, seed=seed, side=side, test_pct=test_pct, quirks=quirks)
     if _finished(path, args): return path

@@ -23,33 +23,38 @@ from ..necks.neck import WithNeck, attach_neck
 def _plain(x): return x.as_subclass(Tensor) # fastai's and torchvision's tensor types out
 
 def _check_image(o, i):
-    if not isinstance(o, Tensor): raise TypeError(f'image {i} is of type {type(o).__name__}, expected a tensor '
-        '(3,H,W): convert it with torchvision.transforms.v2.functional.to_image and '
-        'to_dtype(..., torch.float32, scale=True)')
-    if o.dim()!=3 or o.shape[0]!=3 or 0 in o.shape: raise ValueError(f'image {i} has the shape {tuple(o.shape)}, '
-        'expected (3,H,W): convert it to RGB, channels first')
-    if not o.is_floating_point(): raise TypeError(f'image {i} is of type {o.dtype}, expected float in [0,1]: '
-        'convert it with image.float()/255')
+    if not isinstance(o, Tensor): raise TypeError(f'image {i} is of type {type(o).__name__}, '
+        'expected a tensor (3,H,W): convert it with torchvision.transforms.v2.functional.to_image '
+        'and to_dtype(..., torch.float32, scale=True)')
+    if o.dim()!=3 or o.shape[0]!=3 or 0 in o.shape: raise ValueError(
+        f'image {i} has the shape {tuple(o.shape)}, expected (3,H,W): '
+        'convert it to RGB, channels first')
+    if not o.is_floating_point(): raise TypeError(f'image {i} is of type {o.dtype}, '
+        'expected float in [0,1]: convert it with image.float()/255')
 
 def _check_range(images, normalize):
-    ends = torch.stack([torch.stack(o.detach().aminmax()) for o in images]).tolist() # one transfer from a GPU
-    for i,(lo,hi) in enumerate(ends):
-        if not hi-lo<float('inf'): raise ValueError(f'image {i} contains NaN or infinite values: repair or skip it')
-        if normalize and (lo<-.5 or hi>1.5): raise ValueError(f'image {i} has values from {lo:.3g} to {hi:.3g}, '
-            'expected [0,1]: divide bytes by 255, or build the model with normalize=False '
-            'if the images are normalised already')
+    ends = torch.stack([torch.stack(o.detach().aminmax()) for o in images])
+    for i,(lo,hi) in enumerate(ends.tolist()): # one transfer from a GPU
+        if not hi-lo<float('inf'): raise ValueError(
+            f'image {i} contains NaN or infinite values: repair or skip it')
+        if normalize and (lo<-.5 or hi>1.5): raise ValueError(
+            f'image {i} has values from {lo:.3g} to {hi:.3g}, expected [0,1]: divide bytes by 255, '
+            'or build the model with normalize=False if the images are normalised already')
 
 # %% ../../nbs/detectors/30_detector.ipynb #6f20aa3b
 def check_images(
     images, # a batch (B,3,H,W) or a list of (3,H,W), RGB, float
-    normalize:bool=True, # the images are in [0,1], the detector normalises them
+    normalize:bool=True, # the images are in [0,1], the detector normalizes them
 ) -> list: # plain tensors (3,H,W)
-    "Returns the images as a list; raises TypeError or ValueError that says which image is wrong and how to mend it."
-    if isinstance(images, Tensor) and images.dim()!=4: raise ValueError(f'got images of shape {tuple(images.shape)}, '
-        'expected a batch (B,3,H,W) or a list of (3,H,W): add the batch dimension with images[None]')
-    if not isinstance(images, (Tensor,list,tuple)): raise TypeError(f'got images of type {type(images).__name__}, '
+    "Returns the images as a list; raises TypeError or ValueError naming the image and the fix."
+    if isinstance(images, Tensor) and images.dim()!=4: raise ValueError(
+        f'got images of shape {tuple(images.shape)}, expected a batch (B,3,H,W) or '
+        'a list of (3,H,W): add the batch dimension with images[None]')
+    if not isinstance(images, (Tensor,list,tuple)): raise TypeError(
+        f'got images of type {type(images).__name__}, '
         'expected a tensor (B,3,H,W) or a list of tensors (3,H,W)')
-    if not len(images): raise ValueError('got no images, expected at least one: leave empty batches out')
+    if not len(images): raise ValueError(
+        'got no images, expected at least one: leave empty batches out')
     for i,o in enumerate(images): _check_image(o, i)
     images = [_plain(o) for o in images]
     _check_range(images, normalize)
@@ -57,46 +62,51 @@ def check_images(
 
 # %% ../../nbs/detectors/30_detector.ipynb #6d05a6ab
 def _check_form(t, i, image, keys):
-    "Returns how messages call the target; raises TypeError or ValueError where it lacks what the losses read."
-    if not isinstance(t, dict) or not {'boxes','labels'}<=set(t): raise TypeError(f"target {i} is "
-        f"{'a dict with '+(', '.join(map(str, t)) or 'no keys') if isinstance(t, dict) else type(t).__name__}, "
-        "expected a dict with boxes (N,4) and labels (N,)")
+    "Returns the target's name in messages; raises TypeError or ValueError if a key is wrong."
+    if not isinstance(t, dict) or not {'boxes','labels'}<=set(t):
+        got = type(t).__name__
+        if isinstance(t, dict): got = 'a dict with '+(', '.join(map(str, t)) or 'no keys')
+        raise TypeError(f'target {i} is {got}, expected a dict with boxes (N,4) and labels (N,)')
     who = f"the target of image {t.get('image_id', i)}"
-    fmt = t['boxes'].format.value if isinstance(t['boxes'], BoundingBoxes) else 'XYXY' # fastai shares attributes
+    tv = isinstance(t['boxes'], BoundingBoxes) # fastai shares attributes
+    fmt = t['boxes'].format.value if tv else 'XYXY'
     if fmt!='XYXY': raise ValueError(f'{who} has {fmt} boxes, expected XYXY: '
         'convert them with torchvision.ops.box_convert')
     for k in keys:
-        if not isinstance(t.get(k), Tensor): raise TypeError(f'{who} has {k} of type {type(t.get(k)).__name__}, '
-            'expected a tensor')
-        if t[k].device!=image.device: raise ValueError(f'{who} has {k} on {t[k].device} and its image on '
-            f'{image.device}: move both to one device')
+        if not isinstance(t.get(k), Tensor): raise TypeError(
+            f'{who} has {k} of type {type(t.get(k)).__name__}, expected a tensor')
+        if t[k].device!=image.device: raise ValueError(f'{who} has {k} on {t[k].device} '
+            f'and its image on {image.device}: move both to one device')
     return who
 
 # %% ../../nbs/detectors/30_detector.ipynb #7d3443cc
 def _check_shapes(boxes, labels, who):
-    if boxes.shape!=(len(labels),4) or labels.dim()!=1: raise ValueError(f'{who} has boxes {tuple(boxes.shape)} and '
-        f'labels {tuple(labels.shape)}, expected (N,4) and (N,): give one label per box')
-    if not boxes.is_floating_point() or labels.dtype!=torch.int64: raise TypeError(f'{who} has boxes of {boxes.dtype} '
-        f'and labels of {labels.dtype}, expected float and torch.int64: '
-        'convert them with boxes.float() and labels.long()')
+    if boxes.shape!=(len(labels),4) or labels.dim()!=1: raise ValueError(
+        f'{who} has boxes {tuple(boxes.shape)} and labels {tuple(labels.shape)}, '
+        'expected (N,4) and (N,): give one label per box')
+    if not boxes.is_floating_point() or labels.dtype!=torch.int64: raise TypeError(
+        f'{who} has boxes of {boxes.dtype} and labels of {labels.dtype}, '
+        'expected float and torch.int64: convert them with boxes.float() and labels.long()')
 
 def _check_masks(masks, n, image, who):
     want = (n, *image.shape[-2:])
     if masks.shape!=want or masks.dtype not in (torch.uint8, torch.bool): raise ValueError(
-        f"{who} has masks {tuple(masks.shape)} of {masks.dtype}, expected ({', '.join(map(str, want))}) of "
-        "torch.uint8: draw one mask per box at the image's size")
+        f'{who} has masks {tuple(masks.shape)} of {masks.dtype}, '
+        f"expected ({', '.join(map(str, want))}) of torch.uint8: "
+        "draw one mask per box at the image's size")
 
 # %% ../../nbs/detectors/30_detector.ipynb #1c5a8ad8
 def _check_values(t, who, num_classes):
-    "Raises ValueError naming the first box or label that cannot be."
+    "Raises ValueError naming the first invalid box or label."
     boxes,labels = t['boxes'],t['labels']
     bad = ~(boxes[:,2:]>boxes[:,:2]).all(1) | ~boxes.isfinite().all(1)
     wrong = (labels<1) | (labels>=num_classes)
     if not (bad|wrong).any(): return
-    if bad.any(): raise ValueError(f'{who} has the box {boxes[bad][0].tolist()}, expected x1 < x2 and y1 < y2 in '
-        'pixels: leave empty boxes out, and convert (x, y, width, height) to (x1, y1, x2, y2)')
-    raise ValueError(f'{who} has the label {int(labels[wrong][0])}, expected 1 to {num_classes-1} (0 is background, '
-        f'num_classes={num_classes} counts it): check the class map')
+    if bad.any(): raise ValueError(f'{who} has the box {boxes[bad][0].tolist()}, '
+        'expected x1 < x2 and y1 < y2 in pixels: leave empty boxes out, '
+        'and convert (x, y, width, height) to (x1, y1, x2, y2)')
+    raise ValueError(f'{who} has the label {int(labels[wrong][0])}, expected 1 to {num_classes-1} '
+        f'(0 is background, num_classes={num_classes} counts it): check the class map')
 
 # %% ../../nbs/detectors/30_detector.ipynb #77667cf3
 def _check_target(t, i, image, num_classes, keys):
@@ -104,7 +114,8 @@ def _check_target(t, i, image, num_classes, keys):
     who = _check_form(t, i, image, keys)
     t = {k:_plain(v) if isinstance(v, Tensor) else v for k,v in t.items()}
     boxes,labels = t['boxes'],t['labels']
-    if boxes.numel()==labels.numel()==0: boxes,labels = image.new_zeros(0, 4),labels.new_zeros(0, dtype=torch.int64)
+    if boxes.numel()==labels.numel()==0:
+        boxes,labels = image.new_zeros(0, 4),labels.new_zeros(0, dtype=torch.int64)
     _check_shapes(boxes, labels, who)
     n,res = len(labels),dict(boxes=boxes.float(), labels=labels)
     if 'masks' in keys:
@@ -115,19 +126,21 @@ def _check_target(t, i, image, num_classes, keys):
     return res if crowd is None else {k:v[crowd.reshape(-1)[:n]==0] for k,v in res.items()}
 
 def check_targets(
-    targets, # one dict per image: boxes (N,4) xyxy px, labels (N,) int64 from 1; N may be 0; iscrowd (N,) optional
+    targets, # one dict per image: boxes (N,4) xyxy px, labels (N,) int64 from 1, optional iscrowd
     images:list, # their images (3,H,W)
     num_classes:int, # background counted
     keys=('boxes','labels'), # the tensors that the losses read
 ) -> list: # dicts of plain tensors with these keys, without crowd boxes
-    "Returns what the losses need; raises TypeError or ValueError naming the image and the value that is wrong."
-    if targets is None: raise ValueError('got images without targets, expected one dict of boxes and labels per image: '
+    "Returns what the losses need; raises TypeError or ValueError naming the image and the value."
+    if targets is None: raise ValueError('got images without targets, '
+        'expected one dict of boxes and labels per image: '
         'give targets, or call model.eval() for detections')
-    if not isinstance(targets, (list,tuple)): raise TypeError(f'got targets of type {type(targets).__name__}, '
-        'expected a list of dicts, one per image')
-    if len(targets)!=len(images): raise ValueError(
-        f'got {len(targets)} targets for {len(images)} images, expected one dict per image: give one for each')
-    return [_check_target(t, i, o, num_classes, keys) for i,(t,o) in enumerate(zip(targets, images))]
+    if not isinstance(targets, (list,tuple)): raise TypeError(
+        f'got targets of type {type(targets).__name__}, expected a list of dicts, one per image')
+    if len(targets)!=len(images): raise ValueError(f'got {len(targets)} targets for {len(images)} '
+        'images, expected one dict per image: give one for each')
+    return [_check_target(t, i, o, num_classes, keys)
+            for i,(t,o) in enumerate(zip(targets, images))]
 
 # %% ../../nbs/detectors/30_detector.ipynb #90149b70
 @contextmanager
@@ -148,19 +161,22 @@ class _Parts(nn.Module):
     "What a detector consists of; a subclass of `Detector` defines all three."
     def encode(self, images, targets): # checked images (3,H,W) and targets, which are None in eval
         "Returns what losses and detections start from, the backbone's maps among it."
-        raise NotImplementedError(f'{type(self).__name__} has no encode(images, targets): define it in the subclass')
+        raise NotImplementedError(f'{type(self).__name__} has no encode(images, targets): '
+            'define it in the subclass')
 
     def losses(self, seen): # what `encode` returned
         "Returns a dict of losses."
-        raise NotImplementedError(f'{type(self).__name__} has no losses(seen): define it in the subclass')
+        raise NotImplementedError(f'{type(self).__name__} has no losses(seen): '
+            'define it in the subclass')
 
     def detections(self, seen): # what `encode` returned
         "Returns one dict of boxes, labels and scores per image, in pixels of the input."
-        raise NotImplementedError(f'{type(self).__name__} has no detections(seen): define it in the subclass')
+        raise NotImplementedError(f'{type(self).__name__} has no detections(seen): '
+            'define it in the subclass')
 
 # %% ../../nbs/detectors/30_detector.ipynb #8f32c4ec
 def _check_sizes(num_classes, img_size):
-    "Returns `img_size` as None, an int or a tuple of two; raises ValueError where either of the two cannot be."
+    "Returns `img_size` as None, an int or a tuple of two; raises ValueError if either of the two is invalid."
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes<2: raise ValueError(
         f'got num_classes={num_classes!r}, expected at least 2: it counts the background, as len(class_map) does')
     if img_size is not None and not isinstance(img_size, int): img_size = tuple(img_size)
@@ -170,17 +186,17 @@ def _check_sizes(num_classes, img_size):
 
 # %% ../../nbs/detectors/30_detector.ipynb #8e25b416
 class Detector(_Parts):
-    """Base of all detectors: losses in training, detections in eval, both from one pass through the backbone.
+    """Base of all detectors: losses in training, detections in eval, both from one backbone pass.
 
-    A subclass defines `encode(images, targets)`, which ends with the backbone's maps, and `losses` and `detections`,
-    which start from what `encode` returned."""
+    A subclass defines `encode(images, targets)`, which ends with the backbone's maps, and `losses`
+    and `detections`, which start from what `encode` returned."""
     target_keys = 'boxes','labels' # tensors of a target that the losses read
 
     def __init__(self,
         backbone:nn.Module, # a `Backbone`, with or without a neck
         num_classes:int, # background counted
-        img_size=None, # None: images as they are; int: longer side, px; (height, width): box to fit into, px
-        normalize:bool=True, # images come in [0,1]; False: they come normalised
+        img_size=None, # None: as given; int: longer side, px; (height, width): box to fit into, px
+        normalize:bool=True, # images come in [0,1]; False: they come normalized
     ):
         super().__init__()
         self.img_size = _check_sizes(num_classes, img_size)
@@ -190,24 +206,26 @@ class Detector(_Parts):
         images, # RGB float in [0,1], list of (3,H,W) or batch (B,3,H,W)
         targets=None, # list of dicts, needed for losses
         both:bool=False, # losses and detections, whatever the mode is
-    ): # training: dict of losses; eval: list of dict(boxes, labels, scores); both: (losses, detections)
-        "Returns losses, detections or both; raises one-sentence errors on input that cannot be."
+    ): # training: dict of losses; eval: dicts of boxes, labels, scores; both: the two as a tuple
+        "Returns losses, detections or both; raises TypeError or ValueError for invalid input."
         if both: return self._both(images, targets)
         images = check_images(images, self.normalize)
         if not self.training: return self.detections(self.encode(images, None))
-        return self.losses(self.encode(images, check_targets(targets, images, self.num_classes, self.target_keys)))
+        targets = check_targets(targets, images, self.num_classes, self.target_keys)
+        return self.losses(self.encode(images, targets))
 
 # %% ../../nbs/detectors/30_detector.ipynb #26dcf909
 @patch
 def _both(self:Detector, images, targets):
     with training_flag(list(self.modules()), False):
         images = check_images(images, self.normalize)
-        seen = self.encode(images, check_targets(targets, images, self.num_classes, self.target_keys))
+        targets = check_targets(targets, images, self.num_classes, self.target_keys)
+        seen = self.encode(images, targets)
         return self.losses(seen), self.detections(seen)
 
 @patch
 def losses_and_detections(self:Detector, images, targets):
-    "Returns (losses, detections) in eval mode from one pass through the backbone; no statistics change."
+    "Returns (losses, detections) in eval mode from one backbone pass; no statistics change."
     return self(images, targets, both=True)
 
 # %% ../../nbs/detectors/30_detector.ipynb #77146ee4
@@ -220,16 +238,18 @@ def param_groups(self:Detector) -> list: # lists of parameters
 
 @patch
 def freeze_to(self:Detector,
-    n:int, # groups before the n-th are frozen; negative n counts from the end, so -1 leaves the heads
+    n:int, # groups before the n-th are frozen; n<0 counts from the end, -1 leaves the heads
 ) -> Detector: # itself
-    "Freezes the first `n` groups, batch norm only where weights are pretrained; raises ValueError beyond the last."
+    "Freezes the first `n` groups, batch norm only where pretrained; raises ValueError beyond them."
     groups = self.param_groups()
-    if not -len(groups)<=n<=len(groups): raise ValueError(f'got freeze_to({n}), but there are {len(groups)} groups: '
+    if not -len(groups)<=n<=len(groups): raise ValueError(
+        f'got freeze_to({n}), but there are {len(groups)} groups: '
         f'give a number from {-len(groups)} to {len(groups)}')
     n = n+len(groups) if n<0 else n
     *own,heads = groups
     self.backbone.freeze_to(min(n, len(own)))
-    norms = {id(p) for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()}
+    bn = nn.modules.batchnorm._BatchNorm
+    norms = {id(p) for m in self.modules() if isinstance(m, bn) for p in m.parameters()}
     for p in heads: p.requires_grad_(n<=len(own) or id(p) in norms) # new heads have new statistics
     return self
 
@@ -238,7 +258,7 @@ def mean_std(
     backbone:nn.Module, # its `record` says what its weights were trained with
     normalize:bool=True,
 ) -> tuple: # (mean, std) of RGB in [0,1], lists of three
-    "Returns what images are normalised with: the record's numbers, ImageNet's without a record, 0 and 1 for none."
+    "Returns the record's numbers, or ImageNet's if it has none; 0 and 1 where `normalize` is off."
     if not normalize: return [0.]*3,[1.]*3
     r = getattr(backbone, 'record', None) or {}
     get = r.get if isinstance(r, dict) else lambda k: getattr(r, k, None)
@@ -252,11 +272,14 @@ def prepare_backbone(
     pretrained=False, # weights of a backbone given by name
     **neck_config, # channels, norm: for a neck that is built here
 ) -> nn.Module: # a `Backbone`, with a neck where one was wanted
-    "Returns the backbone that a detector builds on; raises ValueError where `pretrained` cannot be followed."
-    if pretrained and isinstance(backbone, nn.Module): raise ValueError(f'got a built {type(backbone).__name__} and '
-        f'pretrained_backbone={pretrained!r}: load its weights when you create it, or give its name')
-    bb = create_backbone(default if backbone is None else backbone, **dict(pretrained=pretrained) if pretrained else {})
-    if neck_config.get('extra') and len(bb.strides)==1: neck_config['extra'] = None # one map stays one map
+    "Returns a detector's backbone; raises ValueError for `pretrained` with a module that is built."
+    if pretrained and isinstance(backbone, nn.Module): raise ValueError(
+        f'got a built {type(backbone).__name__} and pretrained_backbone={pretrained!r}: '
+        'load its weights when you create it, or give its name')
+    weights = dict(pretrained=pretrained) if pretrained else {}
+    bb = create_backbone(default if backbone is None else backbone, **weights)
+    one = len(bb.strides)==1 # one map stays one map
+    if neck_config.get('extra') and one: neck_config['extra'] = None
     if neck_config.get('norm', 0) is None: del neck_config['norm'] # the neck's own default
     return attach_neck(bb, neck, **neck_config if isinstance(neck, str) else {})
 
@@ -277,5 +300,5 @@ def __repr__(self:Detector):
     size = self.img_size or 'as given'
     norm = 'inside' if self.normalize else 'by the caller'
     return (f'{type(self).__name__}: {describe(self.backbone)}, maps at strides {maps}\n'
-            f'  num_classes={self.num_classes} with background, image size {size}, normalised {norm}, '
-            f'{sum(p.numel() for p in self.parameters())/1e6:.3f} M parameters')
+            f'  num_classes={self.num_classes} with background, image size {size}, '
+            f'normalised {norm}, {sum(p.numel() for p in self.parameters())/1e6:.3f} M parameters')

@@ -30,7 +30,7 @@ from ..necks.neck import Neck, WithNeck, attach_neck, carries_neck
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #cb9795e7
 with warnings.catch_warnings():
-    warnings.simplefilter('ignore', FutureWarning) # effdet calls torch.jit.script when it is imported
+    warnings.simplefilter('ignore', FutureWarning) # effdet calls torch.jit.script on import
     from effdet import get_efficientdet_config
     from effdet.anchors import AnchorLabeler, Anchors, generate_detections, get_feat_sizes
     from effdet.bench import _post_process
@@ -39,33 +39,39 @@ with warnings.catch_warnings():
     from effdet.loss import DetectionLoss
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #5e60fe48
-_derived = 'name','backbone_name','backbone_args','backbone_indices','image_size','num_classes','num_levels','url'
+_derived = ('name','backbone_name','backbone_args','backbone_indices','image_size','num_classes',
+            'num_levels','url')
 
 def list_models(
     pattern:str='*', # shell wildcards, as in 'tf_*'
     pretrained:bool=False, # only those with published weights
 ) -> list: # effdet's names
-    "Returns the names that `model` takes; `efficientdet_d6`, `d7` and `d7x` are taken for those with `tf_` before."
-    return [k for k,v in effdet_rows.items() if fnmatch(k, pattern) and (v.get('url') or not pretrained)]
+    "Returns the names that `model` takes; it takes `efficientdet_d6`, `d7`, `d7x` as with `tf_`."
+    return [k for k,v in effdet_rows.items()
+            if fnmatch(k, pattern) and (v.get('url') or not pretrained)]
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #9038983d
 def effdet_config(
     name:str, # 'tf_efficientdet_lite0'
-    **changes, # laid over effdet's row: anchor_scale, fpn_channels, max_det_per_image ...
+    **changes, # override effdet's row: anchor_scale, fpn_channels, max_det_per_image ...
 ):
-    "Returns effdet's configuration, open for changes; raises ValueError or TypeError suggesting the nearest names."
-    if not isinstance(name, str): raise TypeError(f'got model_name={name!r}, expected a name such as '
-        "'tf_efficientdet_lite0': give the number of classes as num_classes=")
+    "Returns effdet's configuration, open for changes; errors suggest the nearest names."
+    if not isinstance(name, str):
+        raise TypeError(f'got model_name={name!r}, expected a name such as '
+            "'tf_efficientdet_lite0': give the number of classes as num_classes=")
     if name not in effdet_rows and f'tf_{name}' in effdet_rows:
-        warnings.warn(f'effdet has {name} only as tf_{name}, the same net with the padding of TensorFlow: taking that')
+        warnings.warn(f'effdet has {name} only as tf_{name}, '
+            'the same net with the padding of TensorFlow: taking that')
         name = f'tf_{name}'
-    if name not in effdet_rows: raise ValueError(f'there is no EfficientDet {name!r}.'
-        f'{did_you_mean(name, effdet_rows)} efficientdet.list_models() gives all names')
+    if name not in effdet_rows:
+        raise ValueError(f'there is no EfficientDet {name!r}.{did_you_mean(name, effdet_rows)} '
+            'efficientdet.list_models() gives all names')
     cfg = get_efficientdet_config(name)
     takes = [k for k in cfg if k not in _derived]
     for k,v in changes.items():
-        if k not in takes: raise TypeError(f'efficientdet.model takes no argument {k!r}.{did_you_mean(k, takes)} '
-            "Beside its own it takes those of effdet's configuration")
+        if k not in takes:
+            raise TypeError(f'efficientdet.model takes no argument {k!r}.{did_you_mean(k, takes)} '
+                "Beside its own it takes those of effdet's configuration")
         cfg[k] = v
     return cfg
 
@@ -75,11 +81,12 @@ def pick_levels(
     min_level:int=3, # the finest level wanted, stride 2**min_level
     max_level:int=7, # the coarsest
 ) -> list: # indices of maps
-    "Returns the maps from the finest level on, the last map where all are finer; raises ValueError for a gap."
+    "Returns the maps from `min_level` on, the last if all are finer; raises ValueError for a gap."
     res = [i for i,s in enumerate(strides) if 2**min_level<=s<=2**max_level] or [len(strides)-1]
     at = [strides[i] for i in res]
-    if any(b!=2*a for a,b in zip(at, at[1:])): raise ValueError(f'got maps at strides {tuple(at)}, expected each twice '
-        'the one before: select strides without a gap, such as (8,16,32)')
+    if any(b!=2*a for a,b in zip(at, at[1:])):
+        raise ValueError(f'got maps at strides {tuple(at)}, expected each twice '
+            'the one before: select strides without a gap, such as (8,16,32)')
     return res
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #94377ac3
@@ -90,13 +97,14 @@ def set_levels(
 ):
     "Sets the levels that begin at the finest of the maps."
     lo = int(log2(strides[0]))
-    cfg.min_level,cfg.max_level = lo,max(cfg.max_level, lo+len(strides)-1, lo+1) if top is None else int(log2(top))
+    cfg.min_level = lo
+    cfg.max_level = max(cfg.max_level, lo+len(strides)-1, lo+1) if top is None else int(log2(top))
     cfg.num_levels = cfg.max_level-lo+1
     return cfg
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #fdd30221
 class BiFpnNeck(Neck):
-    "effdet's BiFPN behind the contract of a neck; it is made for one image size."
+    "effdet's BiFPN wrapped to meet the contract of a neck; it is made for one image size."
     def __init__(self,
         in_channels, # channels of the incoming maps, finest first
         in_strides, # their strides
@@ -105,7 +113,8 @@ class BiFpnNeck(Neck):
         out = [2**l for l in range(cfg.min_level, cfg.max_level+1)]
         super().__init__(in_channels, in_strides, cfg.fpn_channels, out)
         self.picked = pick_levels(in_strides, cfg.min_level, cfg.max_level)
-        self.fpn = BiFpn(cfg, [dict(num_chs=in_channels[i], reduction=in_strides[i]) for i in self.picked])
+        rows = [dict(num_chs=in_channels[i], reduction=in_strides[i]) for i in self.picked]
+        self.fpn = BiFpn(cfg, rows)
         initialise(self.fpn, 'fpn')
 
     def forward(self, maps):
@@ -114,17 +123,17 @@ class BiFpnNeck(Neck):
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #fe9f8f81
 def initialise(module, name):
-    "Draws effdet's initial weights; `name` is the module's in effdet, which tells the heads from the rest."
+    "Draws effdet's initial weights; `name` is the module's name in effdet, which marks the heads."
     for k,m in module.named_modules(prefix=name): _init_weight(m, k)
     return module
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #d59536e4
 @torch.no_grad()
 def map_sizes(
-    backbone:nn.Module, # gives feature maps
+    backbone:nn.Module, # returns feature maps
     size, # (height, width) of the image, px
 ) -> list: # (height, width) of each map
-    "Returns the sizes of the maps without computing them, where the net allows it: on the meta device."
+    "Returns the sizes of the maps, computed on the meta device where the net allows it."
     p = next(backbone.parameters(), torch.zeros(1))
     meta = {k:v.to('meta') for k,v in [*backbone.named_parameters(), *backbone.named_buffers()]}
     with training_flag(list(backbone.modules()), False):
@@ -144,7 +153,8 @@ def why_not(
     "Says why EfficientDet cannot work at a size."
     want = get_feat_sizes(size, top)
     for a,b in zip(want[levels[-1][0]:], want[levels[-1][0]+1:]):
-        if (a[0]>b[0])!=(a[1]>b[1]): return f'a level of {a[0]}x{a[1]} cannot be halved on both sides'
+        if (a[0]>b[0])!=(a[1]>b[1]):
+            return f'a level of {a[0]}x{a[1]} cannot be halved on both sides'
     try: got = map_sizes(backbone, size)
     except Exception as e: return ' '.join(f'{type(e).__name__}: {e}'.split())[:150].rstrip(' .:')
     for l,i in levels:
@@ -164,8 +174,10 @@ def nearest_sizes(
     for sign,n in ((-1, [o//step for o in size]), (1, [-(-o//step) for o in size])):
         tries = [tuple(max(o+sign*k, 1)*step for o in n) for k in range(5)]
         res += [o for o in tries if o!=size and not why_not(backbone, levels, o, top)][:1]
-    fixed = getattr(getattr(backbone, 'body', backbone), 'img_size', None) or getattr(backbone, 'img_size', None)
-    return list(dict.fromkeys(res)) or [tuple(fixed)]*bool(fixed and not why_not(backbone, levels, fixed, top))
+    body = getattr(backbone, 'body', backbone)
+    fixed = getattr(body, 'img_size', None) or getattr(backbone, 'img_size', None)
+    if res: return list(dict.fromkeys(res))
+    return [tuple(fixed)] if fixed and not why_not(backbone, levels, fixed, top) else []
 
 def check_size(
     backbone:nn.Module,
@@ -176,12 +188,13 @@ def check_size(
     "Raises ValueError for a size that cannot work, naming the nearest that do."
     if not (reason := why_not(backbone, levels, size, top)): return
     near = ' or '.join(f'({h}, {w})' for h,w in nearest_sizes(backbone, levels, size, top))
-    raise ValueError(f'EfficientDet on {backbone.name or type(backbone).__name__} cannot work at {size[0]}x{size[1]} '
-        f"({reason}): {f'give img_size={near}' if near else 'choose another backbone'}")
+    raise ValueError(f'EfficientDet on {backbone.name or type(backbone).__name__} cannot work at '
+        f"{size[0]}x{size[1]} ({reason}): "
+        f"{f'give img_size={near}' if near else 'choose another backbone'}")
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #38561784
 class FixedSize(Resize):
-    "Normalises, resizes into the box of (height, width) and pads every batch to just that box."
+    "Normalizes, resizes into the box of (height, width) and pads every batch to just that box."
     def batch_images(self, images, size_divisible=None):
         res = images[0].new_zeros(len(images), images[0].shape[0], *self.img_size)
         for dst,o in zip(res, images): dst[:, :o.shape[1], :o.shape[2]].copy_(o)
@@ -189,22 +202,23 @@ class FixedSize(Resize):
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #f3c5c6d8
 class SafeBatchNorm(nn.BatchNorm2d):
-    "Batch norm that takes its running statistics where a channel has one value in the batch, and so no variance."
+    "Batch norm that takes its running statistics if a channel has one value, and so no variance."
     def forward(self, x):
         if not self.training or x.numel()>x.shape[1]: return super().forward(x)
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0., self.eps)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
+                            False, 0., self.eps)
 
 def safe_norms(module):
     "Lets all batch norms of effdet's parts take one image whose coarsest map has one cell."
     for m in module.modules():
-        if type(m) is nn.BatchNorm2d: m.__class__ = SafeBatchNorm # same tensors under the same names
+        if type(m) is nn.BatchNorm2d: m.__class__ = SafeBatchNorm # same tensors, same names
     return module
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #a7bdfbea
 def make_anchors(
     cfg, # effdet's configuration, with image size and levels
 ) -> Anchors: # its `boxes` (N,4) are yxyx in pixels of the net's input
-    "Returns effdet's anchors; they follow from the configuration and are not saved with the weights."
+    "Returns effdet's anchors; they follow from the configuration and are not saved as weights."
     res = Anchors.from_config(cfg)
     boxes = res.boxes
     del res.boxes
@@ -213,7 +227,7 @@ def make_anchors(
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #39c9fb0e
 class EfficientDet(Detector):
-    "effdet's heads, and its BiFPN where no other neck is given, on any backbone (Tan et al. 2020, arXiv:1911.09070)."
+    "effdet's heads and default BiFPN on any backbone (Tan et al. 2020, arXiv:1911.09070)."
     loss_names = 'loss_classifier','loss_box_reg'
     pretrained,record = None,None # tag and record of weights for the whole detector
 
@@ -226,7 +240,8 @@ class EfficientDet(Detector):
         **config, # num_classes, normalize
     ):
         super().__init__(backbone, img_size=tuple(cfg.image_size), **config)
-        self.name,self.cfg,self.strides,self.score_thresh = cfg.name,cfg,tuple(backbone.strides),score_thresh
+        self.name,self.cfg,self.score_thresh = cfg.name,cfg,score_thresh
+        self.strides = tuple(backbone.strides)
         self.transform = FixedSize(self.img_size, mean, std)
         for k,n in (('class_net', cfg.num_classes), ('box_net', 4)):
             setattr(self, k, safe_norms(initialise(HeadNet(cfg, num_outputs=n), k)))
@@ -239,7 +254,8 @@ def encode(self:EfficientDet, images, targets):
     images,targets = self.transform(images, targets)
     maps = as_list(self.backbone(images.tensors))
     cls,box = [[o.float() for o in head(maps)] for head in (self.class_net, self.box_net)]
-    return SimpleNamespace(classes=cls, boxes=box, targets=targets, image_sizes=images.image_sizes, sizes=sizes)
+    return SimpleNamespace(classes=cls, boxes=box, targets=targets,
+                           image_sizes=images.image_sizes, sizes=sizes)
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #d17c3b49
 @patch
@@ -248,7 +264,8 @@ def label_anchors(self:EfficientDet,
 ): # (classes from 0, -1 is background; box codes; how many anchors have an object)
     "Returns for every level what each anchor should say."
     labeler = AnchorLabeler(self.anchors, self.cfg.num_classes, match_threshold=.5)
-    return labeler.batch_label_anchors([t['boxes'][:, [1,0,3,2]] for t in targets], [t['labels'] for t in targets])
+    boxes = [t['boxes'][:, [1,0,3,2]] for t in targets]
+    return labeler.batch_label_anchors(boxes, [t['labels'] for t in targets])
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #798bf399
 @patch
@@ -258,7 +275,7 @@ def losses(self:EfficientDet, seen):
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #a9e74041
 def find_body(
-    backbone, # a name of ours, any name of timm, with or without 'timm/', a `Backbone`, or a module that gives maps
+    backbone, # a name of ours or timm's, 'timm/' optional; a `Backbone`; a module returning maps
     size, # (height, width) that the net will get, px
     pretrained=False, # weights of a backbone given by name
     finest:int=8, # stride of the first map that is wanted
@@ -266,29 +283,34 @@ def find_body(
 ) -> nn.Module: # a `Backbone`
     "Returns the backbone; raises ValueError suggesting the nearest names, ours and timm's."
     if isinstance(backbone, nn.Module) or not isinstance(backbone, str):
-        if pretrained: raise ValueError(f'got a built {type(backbone).__name__} and pretrained_backbone='
-            f'{pretrained!r}: load its weights when you create it, or give its name')
+        if pretrained:
+            raise ValueError(f'got a built {type(backbone).__name__} and pretrained_backbone='
+                f'{pretrained!r}: load its weights when you create it, or give its name')
         return create_backbone(backbone)
     name = next((o for o in (backbone, f'timm/{backbone}') if has_backbone(o)), None)
     if name is None:
         known = list_backbones() + [o.removeprefix('timm/') for o in list_backbones('timm/*')]
         raise ValueError(f"there is no backbone {backbone!r}, neither ours nor timm's."
-            f"{did_you_mean(backbone.removeprefix('timm/'), known)} list_backbones('timm/*') gives timm's names")
+            f"{did_you_mean(backbone.removeprefix('timm/'), known)} "
+            "list_backbones('timm/*') gives timm's names")
     if name.startswith('timm/'): config['device'] = str(torch.get_default_device())
     body = create_backbone(name, pretrained, **config)
-    if getattr(body, 'img_size', None) not in (None, size): # a model of one size is built for this one, where it can
+    if getattr(body, 'img_size', None) not in (None, size): # made for one size: this one, if it can
         try: body = create_backbone(name, pretrained, img_size=size, **config)
         except Exception: pass # the check of the size will say what it takes
+    if carries_neck(body): return body
     have = [r['reduction'] for r in body.rows]
-    return body if carries_neck(body) else body.select([s for s in have if finest<=s<=32] or have[-1:])
+    return body.select([s for s in have if finest<=s<=32] or have[-1:])
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #e0257c16
 def _own_neck(neck, body, cfg):
-    "A neck of ours by name, in the width and depth of the configuration; any other as `attach_neck` takes it."
+    "A neck of ours by name, of the configuration's width and depth; any other as in `attach_neck`."
     more = max(cfg.max_level - int(log2(body.strides[-1])), 0)
     coarse = {0:None, 1:'pool'}.get(more, 'p6p7')
-    config = dict(fpn=dict(extra=coarse), pan=dict(extra=coarse), bifpn=dict(layers=cfg.fpn_cell_repeats,
-        levels=len(body.strides)+more)).get(neck, {}) if isinstance(neck, str) else {}
+    levels = len(body.strides)+more
+    known = dict(fpn=dict(extra=coarse), pan=dict(extra=coarse),
+                 bifpn=dict(layers=cfg.fpn_cell_repeats, levels=levels))
+    config = known.get(neck, {}) if isinstance(neck, str) else {}
     if not config: return attach_neck(body, neck)
     both = attach_neck(body, neck, channels=cfg.fpn_channels, **config)
     safe_norms(both.neck)
@@ -297,33 +319,37 @@ def _own_neck(neck, body, cfg):
 # %% ../../nbs/detectors/33_efficientdet.ipynb #4fd62ba9
 def put_neck(
     body:nn.Module, # a `Backbone`
-    neck, # 'auto': effdet's BiFPN, none where the backbone carries a neck; or what `attach_neck` takes
+    neck, # 'auto': effdet's BiFPN, none if the backbone carries a neck; or what `attach_neck` takes
     cfg, # effdet's configuration, changed in place: levels
 ) -> nn.Module: # a `Backbone` whose maps the heads take
     "Returns the backbone with its neck; raises ValueError for a size or maps that cannot work."
-    size,auto = tuple(cfg.image_size),isinstance(neck, str) and neck=='auto' and not carries_neck(body)
+    auto = isinstance(neck, str) and neck=='auto' and not carries_neck(body)
     if auto:
         picked = pick_levels(body.strides, cfg.min_level, cfg.max_level)
         set_levels(cfg, [body.strides[i] for i in picked])
     else:
         body = _own_neck(neck, body, cfg)
         picked = pick_levels(body.strides, 0, 99)
-        if len(set(body.channels))>1: raise ValueError(f'the maps have channels {tuple(body.channels)}, expected one '
-            "number for all, since the heads are shared: give neck='auto'")
+        if len(set(body.channels))>1:
+            raise ValueError(f'the maps have channels {tuple(body.channels)}, expected one '
+                "number for all, since the heads are shared: give neck='auto'")
         set_levels(cfg, body.strides, body.strides[-1]).fpn_channels = body.channels[0]
-    check_size(body, [(int(log2(body.strides[i])), i) for i in picked], size, cfg.max_level)
-    return WithNeck(body, safe_norms(BiFpnNeck(body.channels, body.strides, cfg))) if auto else body
+    levels = [(int(log2(body.strides[i])), i) for i in picked]
+    check_size(body, levels, tuple(cfg.image_size), cfg.max_level)
+    if not auto: return body
+    return WithNeck(body, safe_norms(BiFpnNeck(body.channels, body.strides, cfg)))
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #c7683463
 @patch
 def replace_heads(self:EfficientDet,
     num_classes:int, # background counted
 ) -> EfficientDet: # itself
-    "Draws a new last convolution of the class head, as effdet draws it; all other weights stay as they are."
+    "Draws a new last convolution of the class head, as effdet draws it; all other weights stay."
     _check_sizes(num_classes, None)
     self.cfg.num_classes,self.num_classes = num_classes-1,num_classes
     last = 'conv_pw' if self.cfg.separable_conv else 'conv'
-    old,new = self.class_net.predict,initialise(HeadNet(self.cfg, num_outputs=num_classes-1), 'class_net').predict
+    old = self.class_net.predict
+    new = initialise(HeadNet(self.cfg, num_outputs=num_classes-1), 'class_net').predict
     setattr(old, last, getattr(new, last).to(getattr(old, last).weight))
     self.loss_fn = DetectionLoss(self.cfg)
     return self
@@ -342,15 +368,15 @@ def _load(net, record, num_classes):
 # %% ../../nbs/detectors/33_efficientdet.ipynb #f1f9ffd6
 def model(
     model_name:str='tf_efficientdet_lite0', # `list_models()` gives all
-    num_classes:int=None, # background counted, as in len(class_map); None: as in the weights where pretrained
-    img_size=None, # the net's input, px: an int is a square, or (height, width); None: the row's own
-    backbone=None, # None: the row's own; any name of ours or timm's; a `Backbone`; any module that returns maps
-    neck='auto', # 'auto': effdet's BiFPN; 'bifpn', 'fpn', 'pan', a `Neck`, a callable (channels, strides) -> Neck
-    pretrained=False, # True or 'coco': effdet's published weights of the whole detector; or a `WeightRecord` of such
-    pretrained_backbone=False, # weights of the backbone, where it is given by name or the row's own
-    normalize:bool=True, # images come in [0,1] and are normalised inside; False: they come normalised
+    num_classes:int=None, # with background, as len(class_map); None: as in the pretrained weights
+    img_size=None, # the net's input, px: an int (square) or (height, width); None: the row's own
+    backbone=None, # None: the row's own; a name, ours or timm's; a `Backbone`; any module with maps
+    neck='auto', # 'auto': effdet's; 'bifpn', 'fpn', 'pan', a `Neck`, or (channels, strides) -> Neck
+    pretrained=False, # True or 'coco': effdet's weights of the whole detector; or a `WeightRecord`
+    pretrained_backbone=False, # weights of the backbone, if it is given by name or the row's own
+    normalize:bool=True, # images are in [0,1] and normalized inside; False: they come normalized
     score_thresh:float=0., # detections below are left out
-    **kwargs, # effdet's: anchor_scale, aspect_ratios, fpn_channels, max_det_per_image, gamma, min_level ...
+    **kwargs, # effdet's: anchor_scale, aspect_ratios, fpn_channels, max_det_per_image ...
 ) -> EfficientDet: # in training mode
     "Returns EfficientDet on any backbone; raises one-sentence errors where the parts do not fit."
     cfg = effdet_config(model_name, **kwargs)
@@ -361,22 +387,25 @@ def model(
     cfg.image_size = (size,size) if isinstance(size, int) else tuple(size)
     cfg.num_classes = cfg.num_classes if pretrained else num_classes-1
     own = {} if backbone is not None else dict(cfg.backbone_args or {})
-    body = find_body(backbone or f'timm/{cfg.backbone_name}', tuple(cfg.image_size), pretrained_backbone,
-                     2**cfg.min_level, **own)
+    body = find_body(backbone or f'timm/{cfg.backbone_name}', tuple(cfg.image_size),
+                     pretrained_backbone, 2**cfg.min_level, **own)
     bb = put_neck(body, neck, cfg)
     stated = dict(mean=cfg.get('mean'), std=cfg.get('std')) if backbone is None else None
     stated = SimpleNamespace(record=bb.record or stated)
     mean,std = mean_std(stated, normalize)
-    net = EfficientDet(cfg, bb, mean, std, score_thresh, num_classes=cfg.num_classes+1, normalize=normalize)
+    net = EfficientDet(cfg, bb, mean, std, score_thresh, num_classes=cfg.num_classes+1,
+                       normalize=normalize)
     return _load(net, record, num_classes) if pretrained else net
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #00172663
 @patch
 def __repr__(self:EfficientDet):
-    h,w = self.img_size
-    exact,top = all(n%self.strides[-1]==0 for n in (h,w)),self.strides[-1]
-    return (f'{self.name}, {Detector.__repr__(self)}\n  input {h}x{w}, {len(self.anchors.boxes)} anchors, '
-            f"{'centred on the cells' if exact else f'stretched: only multiples of {top} divide without rest'}")
+    (h,w),top = self.img_size,self.strides[-1]
+    exact = all(n%top==0 for n in (h,w))
+    fit = ('centred on the cells' if exact else
+           f'stretched: only multiples of {top} divide without rest')
+    return (f'{self.name}, {Detector.__repr__(self)}\n'
+            f'  input {h}x{w}, {len(self.anchors.boxes)} anchors, {fit}')
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #03f3c406
 def one_image(
@@ -388,11 +417,12 @@ def one_image(
     score_thresh=0.,
     **config, # max_det_per_image, soft_nms
 ) -> dict: # boxes, labels, scores
-    "Returns the detections of one image in pixels of the net's input, without those that lie outside of it."
+    "Returns the detections of one image in pixels of the net's input, without those outside of it."
     clip = box.new_tensor(size[::-1])
     d = generate_detections(cls, box, anchors, torch.arange(len(cls), device=cls.device), labels,
                             torch.ones_like(clip[:1]), clip, **config)
-    d = d[(d[:,5]>0) & (d[:,2:4]>d[:,:2]).all(1) & (d[:,4]>=score_thresh)] # effdet fills up with class 0
+    real = (d[:,5]>0) & (d[:,2:4]>d[:,:2]).all(1) # effdet fills up with class 0
+    d = d[real & (d[:,4]>=score_thresh)]
     return dict(boxes=d[:,:4], labels=d[:,5].long(), scores=d[:,4])
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #57ea0109

@@ -37,7 +37,7 @@ from .detector import Detector, _check_sizes, mean_std, prepare_backbone, traini
 
 # %% ../../nbs/detectors/31_faster_rcnn.ipynb #0edf698d
 class Resize(GeneralizedRCNNTransform):
-    "torchvision's normalising, resizing and padding; `img_size` may also keep images as they are or bound both sides."
+    "torchvision's transform; `img_size` may also keep images as they are or bound both sides."
     def __init__(self,
         img_size=None, # None: as given; int: longer side, px; (height, width): box to fit into, px
         mean=(0.,0.,0.), # of RGB
@@ -46,8 +46,9 @@ class Resize(GeneralizedRCNNTransform):
         min_size=None, # torchvision's rule instead of `img_size`: shorter side, px
         max_size=None, # its bound of the longer side, px
     ):
-        if img_size is not None and (min_size or max_size): raise ValueError(f'got img_size={img_size} beside min_size '
-            'or max_size, which mean the same thing: give one of them')
+        if img_size is not None and (min_size or max_size): raise ValueError(
+            f'got img_size={img_size} beside min_size or max_size, which mean the same thing: '
+            'give one of them')
         super().__init__(min_size or 800, max_size or 1333, list(mean), list(std), size_divisible)
         self.img_size,self.torchvision_rule = img_size,bool(min_size or max_size)
 
@@ -61,7 +62,8 @@ class Resize(GeneralizedRCNNTransform):
         image = F.interpolate(image[None], size, mode='bilinear', antialias=True)[0]
         if target is not None:
             target['boxes'] = resize_boxes(target['boxes'], (h,w), size)
-            if 'masks' in target: target['masks'] = F.interpolate(target['masks'][:,None].float(), size)[:,0].byte()
+            if 'masks' in target:
+                target['masks'] = F.interpolate(target['masks'][:,None].float(), size)[:,0].byte()
         return image,target
 
 # %% ../../nbs/detectors/31_faster_rcnn.ipynb #d284a85c
@@ -69,13 +71,13 @@ def anchor_sizes(
     strides, # of the maps that the RPN sees
     anchor_scale=8, # base size / stride
 ) -> tuple: # a tuple of base sizes (px) for each map
-    "Returns `anchor_scale*stride` for each map; a single map gets the five sizes of the usual pyramid."
+    "Returns `anchor_scale*stride` per map; a single map gets the five sizes of the usual pyramid."
     if len(strides)==1: return (tuple(anchor_scale*s for s in (4,8,16,32,64)),)
     return tuple((anchor_scale*s,) for s in strides)
 
 # %% ../../nbs/detectors/31_faster_rcnn.ipynb #51e45666
 class Levels(LevelMapper):
-    "The FPN paper's equation 1 over the strides there are: a power of two may be missing; of two equal the first."
+    "The FPN paper's equation 1 for any strides: a missing level falls to the next finer map."
     def __init__(self,
         strides, # of the maps to pool from, ascending
         anchor_scale=8, # the canonical 224 px of the paper belong to 8
@@ -92,10 +94,10 @@ def roi_pool(
     strides, # of the maps to pool from, ascending
     names, # of these maps, in the dict that the pooling is given
     anchor_scale=8, # see `Levels`
-    sampling_ratio:int=2, # points a side in each bin
-    size:int=7, # bins a side
+    sampling_ratio:int=2, # points per side of each bin
+    size:int=7, # bins per side
 ) -> MultiScaleRoIAlign:
-    "Returns torchvision's multi-scale RoIAlign; scales and levels follow from the strides, not from the first image."
+    "Returns torchvision's multi-scale RoIAlign, with scales and levels from the strides."
     pool = MultiScaleRoIAlign(list(names), size, sampling_ratio, canonical_scale=28*anchor_scale)
     pool.scales,pool.map_levels = [1/s for s in strides],Levels(strides, anchor_scale)
     return pool
@@ -104,7 +106,7 @@ def roi_pool(
 def _up(x): return x.float() if torch.is_autocast_enabled(x.device.type) else x
 
 class FloatRPNHead(RPNHead):
-    "torchvision's RPN head; under autocast its results are float32, since bfloat16 rounds pixels above 256."
+    "torchvision's RPN head; float32 results under autocast, as bfloat16 rounds pixels above 256."
     def forward(self, x): return tuple([_up(o) for o in out] for out in super().forward(x))
 
 class FloatPredictor(FastRCNNPredictor):
@@ -158,7 +160,8 @@ class FasterRCNN(_TwoStages):
         sizes = [tuple(o.shape[-2:]) for o in images]
         images,targets = self.transform(images, targets)
         maps = self.backbone(images.tensors)
-        return Encoded(images, OrderedDict((str(i), _up(maps[i])) for i in self.levels), targets, sizes)
+        features = OrderedDict((str(i), _up(maps[i])) for i in self.levels)
+        return Encoded(images, features, targets, sizes)
 
 # %% ../../nbs/detectors/31_faster_rcnn.ipynb #bf03cff8
 @patch
@@ -176,7 +179,7 @@ def replace_heads(self:FasterRCNN,
 def pick_levels(
     backbone:nn.Module, # knows channels and strides
 ) -> list: # indices of maps
-    "Returns all maps where they have equal channels, else the last alone: one RPN head serves all maps."
+    "Returns all maps if they have equal channels, else only the last: one RPN head serves all."
     n = len(backbone.strides)
     return list(range(n)) if len(set(backbone.channels))==1 else [n-1]
 
@@ -184,7 +187,7 @@ def roi_levels(
     backbone:nn.Module,
     levels, # indices of the maps in use
 ) -> list: # indices of maps
-    "Returns the maps that boxes are pooled from: a neck's real levels, or those up to stride 32 where unknown."
+    "Returns the maps that boxes are pooled from: a neck's real levels, else those up to stride 32."
     neck = getattr(backbone, 'neck', None)
     real = getattr(neck, 'in_strides', None) or [s for s in backbone.strides if s<=32]
     return [i for i in levels if backbone.strides[i] in real] or list(levels)[:1]
@@ -195,10 +198,12 @@ def check_names(kwargs,
     more=(), # names that it takes itself
     reference=TorchvisionFasterRCNN, # class whose constructor takes the others
 ):
-    "Raises TypeError for names that neither the caller nor torchvision's constructor takes, suggesting the nearest."
-    takes = sorted({*inspect.signature(reference.__init__).parameters, *more, 'size_divisible'} - {'self','kwargs'})
+    "Raises TypeError for names that neither caller nor torchvision takes, suggesting the nearest."
+    takes = {*inspect.signature(reference.__init__).parameters, *more, 'size_divisible'}
+    takes = sorted(takes - {'self','kwargs'})
     for k in kwargs:
-        if k not in takes: raise TypeError(f'{who} takes no argument {k!r}.{did_you_mean(k, takes)}')
+        if k not in takes:
+            raise TypeError(f'{who} takes no argument {k!r}.{did_you_mean(k, takes)}')
 
 def _stub(channels):
     "In place of a backbone: torchvision's constructor asks it for its width only."
@@ -215,7 +220,8 @@ def make_box_head(
 ) -> nn.Module: # (N,channels,7,7) -> (N,head_channels)
     "Returns one of torchvision's two box heads."
     if not convs: return TwoMLPHead(channels*7**2, head_channels)
-    return FastRCNNConvFCHead((channels,7,7), [channels]*convs, [head_channels], norm and partial(make_norm, norm))
+    norm = norm and partial(make_norm, norm)
+    return FastRCNNConvFCHead((channels,7,7), [channels]*convs, [head_channels], norm)
 
 # %% ../../nbs/detectors/31_faster_rcnn.ipynb #77488a7c
 def rcnn_parts(
@@ -231,16 +237,18 @@ def rcnn_parts(
     box_convs:int=0, # see `make_box_head`
     head_norm=None, # see `make_box_head`
 ) -> dict: # arguments of torchvision's detector
-    "Returns anchors, RPN head, RoI pooling and box head as the backbone's strides and channels want them."
+    "Returns anchors, RPN head, RoI pooling and box head that fit the strides and channels."
     _check_sizes(num_classes, None)
     c,strides = backbone.channels[levels[0]],[backbone.strides[i] for i in levels]
     sizes = sizes or anchor_sizes(strides, anchor_scale)
-    if len(sizes)!=len(strides): raise ValueError(f'got anchor_sizes for {len(sizes)} maps, expected a tuple of sizes '
-        f'for each of the {len(strides)} maps at strides {tuple(strides)}')
+    if len(sizes)!=len(strides): raise ValueError(f'got anchor_sizes for {len(sizes)} maps, '
+        f'expected a tuple of sizes for each of the '
+        f'{len(strides)} maps at strides {tuple(strides)}')
     roi = roi_levels(backbone, levels)
+    real = [backbone.strides[i] for i in roi]
     return dict(rpn_anchor_generator=AnchorGenerator(sizes, (tuple(aspect_ratios),)*len(sizes)),
                 rpn_head=FloatRPNHead(c, len(sizes[0])*len(aspect_ratios), rpn_convs),
-                box_roi_pool=roi_pool([backbone.strides[i] for i in roi], map(str, roi), anchor_scale, sampling_ratio),
+                box_roi_pool=roi_pool(real, map(str, roi), anchor_scale, sampling_ratio),
                 box_head=make_box_head(c, head_channels, box_convs, head_norm),
                 box_predictor=FloatPredictor(head_channels, num_classes))
 
@@ -250,8 +258,8 @@ def from_coco(
     family:str, # 'faster_rcnn', ...
     asked:dict, # its arguments as they were given, under `kwargs` those without a name of their own
 ) -> Detector:
-    "Returns the detector in the architecture of published weights, loaded, see `detectors.pretrained`."
-    make = import_module('backbones_nb.detectors.pretrained').build_coco # a later chapter, about all families
+    "Returns the detector with its published weights, see `detectors.pretrained`."
+    make = import_module('backbones_nb.detectors.pretrained').build_coco # a later chapter
     return make(build, family, {k:v for k,v in asked.items() if k!='kwargs'} | asked['kwargs'])
 
 def _built(backbone): # a function makes a new one each time
@@ -266,7 +274,7 @@ def put_together(
     normalize:bool=True, # see `Detector`
     **config, # num_classes
 ) -> Detector: # in training mode
-    "Returns the detector from its parts; `size_divisible`, mean and std follow from the backbone unless given."
+    "Returns the detector; `size_divisible`, mean and std follow from the backbone unless given."
     size = {k:parts.pop(k) for k in ('min_size','max_size') if k in parts}
     mean,std = mean_std(backbone, normalize)
     mean,std = parts.pop('image_mean', mean),parts.pop('image_std', std)
@@ -278,31 +286,32 @@ def put_together(
 
 # %% ../../nbs/detectors/31_faster_rcnn.ipynb #37a42eab
 def model(
-    num_classes:int=None, # background counted, as in len(class_map); None: as in the weights where pretrained
-    backbone=None, # None: resnet50; a name; a `Backbone`; any module that returns maps; a function that makes one
+    num_classes:int=None, # background counted, as in len(class_map); None: that of the weights
+    backbone=None, # None: resnet50; name, `Backbone`, module returning maps, or function making one
     neck='auto', # 'auto', 'fpn', None, a `Neck`, or a callable (in_channels, in_strides) -> Neck
     neck_channels:int=256,
-    neck_norm=None, # 'bn' or 'gn': normalisation in the neck, helps training from scratch; None: as the neck has it
+    neck_norm=None, # 'bn' or 'gn' in the neck helps training from scratch; None: its own default
     head_channels:int=1024, # width of the box head's linear layers
-    img_size=None, # None: images as they are; int: longer side, px; (height, width): box to fit into, px
+    img_size=None, # None: as given; int: longer side, px; (height, width): box to fit into, px
     pretrained_backbone=False, # weights of a backbone given by name
     anchor_scale=8, # base anchor / stride; objects of your images smaller than usual want less
     aspect_ratios=(.5,1.,2.), # height / width of the anchors
-    sampling_ratio:int=2, # points a side that RoIAlign reads in each bin; 1 trains faster on a CPU
-    normalize:bool=True, # images come in [0,1] and are normalised inside; False: they come normalised
+    sampling_ratio:int=2, # points per side that RoIAlign reads in a bin; 1 trains faster on a CPU
+    normalize:bool=True, # images come in [0,1]; False: they come normalized
     anchor_sizes=None, # base anchors (px), a tuple for each map, instead of `anchor_scale`
     rpn_convs:int=1, # 3x3 convolutions of the RPN's head
     box_convs:int=0, # 3x3 convolutions of the box head, see `make_box_head`
-    head_norm=None, # 'bn' or 'gn': normalisation after these
+    head_norm=None, # 'bn' or 'gn': normalization after these
     pretrained=False, # weights of the whole detector: True or 'coco', or what `pick_coco` takes
-    **kwargs, # torchvision's: box_detections_per_img, rpn_post_nms_top_n_train, min_size, max_size, ...
+    **kwargs, # torchvision's: box_detections_per_img, rpn_post_nms_top_n_train, min_size, ...
 ) -> FasterRCNN: # in training mode
-    "Returns Faster R-CNN on any backbone; raises one-sentence errors where the parts do not fit."
+    "Returns Faster R-CNN on any backbone; raises TypeError or ValueError where parts do not fit."
     check_names(kwargs, more=inspect.signature(model).parameters)
     if pretrained: return from_coco(model, 'faster_rcnn', locals())
-    bb = prepare_backbone(_built(backbone), 'resnet50', neck, pretrained_backbone, channels=neck_channels,
-                          norm=neck_norm, extra='pool')
+    bb = prepare_backbone(_built(backbone), 'resnet50', neck, pretrained_backbone,
+                          channels=neck_channels, norm=neck_norm, extra='pool')
     levels = pick_levels(bb)
-    parts = rcnn_parts(bb, levels, num_classes, head_channels, anchor_scale, aspect_ratios, sampling_ratio,
-                       anchor_sizes, rpn_convs, box_convs, head_norm) | kwargs
-    return put_together(FasterRCNN, bb, levels, parts, num_classes=num_classes, img_size=img_size, normalize=normalize)
+    parts = rcnn_parts(bb, levels, num_classes, head_channels, anchor_scale, aspect_ratios,
+                       sampling_ratio, anchor_sizes, rpn_convs, box_convs, head_norm) | kwargs
+    return put_together(FasterRCNN, bb, levels, parts, num_classes=num_classes, img_size=img_size,
+                        normalize=normalize)

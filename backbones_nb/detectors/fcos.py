@@ -55,34 +55,37 @@ def fcos_parts(
     anchor_generator=None,
     head=None,
 ) -> dict: # arguments of torchvision's detector
-    "Returns one square per cell, as large as the stride, and the head as the backbone's channels want it."
+    "Returns one square per cell, as large as the stride, and the head that fits the backbone."
     levels = pick_levels(backbone)
     squares = tuple((backbone.strides[i],) for i in levels)
+    shapes = ((1.,),)*len(squares)
     return dict(num_classes=num_classes,
-                anchor_generator=anchor_generator or AnchorGenerator(squares, ((1.,),)*len(squares)),
+                anchor_generator=anchor_generator or AnchorGenerator(squares, shapes),
                 head=head or NormedHead(backbone.channels[levels[0]], num_classes, head_norm))
 
 # %% ../../nbs/detectors/35_fcos.ipynb #c7022b8b
 def model(
-    num_classes:int=None, # background counted, as in len(class_map); None: as in the weights where pretrained
+    num_classes:int=None, # with background, as len(class_map); None: as in the pretrained weights
     backbone=None, # None: resnet50; a name; a `Backbone`; any module that returns maps
-    neck='auto', # 'auto', 'fpn', 'pan', 'bifpn', None, a `Neck`, or a callable (in_channels, in_strides) -> Neck
+    neck='auto', # 'auto', 'fpn', 'pan', 'bifpn', None, a `Neck`, or (channels, strides) -> Neck
     neck_channels:int=256,
-    neck_norm=None, # 'bn' or 'gn': normalisation in the neck; None: as the neck has it
-    img_size=None, # None: images as they are; int: longer side, px; (height, width): box to fit into, px
+    neck_norm=None, # 'bn' or 'gn': normalization in the neck; None: as the neck has it
+    img_size=None, # None: images as they are; int: longer side, px; (height, width): box to fit, px
     pretrained_backbone=False, # weights of a backbone given by name
-    normalize:bool=True, # images come in [0,1] and are normalised inside; False: they come normalised
-    head_norm='gn', # 'gn', another name in `norms`, a callable, or None: normalisation in the heads
+    normalize:bool=True, # images are in [0,1] and normalized inside; False: they come normalized
+    head_norm='gn', # 'gn', another name in `norms`, a callable, or None: normalization in the heads
     finest:int=8, # stride of the finest map in use; 4 for small objects, at four times the cost
-    from_c5:bool=False, # the first extra level comes from the backbone's last map instead of the neck's
+    from_c5:bool=False, # first extra level from the backbone's last map instead of the neck's
     pretrained=False, # weights of the whole detector: True or 'coco', or what `pick_coco` takes
-    **kwargs, # torchvision's: center_sampling_radius, score_thresh, nms_thresh, detections_per_img, min_size ...
+    **kwargs, # torchvision's: center_sampling_radius, score_thresh, nms_thresh, min_size ...
 ) -> FCOS: # in training mode
     "Returns FCOS on any backbone; raises one-sentence errors where the parts do not fit."
     check_names(kwargs, 'fcos.model', inspect.signature(model).parameters, TorchvisionFCOS)
     if pretrained: return from_coco(model, 'fcos', locals())
     _check_sizes(num_classes, img_size)
-    bb = dense_backbone(backbone, neck, pretrained_backbone, finest, neck_channels, neck_norm, from_c5)
+    bb = dense_backbone(backbone, neck, pretrained_backbone, finest, neck_channels, neck_norm,
+                        from_c5)
     own = {k:kwargs.pop(k) for k in ('anchor_generator','head') if k in kwargs}
     parts = fcos_parts(bb, num_classes, head_norm, **own)
-    return put_together(FCOS, bb, pick_levels(bb), parts | kwargs, img_size, normalize, num_classes=num_classes)
+    return put_together(FCOS, bb, pick_levels(bb), parts | kwargs, img_size, normalize,
+                        num_classes=num_classes)

@@ -24,18 +24,21 @@ class FloatMaskPredictor(MaskRCNNPredictor):
     def forward(self, x): return _up(super().forward(x))
 
 def mask_parts(
-    detector:FasterRCNN, # tells strides, channels and the maps in use
+    detector:FasterRCNN, # whose strides, channels and maps are used
     mask_channels:int=256, # width of the mask head's layers
     anchor_scale=8, # see `Levels`
-    sampling_ratio:int=2, # points a side in each of the 14x14 bins
-    norm=None, # after each layer of the head: a name in `norms`, a callable taking the channels, or None
+    sampling_ratio:int=2, # points per side in each of the 14x14 bins
+    norm=None, # after each layer of the head: a name in `norms`, a callable (channels), or None
 ) -> dict: # the three modules that torchvision's RoI heads take
     "Returns RoI pooling, mask head and mask predictor as the detector's backbone wants them."
     bb = detector.backbone
     roi = roi_levels(bb, detector.levels)
-    head = MaskRCNNHeads(bb.channels[roi[0]], (mask_channels,)*4, 1, norm and partial(make_norm, norm))
-    return dict(mask_roi_pool=roi_pool([bb.strides[i] for i in roi], map(str, roi), anchor_scale, sampling_ratio, 14),
-                mask_head=head, mask_predictor=FloatMaskPredictor(mask_channels, mask_channels, detector.num_classes))
+    strides,names = [bb.strides[i] for i in roi],map(str, roi)
+    layers = (mask_channels,)*4
+    return dict(
+        mask_roi_pool=roi_pool(strides, names, anchor_scale, sampling_ratio, 14),
+        mask_head=MaskRCNNHeads(bb.channels[roi[0]], layers, 1, norm and partial(make_norm, norm)),
+        mask_predictor=FloatMaskPredictor(mask_channels, mask_channels, detector.num_classes))
 
 # %% ../../nbs/detectors/32_mask_rcnn.ipynb #aadf2946
 def with_masks(
@@ -43,19 +46,21 @@ def with_masks(
     i:int, # its number in the batch, for the message
     image, # its image (3,H,W)
 ): # the target
-    "Returns the target, with masks (0,H,W) where there are no boxes; raises ValueError for boxes without masks."
-    if not isinstance(target, dict) or not isinstance(target.get('boxes'), Tensor): return target # checked later
+    "Returns the target, with empty masks if it has no boxes; raises ValueError for missing masks."
+    if not isinstance(target, dict) or not isinstance(target.get('boxes'), Tensor):
+        return target # checked later
     if target.get('masks') is not None or not isinstance(image, Tensor): return target
     n,size = target['boxes'].numel()//4,tuple(image.shape[-2:])
     if not n: return target | dict(masks=target['boxes'].new_zeros(0, *size).byte())
-    raise ValueError(f"the target of image {target.get('image_id', i)} has {n} boxes and no masks, expected masks "
-        f'({n}, {size[0]}, {size[1]}) of torch.uint8: read the data with masks, or train faster_rcnn, which needs none')
+    raise ValueError(f"the target of image {target.get('image_id', i)} has {n} boxes and no masks, "
+        f'expected masks ({n}, {size[0]}, {size[1]}) of torch.uint8: '
+        'read the data with masks, or train faster_rcnn, which needs none')
 
 # %% ../../nbs/detectors/32_mask_rcnn.ipynb #1e93461c
 class MaskRCNN(FasterRCNN):
     """Faster R-CNN with torchvision's mask branch (He et al. 2017, arXiv:1703.06870).
 
-    Detections have `masks` (N,1,H,W), float in [0,1], in pixels of the input, as torchvision gives them."""
+    Detections have `masks` (N,1,H,W), float in [0,1], in pixels of the input, as in torchvision."""
     target_keys = 'boxes','labels','masks'
     loss_names = *FasterRCNN.loss_names,'loss_mask'
 
@@ -65,15 +70,17 @@ class MaskRCNN(FasterRCNN):
         mask_head:nn.Module, # cut-outs -> features
         mask_predictor:nn.Module, # features -> logits, one map per class
     ):
-        super().__init__(net, net.backbone, net.levels, num_classes=net.num_classes, img_size=net.img_size,
-                         normalize=net.normalize)
+        super().__init__(net, net.backbone, net.levels, num_classes=net.num_classes,
+                         img_size=net.img_size, normalize=net.normalize)
         h = self.roi_heads
         h.mask_roi_pool,h.mask_head,h.mask_predictor = mask_roi_pool,mask_head,mask_predictor
 
     def forward(self, images, targets=None, both=False):
-        if (self.training or both) and isinstance(targets, (list,tuple)) and isinstance(images, (list,tuple,Tensor)):
+        valid = isinstance(targets, (list,tuple)) and isinstance(images, (list,tuple,Tensor))
+        if (self.training or both) and valid:
             n = min(len(images), len(targets))
-            targets = [with_masks(t, i, o) for i,(t,o) in enumerate(zip(targets, images))]+list(targets[n:])
+            checked = [with_masks(t, i, o) for i,(t,o) in enumerate(zip(targets, images))]
+            targets = checked+list(targets[n:])
         return super().forward(images, targets, both)
 
 # %% ../../nbs/detectors/32_mask_rcnn.ipynb #ddc4625b
@@ -81,7 +88,7 @@ class MaskRCNN(FasterRCNN):
 def replace_heads(self:MaskRCNN,
     num_classes:int, # background counted
 ) -> MaskRCNN: # itself
-    "Draws a new box predictor and a new last layer of the masks, as torchvision draws them; the rest stays as it is."
+    "Draws a new box predictor and a new last mask layer, as torchvision does; the rest stays."
     FasterRCNN.replace_heads(self, num_classes)
     old = self.roi_heads.mask_predictor
     new = FloatMaskPredictor(old.conv5_mask.in_channels, old.conv5_mask.out_channels, num_classes)
@@ -90,29 +97,31 @@ def replace_heads(self:MaskRCNN,
 
 # %% ../../nbs/detectors/32_mask_rcnn.ipynb #58a54e40
 _modules = 'mask_roi_pool','mask_head','mask_predictor' # of torchvision's constructor
-_passed = 'neck_norm','aspect_ratios','anchor_sizes','rpn_convs','box_convs','head_norm' # to `faster_rcnn.model`
+_passed = ('neck_norm','aspect_ratios','anchor_sizes','rpn_convs','box_convs',
+           'head_norm') # to `faster_rcnn.model`
 
 def model(
-    num_classes:int=None, # background counted, as in len(class_map); None: as in the weights where pretrained
+    num_classes:int=None, # with background, as len(class_map); None: as in the pretrained weights
     backbone=None, # None: resnet50; a name; a `Backbone`; any module that returns maps
-    neck='auto', # 'auto', 'fpn', 'pan', 'bifpn', None, a `Neck`, or a callable (in_channels, in_strides) -> Neck
+    neck='auto', # 'auto', 'fpn', 'pan', 'bifpn', None, a `Neck`, or (channels, strides) -> Neck
     neck_channels:int=256,
     head_channels:int=1024, # width of the box head's linear layers
     mask_channels:int=256, # width of the mask head's layers
-    img_size=None, # None: images as they are; int: longer side, px; (height, width): box to fit into, px
+    img_size=None, # None: images as they are; int: longer side, px; (height, width): box to fit, px
     pretrained_backbone=False, # weights of a backbone given by name
     anchor_scale=8, # base anchor / stride; objects of your images smaller than usual want less
-    normalize:bool=True, # images come in [0,1] and are normalised inside; False: they come normalised
-    sampling_ratio:int=2, # points a side that RoIAlign reads in each bin; 1 trains faster on a CPU
+    normalize:bool=True, # images are in [0,1] and normalized inside; False: they come normalized
+    sampling_ratio:int=2, # points per side that RoIAlign reads in a bin; 1 trains faster on a CPU
     pretrained=False, # weights of the whole detector: True or 'coco', or what `pick_coco` takes
-    **kwargs, # `faster_rcnn.model`'s and torchvision's: neck_norm, head_norm, box_detections_per_img, ...
+    **kwargs, # for `faster_rcnn.model` and torchvision: neck_norm, box_detections_per_img, ...
 ) -> MaskRCNN: # in training mode
     "Returns Mask R-CNN on any backbone; raises one-sentence errors where the parts do not fit."
     check_names(kwargs, 'mask_rcnn.model', [*_modules, *_passed])
     if pretrained: return from_coco(model, 'mask_rcnn', locals())
     own = {k:kwargs.pop(k) for k in _modules if kwargs.get(k) is not None}
-    net = faster_rcnn.model(num_classes, backbone, neck, neck_channels, head_channels=head_channels, img_size=img_size,
-                            pretrained_backbone=pretrained_backbone, anchor_scale=anchor_scale, normalize=normalize,
-                            sampling_ratio=sampling_ratio, **kwargs)
+    net = faster_rcnn.model(
+        num_classes, backbone, neck, neck_channels, head_channels=head_channels, img_size=img_size,
+        pretrained_backbone=pretrained_backbone, anchor_scale=anchor_scale, normalize=normalize,
+        sampling_ratio=sampling_ratio, **kwargs)
     parts = mask_parts(net, mask_channels, anchor_scale, sampling_ratio, kwargs.get('head_norm'))
     return MaskRCNN(net, **parts | own)

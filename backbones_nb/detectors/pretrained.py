@@ -31,7 +31,7 @@ from ..necks.neck import WithNeck
 # %% ../../nbs/detectors/36_pretrained.ipynb #7b73dbb3
 @dataclass(frozen=True)
 class DetectorRecord(WeightRecord):
-    "What is known of the weights of a whole detector; `config` holds the arguments of the family's `model`."
+    "What is known of a whole detector's weights; `config` holds arguments of the family's `model`."
     family:str=None # 'faster_rcnn', 'mask_rcnn', 'retinanet', 'fcos' or 'efficientdet'
     backbone:str=None # registered name; None: as the model's name says
     frozen_eps:float=None # of the frozen batch norms in the backbone; None: they were trained
@@ -39,21 +39,23 @@ class DetectorRecord(WeightRecord):
 
 # %% ../../nbs/detectors/36_pretrained.ipynb #7c878da8
 class _EveryMap:
-    "Selects all maps always, and so may have two at one stride, which no choice by stride could tell apart."
+    "Always selects all maps, so two may have the same stride, which no choice by stride allows."
     def select(self, strides=None, out_indices=None):
         self.strides = tuple(r['reduction'] for r in self.rows)
-        self.channels,self._picked = tuple(r['num_chs'] for r in self.rows),list(range(len(self.rows)))
+        self.channels = tuple(r['num_chs'] for r in self.rows)
+        self._picked = list(range(len(self.rows)))
         return self
 
 class TwoTaps(_EveryMap, Backbone):
-    "torchvision's MobileNetV3-Large with the two maps that its detectors take, before and behind the last stage."
+    "torchvision's MobileNetV3-Large with its detectors' two maps, before and after the last stage."
     name = 'mobilenet_v3_large'
     def __init__(self):
         super().__init__()
         self.features = get_model(self.name, weights=None).features
-        ends = dict(stem=(0,1), stage1=(1,2), stage2=(2,4), stage3=(4,7), stage4=(7,13), stage5=(13,17))
-        self.set_trunk({k:[f'features.{i}' for i in range(*v)] for k,v in ends.items()},
-                       [feature_row(self.features[i].out_channels, 32, f'features.{i}') for i in (13,16)])
+        ends = dict(stem=(0,1), stage1=(1,2), stage2=(2,4), stage3=(4,7), stage4=(7,13),
+                    stage5=(13,17))
+        taps = [feature_row(self.features[i].out_channels, 32, f'features.{i}') for i in (13,16)]
+        self.set_trunk({k:[f'features.{i}' for i in range(*v)] for k,v in ends.items()}, taps)
 
 class TwoTapsFPN(_EveryMap, WithNeck):
     "The same with torchvision's FPN: maps at strides 32, 32 and 64."
@@ -70,15 +72,18 @@ _v2 = dict(neck_norm='bn', rpn_convs=2, box_convs=4, head_norm='bn')
 _mobile = dict(backbone=mobile_maps, anchor_sizes=((32,64,128,256,512),)*3, rpn_score_thresh=.05)
 _small = dict(min_size=320, max_size=640, rpn_pre_nms_top_n_test=150, rpn_post_nms_top_n_test=150)
 
-made = dict( # torchvision's name of the model -> family, backbone, eps of the frozen norms, arguments of `model`
+# torchvision's name of the model -> family, backbone, eps of the frozen norms, arguments of `model`
+made = dict(
     fasterrcnn_resnet50_fpn=('faster_rcnn', 'resnet50', 0., {}),
     fasterrcnn_resnet50_fpn_v2=('faster_rcnn', 'resnet50', None, _v2),
     fasterrcnn_mobilenet_v3_large_fpn=('faster_rcnn', 'mobilenet_v3_large', 1e-5, _mobile),
-    fasterrcnn_mobilenet_v3_large_320_fpn=('faster_rcnn', 'mobilenet_v3_large', 1e-5, _mobile | _small),
+    fasterrcnn_mobilenet_v3_large_320_fpn=('faster_rcnn', 'mobilenet_v3_large', 1e-5,
+                                           _mobile | _small),
     maskrcnn_resnet50_fpn=('mask_rcnn', 'resnet50', 0., {}),
     maskrcnn_resnet50_fpn_v2=('mask_rcnn', 'resnet50', None, _v2),
     retinanet_resnet50_fpn=('retinanet', 'resnet50', 0., {}),
-    retinanet_resnet50_fpn_v2=('retinanet', 'resnet50', None, dict(head_norm='gn', from_c5=True, box_loss='giou')),
+    retinanet_resnet50_fpn_v2=('retinanet', 'resnet50', None,
+                               dict(head_norm='gn', from_c5=True, box_loss='giou')),
     fcos_resnet50_fpn=('fcos', 'resnet50', 1e-5, {}))
 families = *dict.fromkeys(o[0] for o in made.values()),'efficientdet'
 
@@ -95,17 +100,20 @@ _renames = (
 _retinanet = tuple((rf'(head\.\w+_head\.conv)\.{2*i}\.'+_end, rf'\1.{i}.0.\2') for i in range(4))
 
 def torchvision_record(
-    weights, # a member of one of torchvision's enums of detectors, such as FCOS_ResNet50_FPN_Weights.COCO_V1
+    weights, # a member of a torchvision enum, such as FCOS_ResNet50_FPN_Weights.COCO_V1
 ) -> DetectorRecord: # what is unknown is None
-    "Returns what torchvision states about the published weights of a detector: source, hash, AP, recipe."
+    "Returns what torchvision states about a detector's weights: source, hash, AP, recipe."
     meta = weights.meta
     family,backbone,eps,config = made[type(weights).__name__.removesuffix('_Weights').lower()]
-    return DetectorRecord(family, str(weights), 'torchvision', weights.url,
+    return DetectorRecord(
+        family, str(weights), 'torchvision', weights.url,
         sha256=weights.url.rpartition('-')[2].split('.')[0], # as far as the file's name tells it
         mean=IMAGENET_MEAN, std=IMAGENET_STD, # the detectors' own defaults
-        metrics=dict(meta['_metrics']['COCO-val2017']), num_params=meta['num_params'], recipe=meta.get('recipe'),
-        licence=meta.get('license'), config=dict(backbone=backbone, min_size=800, max_size=1333) | config,
-        renames=_renames + _retinanet*(family=='retinanet'), family=family, backbone=backbone, frozen_eps=eps,
+        metrics=dict(meta['_metrics']['COCO-val2017']), num_params=meta['num_params'],
+        recipe=meta.get('recipe'), licence=meta.get('license'),
+        config=dict(backbone=backbone, min_size=800, max_size=1333) | config,
+        renames=_renames + _retinanet*(family=='retinanet'),
+        family=family, backbone=backbone, frozen_eps=eps,
         drop=() if eps is None else (r'^backbone\.body\..*num_batches_tracked$',))
 
 # %% ../../nbs/detectors/36_pretrained.ipynb #0d606925
@@ -200,20 +208,22 @@ def freeze_norms(
     module:nn.Module, # changed in place
     eps:float, # added to the variance
 ) -> nn.Module: # itself
-    "Puts torchvision's frozen batch norm, four buffers and no parameter, in the place of each batch norm."
+    "Replaces each batch norm by torchvision's frozen one, which has four buffers and no parameter."
     for name,m in list(module.named_modules()):
         if isinstance(m, nn.BatchNorm2d):
             parent,_,last = name.rpartition('.')
-            setattr(module.get_submodule(parent), last, FrozenBatchNorm2d(m.num_features, eps).to(m.weight.device))
+            frozen = FrozenBatchNorm2d(m.num_features, eps).to(m.weight.device)
+            setattr(module.get_submodule(parent), last, frozen)
     return module
 
 def load_detector(
-    net:nn.Module, # a `Detector` built with the record's configuration and classes; changed in place
+    net:nn.Module, # a `Detector` built with the record's config and classes; changed in place
     record, # see `pick_coco`
-    num_classes:int=None, # background counted; None: as in the weights; another number gets new heads
+    num_classes:int=None, # background counted; None: as in the weights; another number: new heads
 ) -> nn.Module: # `net`
-    "Loads published weights, all of them or an error; then replaces the heads where the classes differ."
-    body,eps = getattr(net.backbone, 'body', net.backbone),getattr(record, 'frozen_eps', None)
+    "Loads published weights, all of them or an error; then replaces the heads if classes differ."
+    body = getattr(net.backbone, 'body', net.backbone)
+    eps = getattr(record, 'frozen_eps', None)
     if eps is not None: freeze_norms(body, eps)
     load_weights(net, record)
     for o in (net.backbone, body): o.pretrained,o.record = record.tag,record
@@ -221,30 +231,36 @@ def load_detector(
     return net if num_classes in (None,net.num_classes) else net.replace_heads(num_classes)
 
 # %% ../../nbs/detectors/36_pretrained.ipynb #5e932e5a
-_parts = ('neck','neck_channels','neck_norm','head_channels','mask_channels','rpn_convs','box_convs','head_norm',
-          'aspect_ratios','from_c5','finest','octaves') # arguments that the shapes of the weights depend on
+_parts = ( # arguments that the shapes of the weights depend on
+    'neck','neck_channels','neck_norm','head_channels','mask_channels','rpn_convs','box_convs',
+    'head_norm','aspect_ratios','from_c5','finest','octaves')
 COCO_CLASSES = 91 # of all weights: COCO's ids go up to 90, some are unused, and 0 is the background
 
 def _given(build, asked):
     "The arguments that differ from the defaults of `build`."
     defaults = {k:p.default for k,p in inspect.signature(build).parameters.items()}
-    return {k:v for k,v in asked.items() if not (k in defaults and (v is defaults[k] or v==defaults[k]))}
+    def same(k, v): return k in defaults and (v is defaults[k] or v==defaults[k])
+    return {k:v for k,v in asked.items() if not same(k, v)}
 
 def build_coco(
     build, # the family's `model`
     family:str, # see `pick_coco`
     asked:dict, # arguments of `build` as the caller gave them, `pretrained` among them
 ) -> nn.Module: # the detector, in training mode
-    "Returns the detector of published weights; raises ValueError for parts that these weights do not have."
+    "Returns the detector of published weights; raises ValueError for parts that do not fit."
     given = _given(build, asked)
-    pretrained,backbone,classes = (given.pop(k, None) for k in ('pretrained','backbone','num_classes'))
-    if given.get('pretrained_backbone'): raise ValueError(f'got pretrained={_said(pretrained)} beside '
-        'pretrained_backbone, but the weights of the whole net have those of the backbone: give one of the two')
+    pretrained,backbone = given.pop('pretrained', None),given.pop('backbone', None)
+    classes = given.pop('num_classes', None)
+    if given.get('pretrained_backbone'):
+        raise ValueError(f'got pretrained={_said(pretrained)} beside pretrained_backbone, '
+            'but the weights of the whole net have those of the backbone: give one of the two')
     record = pick_coco(family, pretrained, backbone)
     same = record.config | dict(neck='fpn')
     bad = {k:v for k,v in given.items() if k in _parts and v!=same.get(k)}
-    if bad: raise ValueError(f"got {', '.join(f'{k}={v!r}' for k,v in bad.items())} beside the weights {record.tag!r}, "
-        f"which were made otherwise: leave {' and '.join(bad)} out, or build with pretrained=False")
+    if bad:
+        raise ValueError(f"got {', '.join(f'{k}={v!r}' for k,v in bad.items())} "
+            f"beside the weights {record.tag!r}, which were made otherwise: "
+            f"leave {' and '.join(bad)} out, or build with pretrained=False")
     if classes is not None: _check_sizes(classes, None)
     sizes = ('min_size','max_size') if given.get('img_size') else ()
     config = {k:v for k,v in record.config.items() if k not in sizes}

@@ -34,7 +34,7 @@ def from_stride(
     backbone:nn.Module, # a `Backbone`
     finest:int=8, # stride of the first map that is wanted
 ) -> nn.Module: # itself, or a view with the same weights that selects fewer maps
-    "Returns the backbone without its maps finer than `finest`, the last map where all are; never changes it."
+    "Returns the backbone without maps finer than `finest`, at least the last; never changes it."
     keep = tuple(s for s in backbone.strides if s>=finest) or backbone.strides[-1:]
     return backbone if keep==tuple(backbone.strides) else copy.copy(backbone).select(keep)
 
@@ -43,15 +43,16 @@ def dense_backbone(
     backbone=None, # None: resnet50; a name; a `Backbone`; any module that returns maps
     neck='auto', # see `attach_neck`; one that is built here gets two levels above the last map
     pretrained=False, # weights of a backbone given by name
-    finest:int=8, # see `from_stride`; a neck that is built already has the maps that it was built for
+    finest:int=8, # see `from_stride`; a neck that is already built keeps its maps
     channels:int=256, # of the neck
     norm=None, # of the neck
-    from_c5:bool=False, # FPN and PAN make the first extra level from the backbone's last map, not the neck's
+    from_c5:bool=False, # FPN, PAN: first extra level from the backbone's last map, not the neck's
 ) -> nn.Module: # a `Backbone`, with a neck where one was wanted
-    "Returns the backbone that a one-stage detector builds on: maps from stride 8 on, two levels more than it has."
+    "Returns the backbone for a one-stage detector: maps from stride 8 on, plus two coarser levels."
     bb = prepare_backbone(backbone, neck=None, pretrained=pretrained)
     if not (carries_neck(bb) or isinstance(neck, nn.Module)): bb = from_stride(bb, finest)
-    extra = dict(extra='pool', levels=len(bb.strides)+2) if neck=='bifpn' else dict(extra='p6p7', from_c5=from_c5)
+    if neck=='bifpn': extra = dict(extra='pool', levels=len(bb.strides)+2)
+    else: extra = dict(extra='p6p7', from_c5=from_c5)
     return prepare_backbone(bb, neck=neck, channels=channels, norm=norm, **extra)
 
 # %% ../../nbs/detectors/34_retinanet.ipynb #e35288df
@@ -60,15 +61,16 @@ def anchor_sizes(
     anchor_scale=4, # smallest size / stride
     octaves:int=3, # sizes within a doubling
 ) -> tuple: # a tuple of sizes (px) for each map
-    "Returns `octaves` sizes for each map; a single map gets those of the five levels that usually are there."
+    "Returns `octaves` sizes for each map; a single map gets those of all five usual levels."
     levels = [(s,) for s in strides] if len(strides)>1 else [(8,16,32,64,128)]
-    return tuple(tuple(int(anchor_scale*s*2**(i/octaves)) for s in l for i in range(octaves)) for l in levels)
+    def sizes(s): return [int(anchor_scale*s*2**(i/octaves)) for i in range(octaves)]
+    return tuple(tuple(o for s in l for o in sizes(s)) for l in levels)
 
 # %% ../../nbs/detectors/34_retinanet.ipynb #e0161507
 def group_norm(
     nf:int, # channels
 ) -> nn.GroupNorm:
-    "Returns GroupNorm with 32 groups, or as many as divide both 32 and the channels, but no group of one channel."
+    "Returns GroupNorm with 32 groups, or fewer that divide 32 and `nf`, of two channels at least."
     groups = gcd(32, nf)
     return nn.GroupNorm(groups if nf>groups else max(groups//2, 1), nf)
 
@@ -91,13 +93,14 @@ class Dense:
 
 # %% ../../nbs/detectors/34_retinanet.ipynb #583a90a0
 class OneStage(Detector):
-    "What RetinaNet and FCOS share; `compute_loss` and `postprocess_detections` are torchvision's, unchanged."
+    "What RetinaNet and FCOS share; losses and filter are torchvision's methods, unchanged."
     pretrained,record = None,None # tag and record of weights for the whole detector
-    renames = dict(classification='loss_classifier', bbox_regression='loss_box_reg', bbox_ctrness='loss_centerness')
+    renames = dict(classification='loss_classifier', bbox_regression='loss_box_reg',
+                   bbox_ctrness='loss_centerness')
     settings = 'score_thresh','nms_thresh','detections_per_img','topk_candidates','box_coder'
 
     def __init__(self,
-        net:nn.Module, # torchvision's detector, whose head, anchors, settings and transform are taken
+        net:nn.Module, # torchvision's detector: gives head, anchors, settings and transform
         backbone:nn.Module, # gives the maps
         levels, # indices of the maps that are used
         **config, # num_classes, img_size, normalize
@@ -116,13 +119,14 @@ class OneStage(Detector):
         outputs = {k:_up(v) for k,v in self.head(maps).items()}
         per_cell = self.anchor_generator.num_anchors_per_location()
         counts = [m.shape[-2]*m.shape[-1]*n for m,n in zip(maps, per_cell)]
-        anchors = self.anchor_generator(images, [_up(m[:1,:1]) for m in maps]) # reads shapes and type only
+        anchors = self.anchor_generator(images, [_up(m[:1,:1]) for m in maps]) # shapes and type
         return Dense(images, outputs, anchors, counts, targets, sizes)
 
 # %% ../../nbs/detectors/34_retinanet.ipynb #cfe0f50c
 @patch
 def detections(self:OneStage, seen):
-    answers = dict(seen.outputs, cls_logits=F.pad(seen.outputs['cls_logits'][...,1:], (1,0), value=float('-inf')))
+    logits = F.pad(seen.outputs['cls_logits'][...,1:], (1,0), value=float('-inf')) # no class 0
+    answers = dict(seen.outputs, cls_logits=logits)
     answers = {k:list(v.split(seen.counts, 1)) for k,v in answers.items()}
     anchors = [list(a.split(seen.counts)) for a in seen.anchors]
     found = self.postprocess_detections(answers, anchors, seen.images.image_sizes)
@@ -132,11 +136,12 @@ def detections(self:OneStage, seen):
 def replace_heads(self:OneStage,
     num_classes:int, # background counted
 ) -> OneStage: # itself
-    "Draws a new last layer of the class head, as torchvision draws it; all other weights stay as they are."
+    "Draws a new last layer of the class head, as torchvision draws it; all other weights stay."
     _check_sizes(num_classes, None)
     head = self.head.classification_head
     old,n = head.cls_logits,head.num_anchors*num_classes
-    new = nn.Conv2d(old.in_channels, n, 3, padding=1, device=old.weight.device, dtype=old.weight.dtype)
+    new = nn.Conv2d(old.in_channels, n, 3, padding=1, device=old.weight.device,
+                    dtype=old.weight.dtype)
     nn.init.normal_(new.weight, std=.01)
     nn.init.constant_(new.bias, -log((1-.01)/.01))
     head.cls_logits,head.num_classes,self.num_classes = new,num_classes,num_classes
@@ -169,43 +174,49 @@ def retinanet_parts(
     anchor_generator=None,
     head=None,
 ) -> dict: # arguments of torchvision's detector
-    "Returns anchors and head as the backbone's strides and channels want them; raises ValueError for unknown losses."
-    if box_loss not in box_losses: raise ValueError(f'got box_loss={box_loss!r}, expected one of '
-        f"{', '.join(box_losses)}.{did_you_mean(box_loss, box_losses)}")
+    "Returns anchors and head that fit the backbone; raises ValueError for unknown losses."
+    if box_loss not in box_losses:
+        raise ValueError(f'got box_loss={box_loss!r}, expected one of '
+            f"{', '.join(box_losses)}.{did_you_mean(box_loss, box_losses)}")
     levels = pick_levels(backbone)
     sizes = anchor_sizes([backbone.strides[i] for i in levels], anchor_scale, octaves)
     gen = anchor_generator or AnchorGenerator(sizes, (tuple(aspect_ratios),)*len(sizes))
     if head is None:
-        head = RetinaNetHead(backbone.channels[levels[0]], gen.num_anchors_per_location()[0], num_classes,
-                             head_norms(head_norm) if head_norm else None)
+        norm = head_norms(head_norm) if head_norm else None
+        head = RetinaNetHead(backbone.channels[levels[0]], gen.num_anchors_per_location()[0],
+                             num_classes, norm)
         head.regression_head._loss_type = box_loss
     return dict(num_classes=num_classes, anchor_generator=gen, head=head)
 
 # %% ../../nbs/detectors/34_retinanet.ipynb #ffb56ac9
 def model(
-    num_classes:int=None, # background counted, as in len(class_map); None: as in the weights where pretrained
+    num_classes:int=None, # with background, as len(class_map); None: as in the pretrained weights
     backbone=None, # None: resnet50; a name; a `Backbone`; any module that returns maps
-    neck='auto', # 'auto', 'fpn', 'pan', 'bifpn', None, a `Neck`, or a callable (in_channels, in_strides) -> Neck
+    neck='auto', # 'auto', 'fpn', 'pan', 'bifpn', None, a `Neck`, or (channels, strides) -> Neck
     neck_channels:int=256,
-    neck_norm=None, # 'bn' or 'gn': normalisation in the neck; None: as the neck has it
-    img_size=None, # None: images as they are; int: longer side, px; (height, width): box to fit into, px
+    neck_norm=None, # 'bn' or 'gn': normalization in the neck; None: as the neck has it
+    img_size=None, # None: images as they are; int: longer side, px; (height, width): box to fit, px
     pretrained_backbone=False, # weights of a backbone given by name
     anchor_scale=4, # smallest anchor / stride; objects of your images smaller than usual want less
     aspect_ratios=(.5,1.,2.), # height / width of the anchors
-    normalize:bool=True, # images come in [0,1] and are normalised inside; False: they come normalised
-    head_norm=None, # 'gn', another name in `norms` or a callable: in the heads; None: none, as in the paper
+    normalize:bool=True, # images are in [0,1] and normalized inside; False: they come normalized
+    head_norm=None, # 'gn', another name in `norms` or a callable: in the heads; None: no norm
     octaves:int=3, # sizes of anchors within a doubling
     finest:int=8, # stride of the finest map in use; 4 for small objects, at four times the cost
-    from_c5:bool=False, # the first extra level comes from the backbone's last map instead of the neck's
+    from_c5:bool=False, # first extra level from the backbone's last map instead of the neck's
     box_loss:str='l1', # 'l1', 'smooth_l1', 'giou', 'diou' or 'ciou'
     pretrained=False, # weights of the whole detector: True or 'coco', or what `pick_coco` takes
-    **kwargs, # torchvision's: score_thresh, nms_thresh, detections_per_img, topk_candidates, min_size, ...
+    **kwargs, # torchvision's: score_thresh, nms_thresh, detections_per_img, topk_candidates, ...
 ) -> RetinaNet: # in training mode
     "Returns RetinaNet on any backbone; raises one-sentence errors where the parts do not fit."
-    check_names(kwargs, 'retinanet.model', inspect.signature(model).parameters, TorchvisionRetinaNet)
+    check_names(kwargs, 'retinanet.model', inspect.signature(model).parameters,
+                TorchvisionRetinaNet)
     if pretrained: return from_coco(model, 'retinanet', locals())
     _check_sizes(num_classes, img_size)
-    bb = dense_backbone(backbone, neck, pretrained_backbone, finest, neck_channels, neck_norm, from_c5)
+    bb = dense_backbone(backbone, neck, pretrained_backbone, finest, neck_channels, neck_norm,
+                        from_c5)
     own = {k:kwargs.pop(k) for k in ('anchor_generator','head') if k in kwargs}
-    parts = retinanet_parts(bb, num_classes, head_norm, anchor_scale, aspect_ratios, octaves, box_loss, **own)
-    return put_together(RetinaNet, bb, pick_levels(bb), parts | kwargs, img_size, normalize, num_classes=num_classes)
+    parts = retinanet_parts(bb, num_classes, head_norm, anchor_scale, aspect_ratios, octaves,
+                            box_loss, **own)
+    return put_together(RetinaNet, bb, pick_levels(bb), parts | kwargs, img_size, normalize,
+                        num_classes=num_classes)

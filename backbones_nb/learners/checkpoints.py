@@ -45,7 +45,7 @@ def set_rng_state(
 def find_ema(learn): return next((o for o in learn.cbs if isinstance(o, ModelEMA)), None)
 
 class Checkpoint(Callback):
-    "Writes all that a training needs to go on, and goes on from it where the file exists."
+    "Writes all that a training run needs to resume, and resumes from it where the file exists."
     order,run_valid = 90,False # after all that changes what is saved
     def __init__(self,
         file, # where it is written; one that exists is read when the fit begins
@@ -74,7 +74,7 @@ def _set_history(rec, state):
 # %% ../../nbs/learners/59_checkpoints.ipynb #78f93f2b
 @patch
 def collect(self:Checkpoint,
-    epoch:int, # that the training goes on with
+    epoch:int, # that the training run continues with
     batch:int, # of this epoch
 ) -> dict: # of plain values and tensors, which torch.load reads with weights_only
     "Returns the state of the training; every process has to call it."
@@ -83,12 +83,14 @@ def collect(self:Checkpoint,
         rng = [None]*num_distrib()
         dist.all_gather_object(rng, rng_state())
     opt,scaler,ema = self.opt.state_dict(),getattr(self.learn, 'scaler', None),find_ema(self.learn)
-    return dict(config=self.config, n_epoch=self.n_epoch, n_iter=len(self.dls.train), epoch=epoch, batch=batch,
-                pct_train=self.pct_train, train_iter=self.train_iter, seconds=time.time()-self.begun,
+    hypers = [{k:_plain(v) for k,v in o.items()} for o in opt['hypers']]
+    return dict(config=self.config, n_epoch=self.n_epoch, n_iter=len(self.dls.train),
+                epoch=epoch, batch=batch, pct_train=self.pct_train, train_iter=self.train_iter,
+                seconds=time.time()-self.begun,
                 model=(ema and ema.own) or get_model(self.model).state_dict(),
-                opt=dict(state=list(opt['state']), hypers=[{k:_plain(v) for k,v in o.items()} for o in opt['hypers']]),
-                ema=ema and ema.state_dict() | dict(own=None), scaler=scaler and scaler.state_dict(), rng=rng,
-                history=_history(self.recorder))
+                opt=dict(state=list(opt['state']), hypers=hypers),
+                ema=ema and ema.state_dict() | dict(own=None),
+                scaler=scaler and scaler.state_dict(), rng=rng, history=_history(self.recorder))
 
 @patch
 def save(self:Checkpoint, epoch, batch):
@@ -135,7 +137,7 @@ def read(self:Checkpoint):
     if not rank_distrib() and self.file.exists():
         try: state = [torch.load(self.file, map_location='cpu', weights_only=True)]
         except Exception as e: raise ValueError(f'{self.file} cannot be read as a checkpoint ({type(e).__name__}): '
-            'remove it, and the training begins anew') from e
+            'remove it, and the training begins again') from e
     if num_distrib()>1: dist.broadcast_object_list(state)
     if state[0] is not None: self.check(state[0])
     return state[0]
@@ -174,7 +176,7 @@ def load(self:Checkpoint,
 
 # %% ../../nbs/learners/59_checkpoints.ipynb #cd4c1331
 class _Rewind(Callback):
-    "Puts position and random numbers back once the first batch is there; drawing it has used random numbers."
+    "Puts position and random numbers back once the first batch is there, which has used some."
     order,run_valid = -100,False # before all that draws
     def __init__(self, state): self.state,self.fresh = state,True
 
@@ -190,9 +192,10 @@ class _Rewind(Callback):
 @patch
 def before_fit(self:Checkpoint):
     if hasattr(self.learn, 'lr_finder'): return
-    if not isinstance(self.dls.train, RankedDL): raise ValueError('got a training loader '
-        f'{type(self.dls.train).__name__}, expected one that can begin anywhere in an epoch: make it with folder_dls '
-        'or shard_dls')
+    if not isinstance(self.dls.train, RankedDL):
+        raise ValueError(f'got a training loader {type(self.dls.train).__name__}, expected one '
+                         'that can begin anywhere in an epoch: make it with folder_dls or '
+                         'shard_dls')
     self.active,self.state = True,self.read()
     self.first = self.state['epoch'] if self.state else 0
     if self.state: self.load(self.state)

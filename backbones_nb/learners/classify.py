@@ -43,12 +43,14 @@ def _check_head(num_classes, pool, dropout):
 def rgb(
     x:Tensor, # images (B,3,H,W) or (B,1,H,W), float
 ) -> Tensor: # (B,3,H,W)
-    "Returns images with three channels, one channel repeated; raises ValueError for any other number, and for bytes."
-    if not x.is_floating_point(): raise ValueError(f'got images of {x.dtype}, expected float, normalised: divide bytes '
-        'by 255, or let IntToFloatTensor of the DataLoaders do it')
+    "Returns images with three channels, one repeated; raises ValueError for others, and for bytes."
+    if not x.is_floating_point():
+        raise ValueError(f'got images of {x.dtype}, expected float, normalized: divide bytes by '
+                         '255, or let IntToFloatTensor of the DataLoaders do it')
     if x.dim()!=4 or x.shape[1]==3: return x
     if x.shape[1]==1: return x.expand(-1, 3, -1, -1)
-    raise ValueError(f'got images with {x.shape[1]} channels, expected 3, or 1 to be repeated: choose three of them')
+    raise ValueError(f'got images with {x.shape[1]} channels, expected 3, or 1 to be repeated: '
+                     'choose three of them')
 
 # %% ../../nbs/learners/52_classify.ipynb #1028ae74
 class Classifier(nn.Module):
@@ -62,39 +64,46 @@ class Classifier(nn.Module):
         super().__init__()
         _check_head(num_classes, pool, dropout)
         self.backbone,self.num_classes,p = backbone,num_classes,next(backbone.parameters())
-        self.head = ClassifierHead(backbone.channels[-1], num_classes, pool, dropout, device=p.device, dtype=p.dtype)
+        self.head = ClassifierHead(backbone.channels[-1], num_classes, pool, dropout,
+                                   device=p.device, dtype=p.dtype)
 
     def forward(self,
-        x:Tensor, # images (B,3,H,W) or (B,1,H,W), float, normalised
+        x:Tensor, # images (B,3,H,W) or (B,1,H,W), float, normalized
     ) -> Tensor: # logits (B,num_classes)
         "Returns one logit per class."
         return self.head(self.backbone(rgb(x))[-1])
 
-    param_groups,freeze_to = Detector.param_groups,Detector.freeze_to # the backbone's groups, then the head
+    param_groups = Detector.param_groups # the backbone's groups, then the head
+    freeze_to = Detector.freeze_to
 
     def __repr__(self):
         bb,head = self.backbone,self.head
-        own = isinstance(head, ClassifierHead)
-        about = f'pool {head.global_pool.pool_type}, dropout {head.drop.p:g}' if own else f'head {type(head).__name__}'
-        return (f'Classifier: {describe(bb)}, map at stride {bb.strides[-1]} with {bb.channels[-1]} channels\n'
-                f'  num_classes={self.num_classes}, {about}, {count_params(self)/1e6:.3f} M parameters')
+        about = f'head {type(head).__name__}'
+        if isinstance(head, ClassifierHead):
+            about = f'pool {head.global_pool.pool_type}, dropout {head.drop.p:g}'
+        return (f'Classifier: {describe(bb)}, '
+                f'map at stride {bb.strides[-1]} with {bb.channels[-1]} channels\n'
+                f'  num_classes={self.num_classes}, {about}, '
+                f'{count_params(self)/1e6:.3f} M parameters')
 
 # %% ../../nbs/learners/52_classify.ipynb #9f8c48f8
 def classifier(
-    backbone, # a name, 'timm/NAME' among them; a `Backbone`; or any module that returns feature maps
+    backbone, # a name, also 'timm/NAME'; a `Backbone`; or any module that returns feature maps
     num_classes:int, # numbers that come out, background not counted
     pretrained=False, # weights of a backbone given by name: True, a tag or a `WeightRecord`
     pool:str='avg', # 'avg', 'max', 'avgmax' or 'catavgmax'
     dropout:float=0., # share of the pooled features that is dropped in training
     **config, # of a backbone given by name, such as `ese` or `strides`
 ) -> Classifier:
-    "Returns a classifier with a random head on a backbone; raises one-sentence errors for what cannot be built."
-    if isinstance(backbone, (Classifier,Detector)): raise ValueError(f'got a whole {type(backbone).__name__}, expected '
-        'a backbone: give its `.backbone`')
+    "Returns a backbone with a random head on it; raises ValueError for what cannot be built."
+    if isinstance(backbone, (Classifier,Detector)):
+        raise ValueError(f'got a whole {type(backbone).__name__}, expected a backbone: '
+                         'give its `.backbone`')
     given = config if pretrained is False else dict(pretrained=pretrained) | config
-    if isinstance(backbone, nn.Module) and given: raise ValueError(f"got a built {type(backbone).__name__} and "
-        f"{', '.join(f'{k}={v!r}' for k,v in given.items())}, which is too late: give it to create_backbone, or give "
-        'the name of a backbone')
+    if isinstance(backbone, nn.Module) and given:
+        said = ', '.join(f'{k}={v!r}' for k,v in given.items())
+        raise ValueError(f'got a built {type(backbone).__name__} and {said}, which is too late: '
+                         'give it to create_backbone, or give the name of a backbone')
     return Classifier(create_backbone(backbone, **given), num_classes, pool, dropout)
 
 # %% ../../nbs/learners/52_classify.ipynb #9b125153
@@ -102,25 +111,29 @@ def add_normalize(
     dls, # fastai DataLoaders of images, changed in place
     backbone:Backbone, # its record says what its weights were trained with
 ):
-    """Makes batches normalised as the weights want it, with ImageNet's statistics for random ones.
+    """Makes batches normalized as the weights want it, with ImageNet's statistics for random ones.
 
-    DataLoaders that normalise already are left alone; raises ValueError where that is not what pretrained weights
-    were trained with, and for DataLoaders that cannot be changed."""
+    DataLoaders that normalize already are left alone; raises ValueError where that is not what
+    pretrained weights were trained with, and for DataLoaders that cannot be changed."""
     fs = getattr(getattr(dls, 'after_batch', None), 'fs', None)
-    if fs is None: raise ValueError(f'got a {type(dls).__name__} whose batches take no transforms, expected fastai '
-        'DataLoaders: normalise in the data set and pass normalize=False')
+    if fs is None:
+        raise ValueError(f'got a {type(dls).__name__} whose batches take no transforms, expected '
+                         'fastai DataLoaders: normalize in the data set and pass normalize=False')
     want = [torch.tensor(o, device=dls.train.device).view(1, 3, 1, 1) for o in mean_std(backbone)]
     have = next((f for f in fs if isinstance(f, Normalize)), None)
     if have is None: return dls.add_tfms([Normalize(*want)], 'after_batch')
-    def differ(a, b): return a.numel() not in (1,3) or not torch.allclose(a.to(b).view(1, -1, 1, 1), b, atol=1e-3)
-    if backbone.pretrained and any(map(differ, (have.mean, have.std), want)): raise ValueError(
-        'the DataLoaders normalise with other numbers than mean {0} and std {1}'.format(*mean_std(backbone)) +
-        f', with which the weights {backbone.pretrained} of {backbone.name} were trained: make new DataLoaders, or '
-        'keep theirs with normalize=False')
+    def differ(a, b):
+        return a.numel() not in (1,3) or not torch.allclose(a.to(b).view(1, -1, 1, 1), b, atol=1e-3)
+    if backbone.pretrained and any(map(differ, (have.mean, have.std), want)):
+        mean,std = mean_std(backbone)
+        raise ValueError('the DataLoaders normalize with other numbers than '
+                         f'mean {mean} and std {std}, with which '
+                         f'the weights {backbone.pretrained} of {backbone.name} were '
+                         'trained: make new DataLoaders, or keep theirs with normalize=False')
 
 # %% ../../nbs/learners/52_classify.ipynb #81ab87de
 class ClassLearner(ManyProcesses, Learner):
-    "fastai's `Learner` of classes; with our loaders, [many processes](64_distributed.ipynb) share a training exactly."
+    "fastai's `Learner` of classes; with our loaders, many processes share a training run exactly."
     def get_preds(self, ds_idx=1, dl=None, **kwargs):
         "As fastai's; every process gets the predictions of all images."
         if dl is None: dl = self.dls[ds_idx].new(shuffle=False, drop_last=False)
@@ -146,21 +159,24 @@ def backbone_learner(
     backbone, # as in `classifier`
     pretrained=False, # as in `classifier`; then all but the head is frozen
     n_out:int=None, # outputs; None: as many as the data have classes
-    normalize:bool=True, # add to the DataLoaders what the weights were normalised with, unless they normalise already
+    normalize:bool=True, # normalize as the weights expect, unless the DataLoaders do so already
     pool:str='avg', # as in `classifier`
     dropout:float=0., # as in `classifier`
     strides=None, # of a backbone given by name: the coarsest is classified; None: all
     splitter=groups, # parameter groups; default: stem, stages, head
     **kwargs, # for fastai's Learner: loss_func, opt_func, lr, metrics, cbs, path, wd, ...
 ) -> ClassLearner:
-    "Returns fastai's learner for a classifier, as `vision_learner` does; raises where model and data do not fit."
+    "Returns a learner, as `vision_learner` does; raises ValueError if model and data do not fit."
     _check_options(kwargs)
-    if isinstance(dls, DetectionDataLoaders): raise ValueError('got DataLoaders of boxes, expected images with '
-        'classes: detection_learner trains detectors')
+    if isinstance(dls, DetectionDataLoaders):
+        raise ValueError('got DataLoaders of boxes, expected images with classes: '
+                         'detection_learner trains detectors')
     n_out = get_c(dls) if n_out is None else n_out
-    if not n_out: raise ValueError(f'got a {type(dls).__name__} that does not say how many classes there are: '
-        'give n_out, or DataLoaders with a vocab')
-    model = classifier(backbone, n_out, pretrained, pool, dropout, **({} if strides is None else dict(strides=strides)))
+    if not n_out:
+        raise ValueError(f'got a {type(dls).__name__} that does not say how many classes there '
+                         'are: give n_out, or DataLoaders with a vocab')
+    config = {} if strides is None else dict(strides=strides)
+    model = classifier(backbone, n_out, pretrained, pool, dropout, **config)
     learn = ClassLearner(dls, model, splitter=splitter, **kwargs)
     if normalize: add_normalize(dls, model.backbone)
     arch,pretrained = model.backbone.name,model.backbone.pretrained

@@ -36,7 +36,7 @@ from .metrics import COCOMetric, RunLengths, coco_eval, compact, run_lengths
 
 # %% ../../nbs/learners/51_fastai.ipynb #0be35524
 class Targets(Sequence):
-    "The targets of a batch, with a `shape`: so fastai counts images, where it would count the boxes of the first one."
+    "The targets of a batch, with a `shape`: fastai counts images, not the boxes of the first one."
     def __init__(self, items): self.items = tuple(items)
     def __getitem__(self, i): return self.items[i]
     def __len__(self): return len(self.items)
@@ -57,8 +57,9 @@ class DetectionLoss:
     ) -> Tensor: # as the parts, float32
         "Returns the sum; raises ValueError where a weight names no loss."
         lost = [k for k in self.weights if k not in parts]
-        if lost: raise ValueError(f"got a weight for {lost[0]!r}, but the detector's losses are {', '.join(parts)}: "
-            'name one of these')
+        if lost:
+            raise ValueError(f"got a weight for {lost[0]!r}, but the detector's losses are "
+                             f"{', '.join(parts)}: name one of these")
         return sum(v.float()*self.weights.get(k, 1.) for k,v in parts.items())
 
     def activation(self, x): return x
@@ -66,7 +67,7 @@ class DetectionLoss:
 
 # %% ../../nbs/learners/51_fastai.ipynb #43d44d99
 class LossMeans(Callback):
-    "Means of a detector's losses over an epoch, of training and validation, as columns of fastai's table."
+    "Means of a detector's losses over an epoch, for training and validation, in fastai's table."
     order = 45 # before the Recorder
     def __init__(self,
         names, # of the losses
@@ -94,7 +95,7 @@ class LossMeans(Callback):
 
 # %% ../../nbs/learners/51_fastai.ipynb #a38a5e41
 class DetectionPrecision(MixedPrecision):
-    "fastai's mixed precision on the device that the model is on, also a CPU; our detectors keep boxes in float32."
+    "fastai's mixed precision, on a CPU too; our detectors keep boxes in float32."
     name = 'mixed_precision' # what fastai looks for
 
     def before_fit(self):
@@ -103,11 +104,12 @@ class DetectionPrecision(MixedPrecision):
         if dev=='cuda' and dtype==torch.bfloat16 and not torch.cuda.is_bf16_supported():
             raise ValueError('this GPU has no bfloat16: use to_fp16()')
         self.kwargs['enabled'] = dtype==torch.float16
-        self.autocast,self.learn.scaler,self.scales = autocast(dev, dtype=dtype),GradScaler(dev, **self.kwargs),L()
+        self.autocast = autocast(dev, dtype=dtype)
+        self.learn.scaler,self.scales = GradScaler(dev, **self.kwargs),L()
 
 # %% ../../nbs/learners/51_fastai.ipynb #1d2bcfb2
 class _Gather(Callback):
-    "Collects what a pass over a loader gives; unless losses are wanted, it takes the targets out of the batch."
+    "Collects what a pass over a loader gives; takes the targets out unless losses are wanted."
     name = 'gather_preds' # what fastai's callbacks look for
     def __init__(self,
         finish, # of an image's detections and its position: what is kept of them
@@ -124,7 +126,8 @@ class _Gather(Callback):
 
     def after_loss(self):
         if not self.with_loss: return
-        self.per_image.append({k:v.detach().cpu() for k,v in dict(loss=self.loss, **self.loss_parts).items()})
+        losses = dict(loss=self.loss, **self.loss_parts)
+        self.per_image.append({k:v.detach().cpu() for k,v in losses.items()})
         self.learn.yb,self.learn.loss_parts = (),None # not for the table
 
     def after_batch(self):
@@ -174,7 +177,7 @@ def _sub(m, name):
 class _Parted:
     "The part of the learner that knows the detector's parts."
     def _component_attr_filter(self, k):
-        "fastai looks up on the model what the learner lacks; a detector's `losses` would hide the Recorder's."
+        "fastai looks up on the model what is missing on the learner; `losses` are the Recorder's."
         return k!='losses' and super()._component_attr_filter(k)
 
     @property
@@ -191,7 +194,7 @@ class _Parted:
 
 # %% ../../nbs/learners/51_fastai.ipynb #ee7f43f3
 def _mend_tensorboard(cb):
-    "Lets fastai's TensorBoard callback draw detections; lists of dicts cannot be traced, so no graph is written."
+    "Lets fastai's TensorBoard callback draw detections, and write no graph."
     from fastai.callback import tensorboard as tb
     cb.trace_model = False
     if not getattr(tb, '_draws_detections', False):
@@ -200,7 +203,8 @@ def _mend_tensorboard(cb):
 
 def _log_detections(x:TensorImage, y:tuple, samples, outs, writer, step):
     imgs,targs = zip(*samples)
-    writer.add_figure('Sample results', show_side_by_side(list(imgs), list(targs), list(outs), samples.class_map), step)
+    drawn = show_side_by_side(list(imgs), list(targs), list(outs), samples.class_map)
+    writer.add_figure('Sample results', drawn, step)
 
 class _Switches:
     "The part of the learner that adds callbacks."
@@ -214,12 +218,13 @@ class _Switches:
 
 # %% ../../nbs/learners/51_fastai.ipynb #de963ac3
 class DetectionLearner(_Parted, _Switches, ManyProcesses, Learner):
-    "fastai's `Learner` for detectors: losses and detections of a validation batch come from one pass."
+    "fastai's `Learner` for detectors: one pass gives losses and detections of a validation batch."
     loss_parts = None # the losses of the current batch by name
     find_unused_parameters = True # backbones keep the layers after their last map
 
     @property
-    def batch_number(self): return self.iter*getattr(self.dl, 'world', 1) + getattr(self.dl, 'rank', 0)
+    def batch_number(self):
+        return self.iter*getattr(self.dl, 'world', 1) + getattr(self.dl, 'rank', 0)
 
     def _split(self, b):
         super()._split(b)
@@ -250,7 +255,7 @@ class DetectionLearner(_Parted, _Switches, ManyProcesses, Learner):
 # %% ../../nbs/learners/51_fastai.ipynb #c0c99bd3
 @patch
 def validate(self:DetectionLearner, ds_idx=1, dl=None, cbs=None):
-    "Returns the validation loss, its parts and the metrics, as fastai does; columns of training are left out."
+    "Returns the validation loss, its parts and the metrics, without the columns of training."
     rec = Learner.validate(self, ds_idx, dl, cbs)
     names = ['valid_loss', *self.metrics.attrgot('name')]
     return L(v for n,v in zip(names, rec) if not n.startswith('train_'))
@@ -269,22 +274,26 @@ def _check_size(model, size):
 # %% ../../nbs/learners/51_fastai.ipynb #3731af7f
 @patch
 def _loader(self:DetectionLearner, ds_idx, dl, size=None, reorder=True, shuffle=False):
-    "A loader that leaves nothing out: of a part of the data without augmentation, or the given one."
+    "A loader that leaves nothing out: of a part of the data, not augmented, or the given one."
     if dl is not None and not isinstance(dl, DataLoader): # batches that are made already
-        if size is not None: raise ValueError(f'got size={size} beside batches that are made already: give a loader')
+        if size is not None:
+            raise ValueError(f'got size={size} beside batches that are made already: give a loader')
         return dl
-    kw = dict(shuffle=shuffle, tfm=None) if dl is None else dict(shuffle=False) if dl.shuffle and reorder else {}
+    kw = dict(shuffle=shuffle, tfm=None) if dl is None else {}
     if dl is None: dl = self.dls[ds_idx]
+    elif dl.shuffle and reorder: kw = dict(shuffle=False)
     if size is not None and hw(size)!=dl.size:
         _check_size(self.model, size)
         kw['size'] = size
     return dl.new(drop_last=False, **kw) if kw or dl.drop_last or dl.world>1 else dl
 
 @patch
-def _gather(self:DetectionLearner, dl, finish, with_input=False, with_loss=False, inner=False, cbs=None):
+def _gather(self:DetectionLearner, dl, finish, with_input=False, with_loss=False, inner=False,
+            cbs=None):
     if with_loss and not getattr(getattr(dl, 'dataset', None), 'targets', True):
         raise ValueError('losses were asked for, but the loader gives images without targets: '
-                         'make it with learn.dls.test_dl(records, with_labels=True), or leave losses out')
+                         'make it with learn.dls.test_dl(records, with_labels=True), or '
+                         'leave losses out')
     cb = _Gather(finish, with_input, with_loss)
     ctx = self.validation_context(cbs=L(cbs)+[cb], inner=inner)
     if with_loss: ctx.append(self.loss_not_reduced())
@@ -321,13 +330,15 @@ def get_preds(self:DetectionLearner,
     with_preds:bool=True, # False: None instead of detections
     with_targs:bool=True, # False: None instead of targets
     **kwargs, # fastai's others, refused
-) -> tuple: # ([images,] detections, targets[, decoded][, losses (N,)]): lists, one entry per image, on the CPU
-    """Returns detections and targets of a whole loader, in pixels of its images, masks as `RunLengths`.
+) -> tuple: # ([images,] detections, targets[, decoded][, losses (N,)]): lists on the CPU
+    """Returns detections and targets of a whole loader, in pixels of its images.
 
-    Raises ValueError for what has no meaning for detections, and for a size that the detector would undo."""
+    Masks are `RunLengths`. Raises ValueError for what has no meaning for detections, and for a
+    size that the detector would undo."""
     _check_options(dict(act=act, **kwargs))
     dl = self._loader(ds_idx, dl, size, reorder)
-    cb = self._gather(dl, lambda d,i: compact(keep(d, score_thr)), with_input, with_loss, inner, cbs)
+    def finish(d, i): return compact(keep(d, score_thr))
+    cb = self._gather(dl, finish, with_input, with_loss, inner, cbs)
     res = [cb.preds if with_preds else None,cb.targets if with_targs else None]
     if with_input: res.insert(0, cb.inputs)
     if with_decoded: res.append([decode(o, self.dls.class_map) for o in cb.preds])
@@ -346,8 +357,8 @@ def evaluate(self:DetectionLearner,
 ) -> dict: # COCO's twelve numbers by name, and those of masks, such as 'mask_AP'
     "Returns `coco_eval` of a whole loader."
     preds,targets = self.get_preds(ds_idx, dl, score_thr=score_thr, size=size)
-    return coco_eval(preds, targets, self.dls.class_map, iou_type or ('both' if gives_masks(self.model) else 'bbox'),
-                     **kwargs)
+    iou_type = iou_type or ('both' if gives_masks(self.model) else 'bbox')
+    return coco_eval(preds, targets, self.dls.class_map, iou_type, **kwargs)
 
 # %% ../../nbs/learners/51_fastai.ipynb #f3435fa7
 def _native(det, size, box):
@@ -363,13 +374,15 @@ def predict(self:DetectionLearner,
     item, # a path, PIL image, array (H,W,3), tensor (3,H,W) or record; or a list of them
     score_thr:float=0.5, # drop detections below
     bs:int=None, # images at once, for lists
-    size=None, # int or (height, width): letterbox images to this instead of the validation's size, px
-) -> dict: # boxes (N,4) xyxy px of the ORIGINAL image, labels (N,), scores (N,), names [N], maybe masks; or a list
-    "Returns the detections of an image, whatever its size; masks are `RunLengths` of the image's size."
+    size=None, # int or (height, width), px: letterbox images to this, not to the validation's size
+) -> dict: # boxes (N,4) xyxy px of the ORIGINAL image, labels, scores, names, masks; or a list
+    "Returns the detections of an image of any size; masks are `RunLengths` of the image's size."
     items = [open_image(o) for o in (item if isinstance(item, (list,tuple,L)) else [item])]
     dl = self.dls.test_dl(items, bs=min(bs or self.dls.valid.bs, max(1, len(items))))
     dl,cm = self._loader(None, dl, size),self.dls.class_map
-    def finish(d, i): return compact(decode(_native(keep(d, score_thr), tuple(items[i].shape[-2:]), dl.size), cm))
+    def finish(d, i):
+        native = _native(keep(d, score_thr), tuple(items[i].shape[-2:]), dl.size)
+        return compact(decode(native, cm))
     with self.no_bar(): res = self._gather(dl, finish).preds
     return res if isinstance(item, (list,tuple,L)) else res[0]
 
@@ -430,7 +443,7 @@ def _check_masks(dls, model):
 def detection_learner(
     dls, # `DetectionDataLoaders`
     model:nn.Module, # a detector with `num_classes=len(dls.class_map)`
-    metrics=None, # fastai metrics or keys such as 'AP75', 'mask_AP75'; None: AP and AP50, of masks too if it gives them
+    metrics=None, # fastai metrics or keys such as 'mask_AP75'; None: AP and AP50, also of masks
     parts:bool=True, # columns for the parts of the losses
     loss_weights:dict=None, # name of a loss -> factor
     splitter=groups, # parameter groups; default: stem, stages, neck, heads
@@ -442,8 +455,8 @@ def detection_learner(
     _check_masks(dls, model)
     if metrics is None: metrics = ['AP','AP50'] + ['mask_AP','mask_AP50']*gives_masks(model)
     metrics = [COCOMetric(m) if isinstance(m, str) else m for m in L(metrics)]
-    res = DetectionLearner(dls, model, DetectionLoss(loss_weights), opt_func=opt_func, splitter=splitter,
-                           metrics=metrics, **kwargs)
+    res = DetectionLearner(dls, model, DetectionLoss(loss_weights), opt_func=opt_func,
+                           splitter=splitter, metrics=metrics, **kwargs)
     if parts:
         res.add_cb(LossMeans(loss_names(model, dls.train.size)))
         res.metrics = res.loss_means.metrics() + metrics
@@ -471,4 +484,5 @@ def top_losses(self:DetectionLearner,
 ) -> tuple: # losses (k,), positions (k,)[, items]
     "Returns the largest losses of single images, and where they are."
     from backbones_nb.learners.interpret import DetectionInterpretation
-    return DetectionInterpretation.from_learner(self, ds_idx, dl, size).top_losses(k, largest, items)
+    interp = DetectionInterpretation.from_learner(self, ds_idx, dl, size)
+    return interp.top_losses(k, largest, items)

@@ -51,7 +51,7 @@ def join_processes(
 def sync_batchnorm(
     net:nn.Module, # changed in place
 ) -> dict: # what was replaced, for `plain_batchnorm`
-    "Puts synchronised batch norm, which works on CUDA alone, in the place of all batch norm; timm's keeps its activation."
+    "Puts synchronized batch norm, which works on CUDA alone, in the place of all batch norm; timm's keeps its activation."
     was = {k:m for k,m in net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     convert_sync_batchnorm(net)
     return was
@@ -112,8 +112,8 @@ def before_train(self:Distributed):
     trained = [p.requires_grad for p in self.learn.model.parameters()]
     if trained!=self.trained:
         p,self.trained = next(self.learn.model.parameters()),trained
-        self.ddp = nn.parallel.DistributedDataParallel(self.learn.model, [p.device] if p.is_cuda else None,
-                                                       find_unused_parameters=self.unused)
+        self.ddp = nn.parallel.DistributedDataParallel(
+            self.learn.model, [p.device] if p.is_cuda else None, find_unused_parameters=self.unused)
     self.learn.model = self.ddp
 
 @patch
@@ -122,7 +122,7 @@ def after_train(self:Distributed):
     self.merge('train')
     ema = getattr(self.learn, 'model_ema', None)
     for net in [self.learn.model] + ([ema.average] if ema and ema.average else []):
-        for b in net.buffers(): dist.broadcast(b, 0) # of the last step; of earlier ones DDP has done it
+        for b in net.buffers(): dist.broadcast(b, 0) # of the last step; DDP did earlier ones
 
 @patch
 def before_validate(self:Distributed):
@@ -174,7 +174,9 @@ class TopK(Metric):
     def value(self): return 100*self.total/self.count if self.count else None
 
 # %% ../../nbs/learners/64_distributed.ipynb #ac9d19f9
-_adds = {(AvgLoss,AvgMetric,TopK): ('total','count'), AccumMetric: ('preds','targs'), DetectionMetric: ('preds','targets')}
+_adds = {(AvgLoss,AvgMetric,TopK): ('total','count'),
+         AccumMetric: ('preds','targs'),
+         DetectionMetric: ('preds','targets')}
 
 def _slots(learn, phase):
     "Where numbers and lists lie that are added over the processes: pairs of dict and key."
@@ -183,16 +185,18 @@ def _slots(learn, phase):
         for kinds,keys in _adds.items():
             if isinstance(m, kinds): yield from ((vars(m),k) for k in keys)
     means = getattr(learn, 'loss_means', None)
-    if means and phase in means.counts: yield from [(means.sums[phase],k) for k in means.names] + [(means.counts,phase)]
+    if means and phase in means.counts:
+        yield from [(means.sums[phase],k) for k in means.names] + [(means.counts,phase)]
 
 def _plain(v): return v.cpu() if isinstance(v, torch.Tensor) else v
 
 def add_up(
     slots, # pairs of a dict and a key: numbers or lists
 ):
-    "Puts the sum over all processes where each has its own; every process has to call it, with as many pairs."
+    "Puts the sum over all processes in place of each one's own; all call it, with as many pairs."
     slots = list(slots)
-    for (d,k),*vs in zip(slots, *gather_objects([_plain(d[k]) for d,k in slots])): d[k] = reduce(add, vs)
+    gathered = gather_objects([_plain(d[k]) for d,k in slots])
+    for (d,k),*vs in zip(slots, *gathered): d[k] = reduce(add, vs)
 
 @patch
 def merge(self:Distributed,
@@ -206,7 +210,8 @@ def merge(self:Distributed,
     add_up([*_slots(learn, phase),(at,'positions')])
     if own: # in the order of the data
         first,order = own[0],np.argsort(at['positions'])
-        first.preds,first.targets = [first.preds[i] for i in order],[first.targets[i] for i in order]
+        first.preds = [first.preds[i] for i in order]
+        first.targets = [first.targets[i] for i in order]
     self.end()
 
 # %% ../../nbs/learners/64_distributed.ipynb #87a6741b

@@ -60,10 +60,11 @@ class IceVisionMaps(nn.Module):
 def frozen_norms(
     backbone:nn.Module, # a `Backbone`, with or without a neck
 ) -> list: # modules
-    "Returns the batch norms whose statistics must stay: those of a pretrained body, in groups that do not learn."
+    "Returns the batch norms whose statistics must stay: in the frozen groups of a pretrained body."
     while isinstance(backbone, WithNeck): backbone = backbone.body
     if not backbone.pretrained: return []
-    norms,frozen = {id(p) for p in norm_bias_params(backbone, with_bias=False)},set()
+    norms = {id(p) for p in norm_bias_params(backbone, with_bias=False)}
+    frozen = set()
     for g in backbone.param_groups():
         rest = [p for p in g if id(p) not in norms] # fastai lets norms learn in frozen groups too
         if rest and not any(p.requires_grad for p in rest): frozen |= {id(p) for p in g}
@@ -84,11 +85,14 @@ class IceVisionPyramid(IceVisionMaps):
         body:nn.Module, # a `Backbone`, with or without a neck
     ):
         super().__init__(body)
-        self.levels,real = pick_levels(body),roi_levels(body, pick_levels(body))
-        self.strides,self.out_channels = tuple(body.strides[i] for i in self.levels),body.channels[self.levels[0]]
+        self.levels = pick_levels(body)
+        real = roi_levels(body, self.levels)
+        self.strides = tuple(body.strides[i] for i in self.levels)
+        self.out_channels = body.channels[self.levels[0]]
         more = [i for i in self.levels if i not in real]
         coarse = ['pool'] if len(more)==1 else [f'p{log2(body.strides[i]):.0f}' for i in more]
-        self.roi_strides,self.names = [body.strides[i] for i in real],[str(i) for i in range(len(real))]+coarse
+        self.roi_strides = [body.strides[i] for i in real]
+        self.names = [str(i) for i in range(len(real))]+coarse
 
     def forward(self, x):
         maps = self.body(x)
@@ -116,39 +120,44 @@ class IceVisionBackbone:
     def backbone(self): return self.build()
 
     def check_called(self):
-        if self.pretrained is None: raise AttributeError('this configuration has not been called: give the model '
-            'backbone(pretrained=False) or backbone(pretrained=True)')
+        if self.pretrained is None: raise AttributeError('this configuration has not been called: '
+            'give the model backbone(pretrained=False) or backbone(pretrained=True)')
 
 # %% ../../nbs/learners/55_icevision.ipynb #11084c7e
 @patch
 def __call__(self:IceVisionBackbone,
-    pretrained=False, # True or a tag: published weights; False: random ones; a module has its own anyway
+    pretrained=False, # True or a tag: published weights; False: random; a module keeps its own
 ) -> IceVisionBackbone: # a new one
-    "Returns a configuration whose backbone no other one shares; raises ValueError for weights that are not there."
-    if pretrained and isinstance(self.source, nn.Module) and not getattr(self.source, 'pretrained', None):
-        raise ValueError(f'got pretrained={pretrained!r} for a built {type(self.source).__name__} that states no '
-            'weights: load them when you create it and set its `pretrained`, or give its name')
+    "Returns a configuration with a backbone of its own; raises ValueError for missing weights."
+    built = isinstance(self.source, nn.Module)
+    if pretrained and built and not getattr(self.source, 'pretrained', None): raise ValueError(
+        f'got pretrained={pretrained!r} for a built {type(self.source).__name__} that states no '
+        'weights: load them when you create it and set its `pretrained`, or give its name')
     res = copy(self)
     res.__dict__.pop('backbone', None)
     res.pretrained = pretrained
     return res
 
 # %% ../../nbs/learners/55_icevision.ipynb #a69828a4
-families = dict(faster_rcnn='torchvision.faster_rcnn', mask_rcnn='torchvision.mask_rcnn', # name -> module in `models`
-    keypoint_rcnn='torchvision.keypoint_rcnn', retinanet='torchvision.retinanet', efficientdet='ross.efficientdet')
+families = dict( # name -> module in `models`
+    faster_rcnn='torchvision.faster_rcnn', mask_rcnn='torchvision.mask_rcnn',
+    keypoint_rcnn='torchvision.keypoint_rcnn', retinanet='torchvision.retinanet',
+    efficientdet='ross.efficientdet')
 
 def family_of(
     model_type, # IceVision's module, such as `models.torchvision.mask_rcnn`, or its last name
 ) -> str: # a name in `families`
-    "Returns which of IceVision's families is meant; raises ValueError where the bridge has none of that name."
-    name = model_type if isinstance(model_type, str) else getattr(model_type, '__name__', str(model_type))
+    "Returns which of IceVision's families is meant; raises ValueError for a name the bridge lacks."
+    name = model_type
+    if not isinstance(name, str): name = getattr(model_type, '__name__', str(model_type))
     name = name.rpartition('.')[2]
-    if name not in families: raise ValueError(f'there is no model type {name!r}.{did_you_mean(name, families)} '
+    if name not in families: raise ValueError(
+        f'there is no model type {name!r}.{did_you_mean(name, families)} '
         f"Give one of {', '.join(families)}, or IceVision's module of that name")
     return name
 
 def _start():
-    "Mends IceVision and lets it know our configurations; raises ImportError where it is absent."
+    "Patches IceVision and registers our configurations; raises ImportError where it is absent."
     icevision_compat()
     part('backbones').BackboneConfig.register(IceVisionBackbone)
 
@@ -160,14 +169,16 @@ def find(self:IceVisionBackbone,
 ) -> nn.Module: # a `Backbone`
     "Returns a new backbone without neck; raises ValueError suggesting the nearest names."
     if isinstance(self.source, nn.Module): return as_backbone(deepcopy(self.source))
-    return efficientdet.find_body(self.source, self.img_size and hw(self.img_size), pretrained, finest, **self.config)
+    size = self.img_size and hw(self.img_size)
+    return efficientdet.find_body(self.source, size, pretrained, finest, **self.config)
 
 @patch
 def build(self:IceVisionBackbone) -> IceVisionPyramid:
     "Returns a new backbone with its neck, as torchvision's families take it."
     self.check_called()
     kw = dict(neck=deepcopy(self.neck), channels=self.channels, norm=self.norm)
-    if self.extra=='p6p7': return IceVisionPyramid(retinanet.dense_backbone(self.find(8, self.pretrained), **kw))
+    if self.extra=='p6p7':
+        return IceVisionPyramid(retinanet.dense_backbone(self.find(8, self.pretrained), **kw))
     return IceVisionPyramid(prepare_backbone(self.find(4, self.pretrained), extra=self.extra, **kw))
 
 # %% ../../nbs/learners/55_icevision.ipynb #b936d221
@@ -183,16 +194,19 @@ def bbnb_icevision(pretrained=False, row='', out_indices=None, **kwargs) -> IceV
 
 @patch(as_prop=True)
 def model_name(self:IceVisionBackbone) -> str:
-    "Name of a row in effdet's table that stands for this backbone; it is written when it is asked for."
+    "Name of a row in effdet's table for this backbone; the row is written when you ask for it."
     self.check_called()
-    cfg,body = efficientdet.effdet_config(self.effdet),self.find(8)
+    cfg = efficientdet.effdet_config(self.effdet)
+    body = self.find(8)
     label = self.source if isinstance(self.source, str) else body.name or type(self.source).__name__
     name = f"{self.effdet}_{label.replace('/', '_')}"
-    strides = [body.strides[i] for i in efficientdet.pick_levels(body.strides, cfg.min_level, cfg.max_level)]
+    levels = efficientdet.pick_levels(body.strides, cfg.min_level, cfg.max_level)
+    strides = [body.strides[i] for i in levels]
     efficientdet.set_levels(cfg, strides)
     _served[name] = self
-    efficientdet.effdet_rows[name] = efficientdet.effdet_rows[self.effdet] | dict(name=name, url='',
-        backbone_name='bbnb_icevision', backbone_args=dict(row=name), min_level=cfg.min_level, max_level=cfg.max_level,
+    efficientdet.effdet_rows[name] = efficientdet.effdet_rows[self.effdet] | dict(
+        name=name, url='', backbone_name='bbnb_icevision', backbone_args=dict(row=name),
+        min_level=cfg.min_level, max_level=cfg.max_level,
         backbone_indices=[int(log2(s))-1 for s in strides])
     return name
 
@@ -207,8 +221,10 @@ def model_args(self:IceVisionBackbone,
     if family=='efficientdet': return {} # follows from the row
     bb = self.backbone
     scale = anchor_scale or (4 if family=='retinanet' else 8)
-    if family=='retinanet': return dict(anchor_generator=_anchors(retinanet.anchor_sizes(bb.strides, scale)))
-    def pool(size): return roi_pool(bb.roi_strides, bb.names[:len(bb.roi_strides)], scale, size=size)
+    if family=='retinanet':
+        return dict(anchor_generator=_anchors(retinanet.anchor_sizes(bb.strides, scale)))
+    names = bb.names[:len(bb.roi_strides)]
+    def pool(size): return roi_pool(bb.roi_strides, names, scale, size=size)
     res = dict(rpn_anchor_generator=_anchors(anchor_sizes(bb.strides, scale)), box_roi_pool=pool(7))
     second = dict(mask_rcnn='mask_roi_pool', keypoint_rcnn='keypoint_roi_pool').get(family)
     return res | {second:pool(14)} if second else res
@@ -260,10 +276,11 @@ class IceVisionMasks:
     ): self.parts,self.size,self.n,self.name = list(parts),tuple(size),n,name
 
     def __call__(self) -> np.ndarray: # (N,H,W) uint8
-        if not self.parts: a = np.zeros((0,*self.size), np.uint8)
-        else: a = part('core.mask').MaskArray.from_masks(self.parts, *self.size).data.reshape(-1, *self.size)
-        if len(a)!=self.n: raise ValueError(f'record {self.name!r} has {self.n} boxes and {len(a)} masks, expected one '
-            'mask per box: mend its annotation or leave it out')
+        if self.parts: a = part('core.mask').MaskArray.from_masks(self.parts, *self.size).data
+        else: a = np.zeros((0,*self.size), np.uint8)
+        a = a.reshape(-1, *self.size)
+        if len(a)!=self.n: raise ValueError(f'record {self.name!r} has {self.n} boxes and {len(a)} '
+            'masks, expected one mask per box: fix its annotation or leave it out')
         return a
 
 # %% ../../nbs/learners/55_icevision.ipynb #a308973c
@@ -378,17 +395,18 @@ def normalisation(
 
 # %% ../../nbs/learners/55_icevision.ipynb #f5b376ad
 class IceVisionItems(DetectionDataset):
-    "An IceVision `Dataset` as images and targets, after its transforms; a normalisation is undone."
+    "An IceVision `Dataset` as images and targets, after its transforms; a normalization is undone."
     def __init__(self,
         ds, # IceVision's `Dataset`
         class_map=None, # see `from_records`
         still=None, # a `Dataset` whose transforms do not augment; None: itself
     ):
-        if not (hasattr(ds, 'records') and hasattr(ds, 'tfm')): raise TypeError(f'got {type(ds).__name__}, expected '
-            "IceVision's Dataset(records, tfms)")
+        if not (hasattr(ds, 'records') and hasattr(ds, 'tfm')): raise TypeError(
+            f"got {type(ds).__name__}, expected IceVision's Dataset(records, tfms)")
         records,self.class_map = from_records(ds.records, class_map)
         super().__init__(records)
-        self.ds,self.still,self.stats = ds,ds if still is None else still,normalisation(ds.tfm)
+        self.ds,self.stats = ds,normalisation(ds.tfm)
+        self.still = ds if still is None else still
 
     def __getitem__(self, i):
         r = self.ds[i]
@@ -400,13 +418,15 @@ class IceVisionItems(DetectionDataset):
         return img,as_tv(_our_record(r, size, masks).target(), size)
 
     def new_empty(self): return DetectionDataset([]) # what is exported needs no IceVision
-    def fixed(self): return type(self)(type(self.ds)(self.ds.records, self.still.tfm), self.class_map)
+    def fixed(self):
+        return type(self)(type(self.ds)(self.ds.records, self.still.tfm), self.class_map)
 
 # %% ../../nbs/learners/55_icevision.ipynb #f77121d4
 class IceVisionDL(DetectionDL):
     "Our loader over an IceVision `Dataset`, whose transforms augment."
     def new(self, dataset=None, cls=None, **kwargs):
-        still = dataset is None and 'tfm' in kwargs and isinstance(self.dataset, IceVisionItems) # results are wanted
+        results = dataset is None and 'tfm' in kwargs # are wanted, so nothing is augmented
+        still = results and isinstance(self.dataset, IceVisionItems)
         return super().new(self.dataset.fixed() if still else dataset, cls, **kwargs)
 
 # %% ../../nbs/learners/55_icevision.ipynb #528a0948
@@ -470,22 +490,26 @@ def ice_record(self:IceVisionBatches,
     keep = torch.ones(len(target['labels']), dtype=torch.bool) if crowd else target['iscrowd']==0
     t = {k:target[k][keep] for k in ('boxes','labels','iscrowd','area','masks') if k in target}
     parts = _parts(t['masks'], len(t['labels'])) if 'masks' in t else None
-    res = _ice_record(target['image_id'], f"{target['image_id']}", img.shape[-2:], t['boxes'], t['labels'],
-                      t['iscrowd'], self.ice_map, parts)
+    name = target['image_id']
+    res = _ice_record(name, f'{name}', img.shape[-2:], t['boxes'], t['labels'], t['iscrowd'],
+                      self.ice_map, parts)
     res.add_component(part('core').AreasRecordComponent())
     res.detection.add_areas(t['area'].tolist())
     if self.stats: img = F.normalize(img, *self.stats)
     res.set_img(img.permute(1,2,0).numpy())
-    if parts is not None: res.detection.set_mask_array(part('core.mask').MaskArray(t['masks'].numpy()))
+    if parts is not None:
+        res.detection.set_mask_array(part('core.mask').MaskArray(t['masks'].numpy()))
     return res
 
 @patch
 def create_batch(self:IceVisionBatches,
     b, # list of (image, target)
 ) -> tuple: # ((images, targets), records)
-    "Returns IceVision's batch; crowd boxes are in the records, which COCO's metric reads, and not in the targets."
+    "Returns IceVision's batch; crowd boxes are in the records, for the metric, not in the targets."
     records = [self.ice_record(*o) for o in b]
-    batch,_ = self.collate([self.ice_record(*o, crowd=False) if o[1]['iscrowd'].any() else r for o,r in zip(b, records)])
+    learned = [self.ice_record(*o, crowd=False) if o[1]['iscrowd'].any() else r
+               for o,r in zip(b, records)]
+    batch,_ = self.collate(learned)
     for r in records: r.unload()
     return batch,records
 

@@ -99,7 +99,8 @@ def mend_font(
 def _float_labels():
     import albumentations as A
     box = A.BboxParams('pascal_voc', label_fields=['labels'])
-    res = A.Compose([], bbox_params=box)(image=np.zeros((4,4,3), np.uint8), bboxes=[[0,0,2,2]], labels=[0])
+    img = np.zeros((4,4,3), np.uint8)
+    res = A.Compose([], bbox_params=box)(image=img, bboxes=[[0,0,2,2]], labels=[0])
     return not isinstance(res['labels'][0], (int,np.integer))
 
 @mend('every Dataset with boxes: IndexError, only integers, slices ...')
@@ -116,17 +117,18 @@ def mend_labels() -> bool:
     return rebind(adapter.AlbumentationsInstancesLabelsComponent, 'collect_labels', make)
 
 # %% ../../nbs/learners/54_icevision_compat.ipynb #ec120455
-@mend('padding is black instead of grey, without an error')
+@mend('padding is black instead of gray, without an error')
 def mend_fill() -> bool:
-    "Puts the new name of the colour into the defaults of `resize_and_pad` and `aug_tfms`; what you pass yourself stays."
+    "Gives the defaults of `resize_and_pad` and `aug_tfms` the new name of the color."
     import albumentations as A
     helpers = part('tfms.albumentations.albumentations_helpers')
     done = getattr(helpers.aug_tfms, 'mended', False)
     if done or 'fill' not in inspect.signature(A.PadIfNeeded).parameters: return False
-    grey = dict(border_mode=0, fill=(124,116,104)) # 0: a constant colour
+    gray = dict(border_mode=0, fill=(124,116,104)) # 0: a constant color
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # ShiftScaleRotate names a successor
-        new = dict(pad=helpers.partial(A.PadIfNeeded, **grey), shift_scale_rotate=A.ShiftScaleRotate(rotate_limit=15, **grey))
+        new = dict(pad=helpers.partial(A.PadIfNeeded, **gray),
+                   shift_scale_rotate=A.ShiftScaleRotate(rotate_limit=15, **gray))
     for f in (helpers.resize_and_pad, helpers.aug_tfms):
         names = [k for k,p in inspect.signature(f).parameters.items() if p.default is not p.empty]
         f.__defaults__ = tuple(new.get(k, d) for k,d in zip(names, f.__defaults__))
@@ -142,17 +144,18 @@ class OldNumpy(types.ModuleType):
 @mend('show_samples and show_preds with colours: numpy has no attribute int')
 def mend_numpy() -> bool:
     "Gives the modules that draw a NumPy with `int` and `float`."
-    mods = [o for o in (part('visualize.draw_data'), part('visualize.utils')) if not hasattr(o.np, 'int')]
+    mods = part('visualize.draw_data'),part('visualize.utils')
+    mods = [o for o in mods if not hasattr(o.np, 'int')]
     for o in mods: o.np = OldNumpy('numpy')
     return bool(mods)
 
 # %% ../../nbs/learners/54_icevision_compat.ipynb #2b42436d
-def _effdet_builder(): # the module that looks effdet's builder up; a function hides it under its name
+def _effdet_builder(): # the module that looks up effdet's builder; a function of its name hides it
     return sys.modules[part('models.ross.efficientdet').model.__module__]
 
 @mend('EfficientDet with pretrained=False downloads the weights of its backbone')
 def mend_offline() -> bool:
-    "Loads what `pretrained` says: all or nothing, and the backbone alone where the detector has no weights."
+    "Loads what `pretrained` says: all or nothing, or the backbone if the detector has no weights."
     if has_line(_effdet_builder().model, 'pretrained_backbone'): return False
     def make(old):
         def create_model_from_config(config, *args, pretrained=False, **kwargs):
@@ -188,7 +191,8 @@ def mend_shared() -> bool:
     def make(old):
         def __call__(self, *args, **kwargs):
             new = copy(self)
-            if hasattr(new, 'backbone_fn_kwargs'): new.backbone_fn_kwargs = deepcopy(new.backbone_fn_kwargs)
+            if hasattr(new, 'backbone_fn_kwargs'):
+                new.backbone_fn_kwargs = deepcopy(new.backbone_fn_kwargs)
             return old(new, *args, **kwargs)
         return __call__
     return any([rebind(o, '__call__', make) for o in kinds])
@@ -198,12 +202,14 @@ def mend_shared() -> bool:
 def mend_groups() -> bool:
     "Lists the parameter groups of R-CNNs and RetinaNet when they are asked for."
     utils = part('models.torchvision.utils')
-    if not has_line(utils.patch_rcnn_param_groups, 'backbone_param_groups=model.backbone.param_groups()'): return False
+    line = 'backbone_param_groups=model.backbone.param_groups()'
+    if not has_line(utils.patch_rcnn_param_groups, line): return False
     def make(old):
         def patch_param_groups(model, head_layers, backbone_param_groups):
             heads = [n for n,m in model.named_children() if any(m is o for o in head_layers)]
             def param_groups(model):
-                groups = model.backbone.param_groups() + [list(getattr(model, n).parameters()) for n in heads]
+                groups = model.backbone.param_groups()
+                groups = groups + [list(getattr(model, n).parameters()) for n in heads]
                 utils.check_all_model_params_in_groups2(model, groups)
                 return groups
             model.param_groups = types.MethodType(param_groups, model)
@@ -213,7 +219,8 @@ def mend_groups() -> bool:
 # %% ../../nbs/learners/54_icevision_compat.ipynb #f6a60da8
 def flagged(model) -> list: # modules
     "The modules of a torchvision detector whose own flag chooses between losses and detections."
-    return [o for o in (model, getattr(model, 'rpn', None), getattr(model, 'roi_heads', None)) if o is not None]
+    parts = model,getattr(model, 'rpn', None),getattr(model, 'roi_heads', None)
+    return [o for o in parts if o is not None]
 
 def losses_in_eval(model):
     "Puts the model into eval mode, but for the flags that ask for losses."
@@ -284,8 +291,9 @@ def mend_lightning() -> bool:
     "Gives IceVision's Lightning adapters the new name of the hook that computes metrics."
     if not importlib.util.find_spec('pytorch_lightning'): return False
     part('models')
-    adapters = [o for o in _below(part('engines.lightning').LightningModelAdapter) if o.__module__.startswith('icevision.')]
-    old = [o for o in adapters if 'validation_epoch_end' in o.__dict__] # what you have written yourself stays
+    adapters = _below(part('engines.lightning').LightningModelAdapter)
+    own = [o for o in adapters if o.__module__.startswith('icevision.')] # not what you wrote
+    old = [o for o in own if 'validation_epoch_end' in o.__dict__]
     for o in old:
         del o.validation_epoch_end
         o.on_validation_epoch_end = lambda self: self.finalize_metrics()
@@ -342,7 +350,7 @@ def load_weights(
 # %% ../../nbs/learners/54_icevision_compat.ipynb #1207f5c8
 @mend('save_icevision_checkpoint, model_from_checkpoint: no module named mmcv')
 def mend_checkpoint() -> bool:
-    "Imports IceVision's checkpoint module with a stand-in for mmcv, and offers its functions in `models`."
+    "Imports IceVision's checkpoint module with a stand-in for mmcv; `models` offers its functions."
     models = part('models')
     if hasattr(models, 'model_from_checkpoint'): return False
     runner = types.ModuleType('mmcv.runner')
@@ -362,7 +370,7 @@ def mend_checkpoint() -> bool:
 # %% ../../nbs/learners/54_icevision_compat.ipynb #286bb36d
 @mend("COCO's numbers of masks by size take the area of the box")
 def mend_areas() -> bool:
-    "Gives masks their own area where masks are measured, as COCO does; areas that a record states are kept."
+    "Gives masks their own area where masks are measured, as COCO does; stated areas are kept."
     from pycocotools import mask
     module = part('metrics.coco_metric.coco_metric')
     if has_line(module.create_coco_eval, 'area'): return False
@@ -371,7 +379,8 @@ def mend_areas() -> bool:
             res = old(records, preds, metric_type, *args, **kwargs)
             said = {r.record_id for r in records if hasattr(r.detection, 'areas')}
             unsaid = [a for a in res.cocoGt.anns.values() if a['image_id'] not in said]
-            for a in [*res.cocoDt.anns.values(), *unsaid]*(metric_type=='segm'): a['area'] = float(mask.area(a['segmentation']))
+            for a in [*res.cocoDt.anns.values(), *unsaid]*(metric_type=='segm'):
+                a['area'] = float(mask.area(a['segmentation']))
             return res
         return create_coco_eval
     return rebind(module, 'create_coco_eval', make)
@@ -423,6 +432,6 @@ def icevision_compat(
     need_icevision()
     rows = []
     for name,(f,breaks) in mends.items():
-        done = 'left out' if name in skip else 'mended' if f() else 'nothing to do'
+        done = 'left out' if name in skip else 'patched' if f() else 'nothing to do'
         rows.append(dict(name=name, breaks=breaks, done=done))
-    return Table(rows, dict(name=('mend',''), breaks=('without it',''), done=('this time','')))
+    return Table(rows, dict(name=('patch',''), breaks=('without it',''), done=('this time','')))

@@ -56,15 +56,16 @@ class _Effdet:
 
     def where(self, images):
         n,(h,w) = len(images),images[0].shape[-2:]
-        return dict(img_scale=images[0].new_ones(n), img_size=images[0].new_tensor([[w,h]]*n)) # boxes are clipped to it
+        size = images[0].new_tensor([[w,h]]*n) # boxes are clipped to it
+        return dict(img_scale=images[0].new_ones(n), img_size=size)
 
     def both(self, net, images, targets):
         res = net(torch.stack(images), dict(_yxyx(targets), **self.where(images)))
         parts = dict(loss_classifier=res['class_loss'], loss_box_reg=res['loss']-res['class_loss'])
         return parts,_rows(res['detections'])
 
-    def detections(self, net, images):
-        return _rows(DetBenchPredict.forward(net, torch.stack(images), self.where(images))) # net has all that it reads
+    def detections(self, net, images): # net has all that the bench reads
+        return _rows(DetBenchPredict.forward(net, torch.stack(images), self.where(images)))
 
 # %% ../../nbs/learners/57_icevision_learner.ipynb #d504cd52
 _rcnn = 'loss_classifier','loss_box_reg','loss_objectness','loss_rpn_box_reg'
@@ -91,12 +92,12 @@ def _revive(): # of a pickle: what it names is imported after this
 
 # %% ../../nbs/learners/57_icevision_learner.ipynb #d5402e35
 class IceVisionDetector(nn.Module):
-    "A model of IceVision behind our contract: losses in training, detections in eval, both for validation."
+    "A model of IceVision with our contract: losses in training, detections in eval, or both."
     def __init__(self,
         net:nn.Module, # IceVision's model
         model_type, # its module, such as `models.torchvision.faster_rcnn`, or its last name
         num_classes:int, # background counted
-        stats=None, # (mean, std) that images are normalised with; None: those of the backbone's record, or ImageNet's
+        stats=None, # (mean, std) to normalize with; None: the backbone record's, or ImageNet's
         img_size=None, # (height, width) that EfficientDet was built for
     ):
         super().__init__()
@@ -109,9 +110,11 @@ class IceVisionDetector(nn.Module):
         self.loss_names = loss_names[self.family]
 
     @property
-    def backbone(self): return self.net.model.backbone if self.family=='efficientdet' else self.net.backbone
+    def backbone(self):
+        return self.net.model.backbone if self.family=='efficientdet' else self.net.backbone
     @property
-    def neck(self): return getattr(getattr(self.backbone, 'body', None), 'neck', None) # `freeze` leaves it to learn
+    def neck(self): # `freeze` lets it learn
+        return getattr(getattr(self.backbone, 'body', None), 'neck', None)
     def param_groups(self): return self.net.param_groups()
     def __reduce__(self): return _revive,(),self.__dict__
 
@@ -127,14 +130,15 @@ def forward(self:IceVisionDetector,
     wanted = both or self.training
     if wanted: targets = check_targets(targets, images, self.num_classes, self.target_keys)
     odd = next((tuple(o.shape[-2:]) for o in images if tuple(o.shape[-2:])!=self.img_size), None)
-    if self.img_size and odd: raise ValueError(f'got an image of {odd[0]}x{odd[1]}, but this {self.family} was built for '
-        '{0}x{1}: bring all images to that size'.format(*self.img_size))
+    if self.img_size and odd: raise ValueError(f'got an image of {odd[0]}x{odd[1]}, but this '
+        '{} was built for {}x{}: bring all images to that size'.format(self.family, *self.img_size))
     images = [F.normalize(o, *self.stats) for o in images]
     if both:
         res = self.ask.both(self.net.eval(), images, targets)
         self.net.train(self.training)
         return res
-    return self.ask.losses(self.net, images, targets) if self.training else self.ask.detections(self.net, images)
+    if self.training: return self.ask.losses(self.net, images, targets)
+    return self.ask.detections(self.net, images)
 
 # %% ../../nbs/learners/57_icevision_learner.ipynb #4c4709f6
 _ours = dict(neck='neck', neck_channels='channels', neck_norm='norm') # name here -> argument of `icevision_backbone`
@@ -177,19 +181,21 @@ def icevision_model(
     pretrained=False, # published weights of the backbone: True, or their tag
     img_size=None, # int or (height, width) of the images, px: EfficientDet is built for it
     backbone_args:dict=None, # for `create_backbone`
-    **kwargs, # neck, neck_channels, neck_norm, anchor_scale, and what IceVision's model takes, see `taken`
+    **kwargs, # neck, neck_channels, neck_norm, anchor_scale, and IceVision's own, see `taken`
 ) -> IceVisionDetector: # its `net` is IceVision's model
-    "Returns IceVision's model on our backbone, behind our contract; raises ValueError or TypeError for what does not fit."
+    "Returns IceVision's model on our backbone, with our contract; raises ValueError or TypeError."
     icevision_compat()
     family = family_of(detector)
     neck,anchors,rest = sort_args(family, kwargs)
     if family!='efficientdet': neck['extra'] = 'p6p7' if family=='retinanet' else 'pool'
-    elif img_size is None: raise ValueError('efficientdet is built for one size: give img_size, such as dls.train.size')
+    elif img_size is None: raise ValueError('efficientdet is built for one size: give img_size, '
+        'such as dls.train.size')
     else: rest['img_size'] = hw(img_size)
     config = icevision_backbone(backbone, **neck, **(backbone_args or {}))(pretrained=pretrained)
     if family=='efficientdet': _check_size(config, hw(img_size))
     build = part(f'models.{families[family]}').model
-    net = build(backbone=config, num_classes=num_classes, **config.model_args(family, **anchors) | rest)
+    args = config.model_args(family, **anchors) | rest
+    net = build(backbone=config, num_classes=num_classes, **args)
     return IceVisionDetector(net, family, num_classes, img_size=rest.get('img_size'))
 
 # %% ../../nbs/learners/57_icevision_learner.ipynb #1175432b

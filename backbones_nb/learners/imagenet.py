@@ -73,7 +73,7 @@ def open_imagenet(
     workers:int=0, # that read, for each process
     **kwargs, # for `folder_dls` or `shard_dls`
 ): # ClassDataLoaders
-    "Returns loaders of folders or of shards, whichever are there; the transforms have to normalise."
+    "Returns loaders of folders or of shards, whichever are there; the transforms have to normalize."
     data = as_place(data)
     if isinstance(data, Path) and not data.is_dir(): raise FileNotFoundError(f'there is no folder {data}: give one with '
         'train and val in it')
@@ -101,7 +101,7 @@ def _wandb(out, config):
         def before_fit(self):
             self.learn.gather_args = dict # fastai 2.8.12 fails where an argument is a number; ours are in `config`
             super().before_fit()
-    run = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16] # the same folder goes on with the same run
+    run = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16] # the same folder continues the same run
     if wandb.run is None: wandb.init(project='backbones-nb', name=out.name, id=run, resume='allow', dir=out, config=config)
     return WandbRun(log_preds=False)
 
@@ -111,7 +111,7 @@ def _tensorboard(out):
         'pip install tensorboard') from e
     class TensorBoardRun(TensorBoardCallback):
         def before_batch(self):
-            "At the first batch it is known where the training goes on; what was written for later steps is purged."
+            "At the first batch it is known where the training run continues; what was written for later steps is purged."
             if not (self.run and self.training) or self.writer.purge_step is not None: return
             self.writer.close()
             self.writer = SummaryWriter(self.log_dir, purge_step=self.train_iter+1)
@@ -163,8 +163,10 @@ def _make(data, backbone, r, bs, lr, pretrained, acc, workers, seed, device, cbs
     "The learner before its training."
     world = num_distrib() or 1
     set_seed(seed)
-    body = create_backbone(backbone, pretrained=pretrained) if isinstance(backbone, str) else backbone
-    dls = open_imagenet(data, recipe_tfms(r, *mean_std(body)), bs, workers, seed=seed, device=device)
+    named = isinstance(backbone, str)
+    body = create_backbone(backbone, pretrained=pretrained) if named else backbone
+    tfms = recipe_tfms(r, *mean_std(body))
+    dls = open_imagenet(data, tfms, bs, workers, seed=seed, device=device)
     args = recipe_args(r, bs, world, acc) | ({} if lr is None else dict(lr=lr))
     ema = [o for o in recipe_cbs(r, bs, world, acc) if isinstance(o, ModelEMA)]
     learn = backbone_learner(dls, body, metrics=[TopK(1), TopK(5)], cbs=ema + list(cbs), **args)
@@ -226,7 +228,7 @@ def train_imagenet(
     cbs=(), # more fastai callbacks
     **changes, # for `plan`: epochs, size, ema, amp, channels_last, and all fields of the recipe
 ) -> Learner: # with `results`, which metrics.json holds too
-    "Trains a classifier, goes on after an interruption, measures it, and writes all into `out`."
+    "Trains a classifier, resumes after an interruption, measures it, and writes all into `out`."
     out,r,device = _open_run(out, resume, weights, log),plan(recipe, **changes),join_processes(device)
     learn = _make(data, backbone, r, bs, lr, pretrained, acc, workers, seed, device, cbs)
     config = _config(backbone, r, pretrained, bs=bs, lr=lr, acc=acc, seed=seed, sync_bn=sync_bn, data=_about(learn.dls))
@@ -309,7 +311,7 @@ def eval_tfm(
 # %% ../../nbs/learners/58_imagenet.ipynb #3df49cb9
 def eval_dl(
     data, # as for `open_imagenet`; training images need not be there
-    tfm, # that normalises
+    tfm, # that normalizes
     bs:int=64, # of one process
     workers:int=4, # that read, for each process
     device=None, # None: fastai's default

@@ -24,7 +24,7 @@ def one_by_one(
     x:Tensor, # images (B,3,H,W)
     targets, # B dicts
 ) -> tuple: # losses by name, (B,) each, and B detections
-    "Returns the losses of each image by itself; neither its neighbours in the batch nor chance change them."
+    "Returns the losses of each image by itself, which neither neighbors nor chance change."
     with torch.no_grad():
         res = []
         for i,t in enumerate(targets):
@@ -121,7 +121,7 @@ def plot_confusion_matrix(self:DetectionInterpretation,
     iou_thr:float=0.5, # as in `confusion_matrix`
     score_thr:float=0.5, # as in `confusion_matrix`
     ax=None, # axes to draw on; None makes a figure
-    cmap='Blues', # colours, light to dark
+    cmap='Blues', # colors, light to dark
 ): # the Axes
     "Draws the counts, names at the sides."
     m,names = self.confusion_matrix(iou_thr, score_thr),['nothing', *list(self.dl.class_map)[1:]]

@@ -35,7 +35,7 @@ def _check(i, d, need, what):
     b,l = _numpy(d['boxes'], float).reshape(-1, 4),_numpy(d['labels'], int)
     if len(b)!=len(l): raise ValueError(f'{what} {i} has {len(b)} boxes and {len(l)} labels: give one label per box')
     if not np.isfinite(b).all(): raise ValueError(f'{what} {i} has boxes that are not finite: '
-        'the training has diverged or the reader is wrong, mend that first')
+        'the training has diverged or the reader is wrong, fix that first')
     if (l<1).any(): raise ValueError(f'{what} {i} has label {l.min()}, but classes count from 1 (0 is background): '
         'add 1 to the labels')
     return b,l
@@ -44,7 +44,8 @@ def _check(i, d, need, what):
 class RunLengths(Sequence):
     """Binary masks of one image as COCO's run lengths.
 
-    A number gives one mask (H,W) uint8; bools, a list of numbers or a slice give some of them as `RunLengths`."""
+    A number gives one mask (H,W) uint8; bools, a list of numbers or a slice give some of them
+    as `RunLengths`."""
     def __init__(self,
         counts, # one compressed code per mask, bytes
         size, # (height, width), pixels
@@ -53,10 +54,12 @@ class RunLengths(Sequence):
     @property
     def shape(self): return torch.Size([len(self.counts), *self.size])
     def __len__(self): return len(self.counts)
-    def __repr__(self): return f"RunLengths{tuple(self.shape)} of {sum(map(len, self.counts))} bytes"
+    def __repr__(self):
+        return f"RunLengths{tuple(self.shape)} of {sum(map(len, self.counts))} bytes"
 
     def __getitem__(self, i):
-        if isinstance(i, (int,np.integer)): return RunLengths([self.counts[i]], self.size).tensor()[0]
+        if isinstance(i, (int,np.integer)):
+            return RunLengths([self.counts[i]], self.size).tensor()[0]
         at = np.arange(len(self))[i if isinstance(i, (slice,list)) else _numpy(i)]
         return RunLengths([self.counts[j] for j in at], self.size)
 
@@ -69,14 +72,15 @@ class RunLengths(Sequence):
 
 # %% ../../nbs/learners/50_metrics.ipynb #a7c61ba4
 def run_lengths(
-    masks, # (N,H,W) or (N,1,H,W): floats in [0,1], uint8 or bool, on any device; `RunLengths` stay as they are
+    masks, # (N,H,W) or (N,1,H,W): floats in [0,1], uint8 or bool; or `RunLengths`, kept as they are
     thr:float=0.5, # from here on a pixel belongs to the object
 ) -> RunLengths:
     "Returns masks as run lengths."
     if isinstance(masks, RunLengths): return masks
     m = torch.as_tensor(masks)
     m = m.reshape(len(m), *m.shape[-2:])>=thr
-    cols = m.transpose(1,2).contiguous().byte().cpu().numpy().transpose(2,1,0) # (H,W,N), one column after the other
+    cols = m.transpose(1,2).contiguous().byte().cpu().numpy() # (N,W,H)
+    cols = cols.transpose(2,1,0) # (H,W,N), one column after the other
     return RunLengths([o['counts'] for o in mask_api.encode(cols)] if len(m) else [], m.shape[1:])
 
 def compact(
@@ -91,26 +95,29 @@ def compact(
 # %% ../../nbs/learners/50_metrics.ipynb #e6d995a4
 def _masks(i, d, n, what):
     m = run_lengths(d['masks'])
-    if len(m)!=n: raise ValueError(f'{what} {i} has {n} boxes and {len(m)} masks: give one mask per box')
+    if len(m)!=n: raise ValueError(f'{what} {i} has {n} boxes and {len(m)} masks: '
+        'give one mask per box')
     rles = m.rles()
     return rles,mask_api.area(rles)
 
 def coco_anns(
-    dicts:list, # one per image: boxes (N,4) xyxy px, labels (N,), predictions' scores (N,); maybe masks, area, iscrowd
+    dicts:list, # one per image: boxes, labels, scores of predictions; maybe masks, area, iscrowd
     what:str='target', # 'target' or 'prediction'
     masks:bool=False, # also masks: (N,H,W), (N,1,H,W) or `RunLengths`
 ) -> list: # dicts as in COCO's annotation files; `image_id` is the position in `dicts`, from 1
-    "Returns the annotations of all images in COCO's form; raises ValueError on what cannot be evaluated."
+    "Returns all annotations in COCO's form; raises ValueError on what cannot be evaluated."
     anns,need = [],('boxes', 'labels') + (('scores',) if what=='prediction' else ())
     for i,d in enumerate(dicts):
         b,l = _check(i, d, need + (('masks',) if masks and len(d.get('labels', ())) else ()), what)
         n,wh = len(b),b[:,2:]-b[:,:2]
-        area = _numpy(d['area'], float) if what=='target' and d.get('area') is not None else wh.prod(1)
+        own = what=='target' and d.get('area') is not None
+        area = _numpy(d['area'], float) if own else wh.prod(1)
         crowd = _numpy(d['iscrowd'], int) if d.get('iscrowd') is not None else np.zeros(n, int)
         score = _numpy(d['scores'], float) if what=='prediction' else None
         rles,pixels = _masks(i, d, n, what) if masks and n else ((),())
         for j in range(n):
-            a = dict(id=len(anns)+1, image_id=i+1, category_id=int(l[j]), iscrowd=int(crowd[j]), area=float(area[j]),
+            a = dict(id=len(anns)+1, image_id=i+1, category_id=int(l[j]),
+                     iscrowd=int(crowd[j]), area=float(area[j]),
                      bbox=[float(b[j,0]), float(b[j,1]), float(wh[j,0]), float(wh[j,1])])
             if score is not None: a['score'] = float(score[j])
             if masks: a['segmentation'] = rles[j]
@@ -132,12 +139,15 @@ def _coco(anns, n, names):
     return res
 
 def _check_pairs(preds, targets, masks):
-    if len(preds)!=len(targets): raise ValueError(f'got {len(preds)} predictions and {len(targets)} targets: '
-        'give one dict per image in both, in the same order')
+    if len(preds)!=len(targets):
+        raise ValueError(f'got {len(preds)} predictions and {len(targets)} targets: '
+                         'give one dict per image in both, in the same order')
+    def size(d): return tuple(d['masks'].shape[-2:]) if d.get('masks') is not None else None
     for i,pair in enumerate(zip(preds, targets)):
-        a,b = (tuple(d['masks'].shape[-2:]) if masks and d.get('masks') is not None else None for d in pair)
-        if None not in (a, b) and a!=b: raise ValueError(f'image {i} has predicted masks of {a[0]}x{a[1]} pixels and '
-            f'true masks of {b[0]}x{b[1]}: bring both to one size')
+        a,b = map(size, pair) if masks else (None,None)
+        if None not in (a, b) and a!=b:
+            raise ValueError(f'image {i} has predicted masks of {a[0]}x{a[1]} pixels and '
+                             f'true masks of {b[0]}x{b[1]}: bring both to one size')
 
 def _evaluate(gt, dt, n, names, iou_type):
     "The twelve numbers, and AP by class, of annotations in COCO's form."
@@ -150,13 +160,13 @@ def _evaluate(gt, dt, n, names, iou_type):
 
 # %% ../../nbs/learners/50_metrics.ipynb #90919d44
 def coco_eval(
-    preds:list, # one dict per image: boxes (N,4) xyxy px, labels (N,) from 1, scores (N,); masks for `iou_type='segm'`
-    targets:list, # one dict per image, in the same order: boxes, labels; maybe masks, area, iscrowd; N may be 0
+    preds:list, # one dict per image: boxes (N,4) xyxy px, labels (N,), scores (N,); maybe masks
+    targets:list, # one dict per image, in that order: boxes, labels; maybe masks, area, iscrowd
     class_map=None, # gives the classes and their names; None: the labels that occur
-    iou_type:str='bbox', # 'bbox'; 'segm' for masks; 'both': those of masks too, by names such as 'mask_AP'
+    iou_type:str='bbox', # 'bbox'; 'segm' for masks; 'both': masks too, by names such as 'mask_AP'
     per_class:bool=False, # also `per_class`: {name: AP}
 ) -> dict: # the twelve numbers by name; -1 where there is nothing to find, as in pycocotools
-    "Returns COCO's twelve numbers (https://cocodataset.org/#detection-eval), by faster-coco-eval, without printing."
+    "Returns COCO's twelve numbers (https://cocodataset.org/#detection-eval) by faster-coco-eval."
     if iou_type=='both':
         box,mask = (coco_eval(preds, targets, class_map, o, per_class) for o in ('bbox', 'segm'))
         return box | {f'mask_{k}':v for k,v in mask.items()}
@@ -177,14 +187,16 @@ def coco_table(
     digits:int=3,
 ) -> Table: # plain text in a terminal, Markdown in a notebook
     "Returns the numbers as a table, one row per result; a dash where there was nothing to find."
-    if not any(isinstance(v, Mapping) and 'AP' in v for v in results.values()): results = {'':results}
+    several = any(isinstance(v, Mapping) and 'AP' in v for v in results.values())
+    if not several: results = {'':results}
     def cell(v): return '-' if v<0 else f'{v:.{digits}f}'
-    rows = [{'':str(n)} | {k:-1 if r.get(k) is None else r[k] for k in keys} for n,r in results.items()]
+    def row(n, r): return {'':str(n)} | {k:-1 if r.get(k) is None else r[k] for k in keys}
+    rows = [row(n, r) for n,r in results.items()]
     return Table(rows, {'':('','')} | {k:(k,cell) for k in keys})
 
 # %% ../../nbs/learners/50_metrics.ipynb #84025191
 class MeanBoxDetector:
-    "Predicts the same box in relative coordinates and the same class for every image: what a detector must beat."
+    "Predicts the same relative box and the same class for every image: what a detector must beat."
     def __init__(self,
         box, # (4,) xyxy in [0,1], relative to width and height
         label:int, # class id, from 1
@@ -200,34 +212,41 @@ class MeanBoxDetector:
             return dict(boxes=box[None], labels=torch.tensor([self.label]), scores=torch.ones(1))
         return [one(o) for o in images]
 
-    def __repr__(self): return f'MeanBoxDetector(box={[round(o, 3) for o in self.box.tolist()]}, label={self.label})'
+    def __repr__(self):
+        box = [round(o, 3) for o in self.box.tolist()]
+        return f'MeanBoxDetector(box={box}, label={self.label})'
 
 # %% ../../nbs/learners/50_metrics.ipynb #82ebbed3
 def mean_box_detector(
     train, # records: `size` (height, width), `boxes` (N,4) xyxy px, `labels` (N,)
 ) -> MeanBoxDetector:
-    "Returns the detector of the mean relative box and the most frequent class; raises ValueError without any boxes."
+    "Returns the detector of the mean relative box and the most frequent class."
     boxes,labels = [],[]
     for r in train:
         h,w = r.size
-        boxes.append(torch.as_tensor(_numpy(r.boxes, np.float32)).reshape(-1,4)/torch.tensor([w,h,w,h]))
+        b = torch.as_tensor(_numpy(r.boxes, np.float32)).reshape(-1,4)
+        boxes.append(b/torch.tensor([w,h,w,h]))
         labels += _numpy(r.labels, int).tolist()
-    if not labels: raise ValueError(f'got {len(boxes)} records without a single box: give records that have some')
+    if not labels: raise ValueError(f'got {len(boxes)} records without a single box: '
+        'give records that have some')
     return MeanBoxDetector(torch.cat(boxes).mean(0), int(np.bincount(labels).argmax()))
 
 # %% ../../nbs/learners/50_metrics.ipynb #13478f20
 class DetectionMetric(Metric):
-    "Detections and targets of a validation, gathered once and evaluated once for boxes and once for masks."
-    def reset(self): self.preds,self.targets,self.class_map,self._res,self.leader = [],[],None,{},self
+    "Detections and targets of a validation, gathered once, evaluated once for boxes and for masks."
+    def reset(self):
+        self.preds,self.targets = [],[]
+        self.class_map,self._res,self.leader = None,{},self
 
     def lead(self, learn) -> list: # the learner's metrics of this kind
         "Chooses the first such metric of the learner, which gathers for all."
         same = [m for m in learn.metrics if isinstance(m, DetectionMetric)] or [self]
-        self.leader,self.class_map,self._res = same[0],getattr(learn.dls, 'class_map', None),{}
+        self.leader,self._res = same[0],{}
+        self.class_map = getattr(learn.dls, 'class_map', None)
         return same
 
     def accumulate(self, learn):
-        "Stores the batch, on the first such metric only; skips training batches, which have no detections."
+        "Stores the batch, on the first such metric only; training batches have no detections."
         if not isinstance(learn.pred, (list,tuple)): return
         masks = any(m.iou_type=='segm' for m in self.lead(learn))
         if self.leader is not self: return
@@ -239,12 +258,13 @@ class DetectionMetric(Metric):
         "All twelve numbers, evaluated once."
         lead,kind = self.leader,self.iou_type
         if kind not in lead._res:
-            lead._res[kind] = coco_eval(lead.preds, lead.targets, lead.class_map, kind, per_class=True)
+            lead._res[kind] = coco_eval(lead.preds, lead.targets, lead.class_map, kind,
+                                        per_class=True)
         return lead._res[kind]
 
 # %% ../../nbs/learners/50_metrics.ipynb #cd53c9fb
 class COCOMetric(DetectionMetric):
-    """One of COCO's numbers as a fastai metric, over `learn.pred` (detections) and the targets of the batch.
+    """One of COCO's numbers as a fastai metric, over `learn.pred` (detections) and the targets.
 
     Several of them on one learner gather and evaluate once."""
     def __init__(self,
@@ -253,14 +273,17 @@ class COCOMetric(DetectionMetric):
         name:str=None, # column in fastai's table; None: the key, with 'mask_' before it for masks
     ):
         if key.startswith('mask_'): key,iou_type = key.removeprefix('mask_'),'segm'
-        if key not in coco_keys: raise ValueError(f"got key={key!r}, expected one of {', '.join(coco_keys)}, "
-            "with 'mask_' before it for masks")
-        if iou_type not in ('bbox', 'segm'): raise ValueError(f"got iou_type={iou_type!r}, expected 'bbox' or 'segm'")
+        if key not in coco_keys:
+            raise ValueError(f"got key={key!r}, expected one of {', '.join(coco_keys)}, "
+                             "with 'mask_' before it for masks")
+        if iou_type not in ('bbox', 'segm'):
+            raise ValueError(f"got iou_type={iou_type!r}, expected 'bbox' or 'segm'")
         self.key,self.iou_type = key,iou_type
         self._name = name or ('mask_' if iou_type=='segm' else '') + key
         self.reset()
 
-    def __getstate__(self): return dict(key=self.key, iou_type=self.iou_type, _name=self._name) # without predictions
+    def __getstate__(self): # without predictions
+        return dict(key=self.key, iou_type=self.iou_type, _name=self._name)
     def __setstate__(self, state):
         self.__dict__.update(state)
         self.reset()
@@ -274,10 +297,12 @@ class COCOMetric(DetectionMetric):
 def _fates(p, t, iou_thr):
     "Pairs (true label, said label) of one image, 0 for neither; answers on a crowd are left out."
     crowd = torch.as_tensor(t.get('iscrowd', torch.zeros(len(t['labels'])))).bool()
-    boxes,free = torch.as_tensor(p['boxes']).float().reshape(-1, 4),set((~crowd).nonzero()[:,0].tolist())
+    free = set((~crowd).nonzero()[:,0].tolist())
+    boxes = torch.as_tensor(p['boxes']).float().reshape(-1, 4)
     truth = torch.as_tensor(t['boxes']).float().reshape(-1, 4)
     ious,res = box_iou(boxes, truth),[]
-    inside = ious*(box_area(boxes)[:,None]+box_area(truth))/(1+ious)/box_area(boxes)[:,None].clamp(min=1e-6)
+    area = box_area(boxes)[:,None]
+    inside = ious*(area+box_area(truth))/(1+ious)/area.clamp(min=1e-6)
     for i in torch.as_tensor(p['scores']).argsort(descending=True, stable=True).tolist():
         j = max(free, key=lambda j: ious[i,j], default=None)
         said = int(p['labels'][i])
@@ -294,7 +319,7 @@ def confusion(
     num_classes:int, # background counted
     iou_thr:float=0.5, # answer and object belong together from here on
     score_thr:float=0.5, # answers below are left out
-) -> Tensor: # (num_classes, num_classes) int64: row the truth, column the answer; 0 is nothing there, nothing said
+) -> Tensor: # (C,C) int64: row the truth, column the answer; 0 is nothing there, nothing said
     "Returns how often each class was taken for each."
     _check_pairs(preds, targets, False)
     res = torch.zeros(num_classes, num_classes, dtype=torch.int64)

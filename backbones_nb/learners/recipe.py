@@ -47,10 +47,12 @@ def warmup_cosine(
     warmup:float, # part of the training that warms up, from 0 to less than 1
     start:float=0.01, # where the warm-up begins, as a part of `peak`
 ): # function: part of the training that is done -> learning rate
-    "Returns a linear rise from `start*peak` to `peak`, then half a cosine down to 0; raises for a wrong `warmup`."
-    if not 0<=warmup<1: raise ValueError(f'got warmup={warmup}, expected a part of the training, from 0 to less '
-        'than 1: divide the epochs of the warm-up by all epochs')
-    return combine_scheds([warmup, 1-warmup], [SchedLin(peak*start, peak), SchedCos(peak, peak*0)])
+    "Returns a linear rise from `start*peak` to `peak`, then half a cosine down to 0."
+    if not 0<=warmup<1:
+        raise ValueError(f'got warmup={warmup}, expected a part of the training, from 0 to less '
+                         'than 1: divide the epochs of the warm-up by all epochs')
+    rise = SchedLin(peak*start, peak)
+    return combine_scheds([warmup, 1-warmup], [rise, SchedCos(peak, peak*0)])
 
 # %% ../../nbs/learners/53_recipe.ipynb #9f9a761f
 class WarmupCosine(ParamScheduler):
@@ -70,11 +72,14 @@ class WarmupCosine(ParamScheduler):
     def before_train(self):
         self.run = not hasattr(self.learn, 'lr_finder')
         if not self.run: return
-        if sum(isinstance(o, ParamScheduler) and 'lr' in o.scheds for o in self.learn.cbs)>1: raise ValueError(
-            'got a fit with WarmupCosine and another schedule of the learning rate, expected one: call fit, which adds '
-            'none, or before it learn.remove_cb(WarmupCosine)')
-        if self.warmup>=self.n_epoch: raise ValueError(f'got a warm-up of {self.warmup} epochs and a fit of '
-            f'{self.n_epoch}: fit longer, or shorten the warm-up, for example warmup={self.n_epoch/20:g}')
+        if sum(isinstance(o, ParamScheduler) and 'lr' in o.scheds for o in self.learn.cbs)>1:
+            raise ValueError('got a fit with WarmupCosine and another schedule of the learning '
+                             'rate, expected one: call fit, which adds none, or before it '
+                             'learn.remove_cb(WarmupCosine)')
+        if self.warmup>=self.n_epoch:
+            raise ValueError(f'got a warm-up of {self.warmup} epochs and a fit of {self.n_epoch}: '
+                             'fit longer, or shorten the warm-up, for example '
+                             f'warmup={self.n_epoch/20:g}')
         peak = self.given if self.peak is None else self.peak
         self.scheds['lr'] = warmup_cosine(peak, self.warmup/self.n_epoch, self.start)
 
@@ -89,51 +94,57 @@ def scale_lr(
     world:int=1, # processes
     acc:int=1, # batches that are accumulated for a step
 ) -> float:
-    "Returns the learning rate in proportion to the images of one step (Goyal et al., 2017, arXiv:1706.02677)."
-    if min(base_bs, bs, world, acc)<1: raise ValueError(f'got base_bs={base_bs}, bs={bs}, world={world}, acc={acc}: '
-        'each counts something, give at least 1')
+    "Returns the learning rate in proportion to the images of one step (arXiv:1706.02677)."
+    if min(base_bs, bs, world, acc)<1:
+        raise ValueError(f'got base_bs={base_bs}, bs={bs}, world={world}, acc={acc}: '
+                         'each counts something, give at least 1')
     return lr*bs*world*acc/base_bs
 
 # %% ../../nbs/learners/53_recipe.ipynb #24882ff2
-_norms = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm) # _NormBase: batch, sync, instance
+_norms = (nn.modules.batchnorm._NormBase, # batch, sync, instance
+          nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 def no_decay_params(
     model:nn.Module,
     bias:bool=True, # biases of all layers too
 ) -> list: # parameters
-    "Returns the parameters of normalisation layers, and biases: what weight decay should leave alone."
-    res = {id(p):p for m in model.modules() if isinstance(m, _norms) for p in m.parameters(recurse=False)}
+    "Returns parameters of normalization layers, and biases: what weight decay should leave alone."
+    norms = [m for m in model.modules() if isinstance(m, _norms)]
+    res = {id(p):p for m in norms for p in m.parameters(recurse=False)}
     if bias: res |= {id(p):p for n,p in model.named_parameters() if n.split('.')[-1]=='bias'}
     return list(res.values())
 
 class NoDecay(Callback):
-    "Keeps weight decay off normalisation layers, and off biases; needs a learner with `wd_bn_bias=True`."
+    "Keeps weight decay off norms, and off biases; needs a learner with `wd_bn_bias=True`."
     def __init__(self,
         bias:bool=True, # biases of all layers too
     ): self.bias = bias
 
     def before_train(self):
-        for p in no_decay_params(get_model(self.model), self.bias): self.opt.state[p]['do_wd'] = False
+        free = no_decay_params(get_model(self.model), self.bias)
+        for p in free: self.opt.state[p]['do_wd'] = False
 
 def sgd(
     mom:float=0.9, # momentum
 ): # opt_func for a Learner
-    "Returns SGD as `torch.optim.SGD` does it: weight decay is added to the gradient, before the momentum."
+    "Returns SGD as in `torch.optim.SGD`: weight decay goes into the gradient, before the momentum."
     return partial(SGD, mom=mom, decouple_wd=False)
 
 # %% ../../nbs/learners/53_recipe.ipynb #3f2f422b
 def smooth_loss(
     smoothing:float=0.1, # part of the label that is spread over all classes; 0: none
 ) -> CrossEntropyLossFlat:
-    "Returns cross-entropy with label smoothing, for labels (B,) int64 and for mixed ones (B,C) float."
-    if not 0<=smoothing<1: raise ValueError(f'got smoothing={smoothing}, expected a part of the label, from 0 to less '
-        'than 1, such as 0.1')
+    "Returns cross-entropy with label smoothing, for labels (B,) int64 and mixed ones (B,C) float."
+    if not 0<=smoothing<1:
+        raise ValueError(f'got smoothing={smoothing}, expected a part of the label, from 0 to less '
+                         'than 1, such as 0.1')
     return CrossEntropyLossFlat(flatten=False, label_smoothing=smoothing)
 
 # %% ../../nbs/learners/53_recipe.ipynb #edae256c
 def _check_image(x):
-    if isinstance(x, Tensor) and x.dtype!=torch.uint8: raise TypeError(f'got an image of {x.dtype}, expected a PIL '
-        'image or a uint8 tensor (3,H,W): leave scaling and normalising to the transform')
+    if isinstance(x, Tensor) and x.dtype!=torch.uint8:
+        raise TypeError(f'got an image of {x.dtype}, expected a PIL image or a uint8 tensor '
+                        '(3,H,W): leave scaling and normalizing to the transform')
     return x
 
 def _to_tensor(mean, std):
@@ -143,13 +154,14 @@ def train_tfm(
     size:int=176, # side of the crop, px
     trivial:bool=True, # TrivialAugment
     erase:float=0.1, # probability of random erasing; 0: never
-    erase_value=0, # what is put there, after normalisation; 'random': noise
+    erase_value=0, # what is put there, after normalization; 'random': noise
     flip:float=0.5, # probability of a horizontal flip
     mean=IMAGENET_MEAN, # per channel, RGB in [0,1]
     std=IMAGENET_STD,
-) -> v2.Compose: # PIL image or uint8 tensor (3,H,W) -> float tensor (3,size,size), normalised
+) -> v2.Compose: # PIL image or uint8 tensor (3,H,W) -> float tensor (3,size,size), normalized
     "Returns the augmentation of one training image."
-    tfms = [v2.Lambda(_check_image), v2.RGB(), v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(flip)]
+    tfms = [v2.Lambda(_check_image), v2.RGB()]
+    tfms += [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(flip)]
     if trivial: tfms.append(v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR))
     tfms += _to_tensor(mean, std)
     if erase: tfms.append(v2.RandomErasing(erase, value=erase_value))
@@ -161,45 +173,52 @@ def valid_tfm(
     size:int=224, # side of the central crop, px
     mean=IMAGENET_MEAN, # per channel, RGB in [0,1]
     std=IMAGENET_STD,
-) -> v2.Compose: # PIL image or uint8 tensor (3,H,W) -> float tensor (3,size,size), normalised
-    "Returns what is done with one image of validation; raises where the crop is larger than the image."
-    if size>resize: raise ValueError(f'got a crop of {size} px from an image of {resize} px, expected one that fits: '
-        f'give resize={size} or more')
+) -> v2.Compose: # PIL image or uint8 tensor (3,H,W) -> float tensor (3,size,size), normalized
+    "Returns what is done with one image of validation; raises ValueError for too large a crop."
+    if size>resize:
+        raise ValueError(f'got a crop of {size} px from an image of {resize} px, expected one that '
+                         f'fits: give resize={size} or more')
     return v2.Compose([v2.Lambda(_check_image), v2.RGB(), v2.Resize(resize), v2.CenterCrop(size),
                        *_to_tensor(mean, std), v2.ToPureTensor()])
 
 # %% ../../nbs/learners/53_recipe.ipynb #41345e85
 class CutMixUp(Callback):
-    "Mixes the images of a training batch by CutMix or by MixUp, one or the other per batch, and their labels alike."
+    "Mixes the images of a training batch, and their labels, by either CutMix or MixUp."
     run_valid = False
     def __init__(self,
         cutmix:float=1., # alpha of CutMix; 0: MixUp alone
         mixup:float=0.2, # alpha of MixUp; 0: CutMix alone
         num_classes:int=None, # None: `dls.c`
     ):
-        if not (cutmix>=0 and mixup>=0 and cutmix+mixup): raise ValueError(f'got cutmix={cutmix}, mixup={mixup}, '
-            'expected two alphas, one of them above 0: leave the callback out for neither')
+        if not (cutmix>=0 and mixup>=0 and cutmix+mixup):
+            raise ValueError(f'got cutmix={cutmix}, mixup={mixup}, expected two alphas, one of '
+                             'them above 0: leave the callback out for neither')
         self.cutmix,self.mixup,self.num_classes = cutmix,mixup,num_classes
 
     def before_train(self):
         n = self.num_classes or get_c(self.dls)
-        if not n: raise ValueError('the DataLoaders do not say how many classes there are: pass num_classes')
-        tfms = [f(alpha=a, num_classes=n) for f,a in ((v2.CutMix,self.cutmix),(v2.MixUp,self.mixup)) if a]
+        if not n: raise ValueError('the DataLoaders do not say how many classes there are: '
+            'pass num_classes')
+        kinds = (v2.CutMix,self.cutmix),(v2.MixUp,self.mixup)
+        tfms = [f(alpha=a, num_classes=n) for f,a in kinds if a]
         self.mix = v2.RandomChoice(tfms)
 
     def before_batch(self):
         x,y = (o.as_subclass(Tensor) for o in (self.x, self.y))
-        if y.dim()!=1: raise ValueError(f'got labels of shape {tuple(y.shape)}, expected the number of one class for '
-            'each image, (B,): leave mixing out where an image has several labels')
-        i = torch.randperm(len(y)).to(y.device) # torchvision pairs neighbours
+        if y.dim()!=1:
+            raise ValueError(f'got labels of shape {tuple(y.shape)}, expected the number of one '
+                             'class for each image, (B,): leave mixing out where an image has '
+                             'several labels')
+        i = torch.randperm(len(y)).to(y.device) # torchvision pairs neighbors
         x,y = self.mix(x[i], y[i])
         self.learn.xb,self.learn.yb = (x,),(y,)
 
-    def after_loss(self): self.learn.yb = (self.y.argmax(1),) # for metrics: the label of the larger part
+    def after_loss(self):
+        self.learn.yb = (self.y.argmax(1),) # for metrics: the label of the larger part
 
 # %% ../../nbs/learners/53_recipe.ipynb #76a050a3
 class RepeatedSampler(Sampler):
-    "Gives each drawn image `reps` times in a row, to one process after the other; the epoch stays as long as it was."
+    "Gives each drawn image `reps` times in a row, to one process after the other."
     def __init__(self,
         n:int, # images of the data set
         reps:int=4, # copies of an image in an epoch
@@ -207,15 +226,18 @@ class RepeatedSampler(Sampler):
         rank:int=None, # this process; None: the running one
         world:int=None, # all processes; None: the running ones
     ):
-        if min(n, reps)<1: raise ValueError(f'got n={n}, reps={reps}: both count something, give at least 1')
+        if min(n, reps)<1: raise ValueError(f'got n={n}, reps={reps}: both count something, '
+            'give at least 1')
         self.n,self.reps,self.seed,self.epoch = n,reps,seed,0
-        self.rank,self.world = rank_distrib() if rank is None else rank,(num_distrib() or 1) if world is None else world
+        self.rank = rank_distrib() if rank is None else rank
+        self.world = (num_distrib() or 1) if world is None else world
 
     def __len__(self): return ceil(self.n/self.world)
     def set_epoch(self, epoch): self.epoch = epoch
 
     def __iter__(self):
-        order = torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed+self.epoch))
+        g = torch.Generator().manual_seed(self.seed+self.epoch)
+        order = torch.randperm(self.n, generator=g)
         drawn = order[torch.arange(len(self)*self.world)//self.reps % self.n]
         return iter(drawn[self.rank::self.world].tolist())
 
@@ -223,7 +245,7 @@ class RepeatedSampler(Sampler):
 
 # %% ../../nbs/learners/53_recipe.ipynb #337bea9a
 class RepeatedAugmentation(Callback):
-    "Repeated augmentation in fastai's training loader; fastai itself shares the order out among processes."
+    "Repeated augmentation in fastai's training loader; fastai shares the order among processes."
     def __init__(self,
         reps:int=4, # copies of an image in an epoch
         seed:int=0, # order of the epochs
@@ -231,8 +253,9 @@ class RepeatedAugmentation(Callback):
 
     def before_train(self):
         dl = self.dls.train
-        if not getattr(dl, 'shuffle', False) or dl.n is None: raise ValueError('the training loader '
-            'does not shuffle images by number, which repeated augmentation needs: pass shuffle=True, or reps=1')
+        if not getattr(dl, 'shuffle', False) or dl.n is None:
+            raise ValueError('the training loader does not shuffle images by number, which '
+                             'repeated augmentation needs: pass shuffle=True, or reps=1')
         own = vars(dl).get('shuffle_fn')
         if not isinstance(getattr(own, '__self__', None), RepeatedSampler): self.was = own
         sampler = RepeatedSampler(dl.n, self.reps, self.seed, rank=0, world=1)
@@ -257,9 +280,9 @@ def ema_decay(
 
 # %% ../../nbs/learners/53_recipe.ipynb #2d736b6b
 class ModelEMA(Callback):
-    """Keeps an exponential moving average of the net, validates with it, and puts it in at the end of the fit.
+    """Keeps an exponential moving average of the net, validates with it, and ends the fit with it.
 
-    Each fit begins its own, unless it has a `start_epoch`, or `load_state_dict` was called before it."""
+    Each fit begins its own, unless it has a `start_epoch` or follows a `load_state_dict`."""
     order,run_valid = 12,False # after mixed precision (10) and distributed training (11)
     def __init__(self,
         decay:float=0.9998, # part of the average that stays, per update
@@ -268,12 +291,15 @@ class ModelEMA(Callback):
         evaluate:bool=True, # validate with the average during a fit
         swap:bool=True, # the net ends as the average
     ):
-        if not 0<=decay<1 or steps<1: raise ValueError(f'got decay={decay}, steps={steps}, expected a decay from 0 to '
-            'less than 1, such as 0.9998, and at least 1 step')
+        if not 0<=decay<1 or steps<1:
+            raise ValueError(f'got decay={decay}, steps={steps}, expected a decay from 0 to less '
+                             'than 1, such as 0.9998, and at least 1 step')
         self.decay,self.steps,self.warmup,self.evaluate,self.swap = decay,steps,warmup,evaluate,swap
-        self.average,self.own,self.count,self.active,self.skipped,self.loaded = None,None,0,False,False,False
+        self.average,self.own,self.count = None,None,0
+        self.active = self.skipped = self.loaded = False
 
-    def __getstate__(self): return vars(self) | dict(average=None, own=None) # an exported learner needs neither
+    def __getstate__(self): # an exported learner needs neither
+        return vars(self) | dict(average=None, own=None)
 
     @property
     def net(self): return get_model(self.learn.model)
@@ -281,7 +307,8 @@ class ModelEMA(Callback):
     def start(self):
         "Makes an average of nothing yet, unless there is one."
         if self.average is None:
-            self.average = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(self.decay), use_buffers=True)
+            mean = get_ema_multi_avg_fn(self.decay)
+            self.average = AveragedModel(self.net, multi_avg_fn=mean, use_buffers=True)
         self.average.to(next(self.net.parameters()).device)
 
 # %% ../../nbs/learners/53_recipe.ipynb #85f8efd3
@@ -294,7 +321,7 @@ def update(self:ModelEMA):
         if not a.is_floating_point(): a.copy_(b)
 
 @patch
-def after_cancel_step(self:ModelEMA): self.skipped = True # float16 overflowed: `after_step` comes all the same
+def after_cancel_step(self:ModelEMA): self.skipped = True # float16 overflowed; `after_step` follows
 
 @patch
 def after_step(self:ModelEMA):
@@ -330,12 +357,12 @@ def restore(self:ModelEMA):
     self.own = None
 
 @patch
-def before_fit(self:ModelEMA): # `own`: of a fit that broke off, or loaded; stale where the net is not the average now
+def before_fit(self:ModelEMA): # `own` is left of a fit that broke off, or was loaded
     self.active = False
     if not self.own: return
     self.start()
     now,average = (o.state_dict().values() for o in (self.net, self.average.module))
-    if not all(map(torch.equal, now, average)): self.own = None
+    if not all(map(torch.equal, now, average)): self.own = None # the net is not the average now
     self.restore()
 
 @patch
@@ -362,7 +389,7 @@ def after_fit(self:ModelEMA):
 # %% ../../nbs/learners/53_recipe.ipynb #60740ed7
 @patch
 def state_dict(self:ModelEMA):
-    "Returns what a resumed training needs: average, count of steps, and own weights where the average is in the net."
+    "Returns what a resumed training run needs: average, count of steps, the net's own weights."
     self.start()
     return dict(average=self.average.state_dict(), count=self.count, own=self.own)
 
@@ -370,19 +397,20 @@ def state_dict(self:ModelEMA):
 def load_state_dict(self:ModelEMA,
     state:dict, # of `state_dict`
 ):
-    "Goes on from a saved average in the next fit; the net must be the one that it was made of."
+    "Continues from a saved average in the next fit; the net must be the one that it was made of."
     self.start()
     self.average.load_state_dict(state['average'])
     self.count,self.own,self.loaded = state['count'],state.get('own'),True
 
 # %% ../../nbs/learners/53_recipe.ipynb #c2a0873f
 class Accumulate(GradientAccumulation):
-    "fastai's gradient accumulation, which starts every epoch afresh; what is left over at its end is dropped."
+    "fastai's gradient accumulation; what is left over at the end of an epoch is dropped."
     def __init__(self,
         acc:int, # batches for one step
         bs:int, # images of a batch, in this process
     ):
-        if acc<1: raise ValueError(f'got acc={acc}, expected the number of batches for one step, at least 1')
+        if acc<1: raise ValueError(f'got acc={acc}, expected the number of batches for one step, '
+            'at least 1')
         super().__init__(acc*bs)
 
     def after_train(self):
@@ -449,17 +477,20 @@ _default = Recipe('vt_default', _vt, erase_value='random', amp='fp16')
 recipes = {r.name:r for r in (_default,
     replace(_default, name='vt_small', smoothing=0., erase=0., cutmix=0., mixup=0.),
     replace(_default, name='vt_large', train_size=224, bs=512, lr=0.25),
-    Recipe('torchvision', _tv, epochs=600, no_decay='norm', reps=4, ema_decay=0.99998, ema_steps=32))}
+    Recipe('torchvision', _tv, epochs=600, no_decay='norm', reps=4, ema_decay=0.99998,
+           ema_steps=32))}
 
 def recipe(
     name, # a row of `recipes`, or a `Recipe`
     **changes, # fields to replace, such as `epochs=300`
 ) -> Recipe:
     "Returns a row, changed where wanted; raises for unknown names and fields."
-    if not isinstance(name, Recipe) and str(name) not in recipes: raise ValueError(f"got the recipe {name!r}, expected "
-        f"one of {', '.join(recipes)}, or a Recipe.{did_you_mean(str(name), recipes)}")
-    lost = [k for k in changes if k not in Recipe.__dataclass_fields__]
-    if lost: raise TypeError(f'a recipe has no {lost[0]!r}.{did_you_mean(lost[0], Recipe.__dataclass_fields__)}')
+    if not isinstance(name, Recipe) and str(name) not in recipes:
+        raise ValueError(f"got the recipe {name!r}, expected one of {', '.join(recipes)}, "
+                         f"or a Recipe.{did_you_mean(str(name), recipes)}")
+    fields = Recipe.__dataclass_fields__
+    lost = [k for k in changes if k not in fields]
+    if lost: raise TypeError(f'a recipe has no {lost[0]!r}.{did_you_mean(lost[0], fields)}')
     return replace(name if isinstance(name, Recipe) else recipes[name], **changes)
 
 def recipe_table(
@@ -467,7 +498,8 @@ def recipe_table(
 ) -> pd.DataFrame: # a line per field, a column per recipe
     "Returns recipes side by side, also those of equal names."
     rows = rows or tuple(recipes.values())
-    return pd.DataFrame([asdict(r) for r in rows], [r.name for r in rows], dtype=object).drop(columns='name').T
+    table = pd.DataFrame([asdict(r) for r in rows], [r.name for r in rows], dtype=object)
+    return table.drop(columns='name').T
 
 # %% ../../nbs/learners/53_recipe.ipynb #36ae90dd
 def recipe_tfms(
@@ -486,14 +518,14 @@ def recipe_args(
     world:int=1, # processes
     acc:int=1, # batches that are accumulated for a step
 ) -> dict:
-    "Returns loss, optimiser, learning rate and weight decay of a recipe as arguments of a Learner."
+    "Returns loss, optimizer, learning rate and weight decay of a recipe as arguments of a Learner."
     r = recipe(r)
-    return dict(loss_func=smooth_loss(r.smoothing), opt_func=sgd(r.mom), lr=scale_lr(r.lr, r.bs, bs, world, acc),
-                wd=r.wd, wd_bn_bias=True)
+    return dict(loss_func=smooth_loss(r.smoothing), opt_func=sgd(r.mom),
+                lr=scale_lr(r.lr, r.bs, bs, world, acc), wd=r.wd, wd_bn_bias=True)
 
 # %% ../../nbs/learners/53_recipe.ipynb #f13e202d
 class RecipeTransform(RandTransform):
-    "The transforms of a recipe for fastai's own loaders, as `item_tfms`: they know training from validation."
+    "A recipe's transforms for fastai's own loaders, as `item_tfms`, of training and of validation."
     split_idx = None # both
     def __init__(self,
         r, # a `Recipe` or the name of one
@@ -505,8 +537,10 @@ class RecipeTransform(RandTransform):
         self.undo = v2.Normalize([-m/s for m,s in zip(mean, std)], [1/s for s in std])
 
     def before_call(self, b, split_idx): self.tfm = self.tfms[bool(split_idx)]
-    def encodes(self, x:PILImage): return TensorImageBase(self.tfm(x)) # fastai would scale a TensorImage again
-    def decodes(self, x:TensorImageBase): return TensorImage(self.undo(x.as_subclass(Tensor)).clamp(0, 1))
+    def encodes(self, x:PILImage):
+        return TensorImageBase(self.tfm(x)) # fastai would scale a TensorImage again
+    def decodes(self, x:TensorImageBase):
+        return TensorImage(self.undo(x.as_subclass(Tensor)).clamp(0, 1))
 
 # %% ../../nbs/learners/53_recipe.ipynb #b07332be
 def recipe_cbs(
@@ -552,11 +586,12 @@ def apply_recipe(
     bs:int=None, # images of a batch, in one process; None: those of the training loader
     world:int=None, # processes; None: the running ones
     acc:int=1, # batches that are accumulated for a step
-    seed:int=None, # order of the epochs with repeated augmentation; None: that of the training loader, or 0
+    seed:int=None, # order with repeated augmentation; None: that of the training loader, or 0
 ): # the learner, ready for `learn.fit(r.epochs)`
-    "Gives a learner a recipe's loss, optimiser, schedule and tricks, in place of those of an earlier recipe."
+    "Gives a learner a recipe's loss, optimizer, schedule and tricks; replaces an earlier recipe."
     r,dl = recipe(r),learn.dls.train
-    n = dict(bs=bs or getattr(dl, 'bs', getattr(dl, 'batch_size', None)), world=world or num_distrib() or 1, acc=acc)
+    bs = bs or getattr(dl, 'bs', getattr(dl, 'batch_size', None))
+    n = dict(bs=bs, world=world or num_distrib() or 1, acc=acc)
     _check_learner(learn, r, n['bs'])
     for k,v in recipe_args(r, **n).items(): setattr(learn, k, v)
     learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, _parts)])

@@ -23,19 +23,20 @@ from .neck import Neck
 fusions = 'fast','softmax','sum'
 
 class Fusion(nn.Module):
-    "Weighted sum of maps of one shape (Tan et al. 2020, arXiv:1911.09070, section 3.3): one learned number per map."
+    "Weighted sum of maps of one shape (Tan et al. 2020, arXiv:1911.09070, section 3.3)."
     def __init__(self,
-        n:int, # maps
-        kind:str='fast', # 'fast' (normalised by the sum), 'softmax' or 'sum' (no weights)
+        n:int, # maps; each has a learned number, but not for 'sum'
+        kind:str='fast', # 'fast' (normalized by the sum), 'softmax' or 'sum' (no weights)
         eps:float=1e-4, # keeps 'fast' from dividing by zero
     ):
         super().__init__()
-        if kind not in fusions: raise ValueError(f"got fusion={kind!r}, expected one of {', '.join(fusions)}")
+        if kind not in fusions: raise ValueError(
+            f"got fusion={kind!r}, expected one of {', '.join(fusions)}")
         self.kind,self.eps = kind,eps
         self.weight = None if kind=='sum' else nn.Parameter(torch.ones(n))
 
     def shares(self):
-        "Returns the factors of the maps (n,), all 1 for 'sum'; those of 'fast' and 'softmax' add up to 1 or nearly so."
+        "Returns the factors of the maps (n,), which add up to 1 or nearly so; 'sum' has none."
         if self.kind=='softmax': return self.weight.softmax(0)
         w = F.relu(self.weight)
         return w/(w.sum()+self.eps)
@@ -48,11 +49,11 @@ class Fusion(nn.Module):
 
 # %% ../../nbs/necks/22_bifpn.ipynb #8110abd5
 class Resample(nn.Module):
-    "Brings a map to the size of its neighbouring level: nearest neighbour towards the finer, max-pool to the coarser."
+    "Resizes a map to the next level: nearest neighbor to the finer, max-pool to the coarser."
     def __init__(self,
         ratio:int=2, # of the two strides
         up:bool=True, # to the finer level
-        same:bool=False, # pool with TensorFlow's padding, which puts what is odd at the right and the bottom
+        same:bool=False, # pool with TensorFlow's padding: an odd cell goes right and below
     ):
         super().__init__()
         self.ratio,self.up,self.same = ratio,up,same
@@ -63,38 +64,40 @@ class Resample(nn.Module):
         if self.same:
             py,px = [(n+r-1)//r*r - n + 1 for n in m.shape[-2:]]
             m,pad = F.pad(m, (px//2, px-px//2, py//2, py-py//2), value=float('-inf')),0
-        return F.max_pool2d(m, r+1, r, pad)[..., :size[0], :size[1]] # the cut serves nets that round sizes down
+        return F.max_pool2d(m, r+1, r, pad)[..., :size[0], :size[1]] # cut where a net rounds down
 
     def extra_repr(self): return 'up' if self.up else f'max-pool /{self.ratio}' + ', same'*self.same
 
 # %% ../../nbs/necks/22_bifpn.ipynb #989822b3
-_norms = dict(bn=partial(nn.BatchNorm2d, eps=1e-3, momentum=.01)) # EfficientDet's; the rest as everywhere
+_norms = dict(bn=partial(nn.BatchNorm2d, eps=1e-3, momentum=.01)) # EfficientDet's
 
 def _norm(norm, nf): return make_norm(_norms[norm] if norm=='bn' else norm, nf)
 
 def project(ni, nf, norm='bn', bias=False):
-    "Returns a 1x1 convolution with norm that brings `ni` channels to `nf`, or nothing where they agree."
-    return nn.Identity() if ni==nf else nn.Sequential(nn.Conv2d(ni, nf, 1, bias=bias or norm is None), _norm(norm, nf))
+    "Returns a 1x1 convolution with norm from `ni` to `nf` channels, an identity where they agree."
+    if ni==nf: return nn.Identity()
+    return nn.Sequential(nn.Conv2d(ni, nf, 1, bias=bias or norm is None), _norm(norm, nf))
 
 # %% ../../nbs/necks/22_bifpn.ipynb #fed5c3b7
 class BiFPNNode(nn.Module):
-    "Fuses maps into one: each to the common channels, the last to the size of the first, sum, activation, convolution."
+    "Fuses maps into one, with the size of the first: project, resize the last, sum, act, convolve."
     def __init__(self,
         in_channels, # of the maps
         channels:int, # of the result
         resample:nn.Module, # brings the last map to the size of the first
         fusion='fast', # see `Fusion`
         act='silu', # before the convolution; name in `acts`, a callable or None
-        norm='bn', # 'bn' with EfficientDet's eps and momentum, another name in `norms`, a callable or None
+        norm='bn', # 'bn' (EfficientDet's eps and momentum), another of `norms`, a callable or None
         separable:bool=True, # depth-wise and point-wise convolution instead of a full one
-        bias:bool=False, # in convolutions before a norm too, where it has no effect (TensorFlow's weights have it)
+        bias:bool=False, # before a norm too, where it has no effect; TensorFlow's weights have it
         act_first:bool=True, # False: convolution, norm, activation
     ):
         super().__init__()
         self.project = nn.ModuleList([project(c, channels, norm, bias) for c in in_channels])
         self.resample,self.fuse = resample,Fusion(len(in_channels), fusion)
-        bias,dw = bias or norm is None,dict(dw=nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False))
-        conv = dw|dict(pw=nn.Conv2d(channels, channels, 1, bias=bias)) if separable else dict(
+        bias = bias or norm is None
+        dw = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        conv = dict(dw=dw, pw=nn.Conv2d(channels, channels, 1, bias=bias)) if separable else dict(
             conv=nn.Conv2d(channels, channels, 3, padding=1, bias=bias))
         self.conv = nn.Sequential(OrderedDict(conv | dict(norm=_norm(norm, channels))))
         self.act,self.act_first = make_act(act),act_first
@@ -107,7 +110,7 @@ class BiFPNNode(nn.Module):
 
 # %% ../../nbs/necks/22_bifpn.ipynb #139d6969
 class BiFPNLayer(nn.Module):
-    "One way down and one way up through all levels (figure 2d of arXiv:1911.09070)."
+    "One top-down and one bottom-up pathway (figure 2d of arXiv:1911.09070)."
     def __init__(self,
         in_channels, # of the maps, finest first
         in_strides, # their strides
@@ -116,15 +119,18 @@ class BiFPNLayer(nn.Module):
         **config, # of each `BiFPNNode`
     ):
         super().__init__()
-        n,c,r = len(in_channels),list(in_channels),[b//a for a,b in zip(in_strides, in_strides[1:])]
+        n,c = len(in_channels),list(in_channels)
+        r = [b//a for a,b in zip(in_strides, in_strides[1:])]
         def node(i, cs, up): return BiFPNNode(cs, channels, Resample(r[i], up, same), **config)
-        self.top_down = nn.ModuleList([node(i, (c[i], channels if i<n-2 else c[-1]), True) for i in range(n-1)])
+        td = [(c[i], channels if i<n-2 else c[-1]) for i in range(n-1)]
+        self.top_down = nn.ModuleList([node(i, cs, True) for i,cs in enumerate(td)])
         mid = [(c[i], channels, channels) for i in range(1, n-1)] + [(c[-1], channels)]
         self.bottom_up = nn.ModuleList([node(i, cs, False) for i,cs in enumerate(mid)])
 
     def forward(self, maps):
-        down = [maps[-1]] # results of the way down, finest first
-        for node,m in zip(reversed(self.top_down), reversed(maps[:-1])): down = [node([m, down[0]])] + down
+        down = [maps[-1]] # results of the top-down pathway, finest first
+        for node,m in zip(reversed(self.top_down), reversed(maps[:-1])):
+            down = [node([m, down[0]])] + down
         up = down[:1]
         for i,node in enumerate(self.bottom_up, 1):
             own = [maps[i], down[i]] if i<len(maps)-1 else [maps[i]]
@@ -133,30 +139,32 @@ class BiFPNLayer(nn.Module):
 
 # %% ../../nbs/necks/22_bifpn.ipynb #4ee9847f
 class BiFPN(Neck):
-    "Bidirectional pyramid with learned weights (Tan et al. 2020, arXiv:1911.09070), as in EfficientDet."
+    "EfficientDet's bidirectional pyramid, weights learned (Tan et al. 2020, arXiv:1911.09070)."
     def __init__(self,
         in_channels, # channels of the incoming maps, finest first
         in_strides, # their strides
         channels:int=64, # of every outgoing map
-        layers:int=3, # how often the two ways are repeated
-        levels:int=5, # how many maps come out, the coarser ones by max-pool; never fewer than come in
+        layers:int=3, # how often the two pathways are repeated
+        levels:int=5, # outgoing maps, the coarser ones by max-pool; never fewer than come in
         extra='pool', # 'pool'; None: no coarser levels, whatever `levels` says
         fusion='fast', # see `Fusion`
         same:bool=False, # see `Resample`
-        norm='bn', # see `BiFPNNode`, like all that may follow
+        norm='bn', # see `BiFPNNode`, as for all that follows
         bias:bool=False,
         **config, # act, separable, act_first
     ):
-        if extra not in ('pool',None): raise ValueError(f"got extra={extra!r}, expected 'pool' or None: a BiFPN makes "
-            'its coarser levels by max-pooling')
+        if extra not in ('pool',None): raise ValueError(f'got extra={extra!r}, '
+            "expected 'pool' or None: a BiFPN makes its coarser levels by max-pooling")
         more = max(levels-len(in_channels), 0) if extra else 0
         strides = [*in_strides, *(in_strides[-1]*2**(i+1) for i in range(more))]
-        if len(strides)<2 or layers<1: raise ValueError(f'got {len(strides)} level and layers={layers}, expected at '
-            'least two levels and one layer: select more maps of the backbone, or add levels')
+        if len(strides)<2 or layers<1: raise ValueError(
+            f'got {len(strides)} level and layers={layers}, expected at least two levels and '
+            'one layer: select more maps of the backbone, or add levels')
         super().__init__(in_channels, in_strides, channels, strides)
         if more: self.extra = project(in_channels[-1], channels, norm, bias)
         self.pools = nn.ModuleList([Resample(2, False, same) for _ in range(more)])
-        cs,config = [*in_channels, *[channels]*more],dict(config, fusion=fusion, norm=norm, bias=bias, same=same)
+        cs = [*in_channels, *[channels]*more]
+        config |= dict(fusion=fusion, norm=norm, bias=bias, same=same)
         self.layers = nn.ModuleList([BiFPNLayer(c, strides, channels, **config)
                                      for c in [cs] + [[channels]*len(strides)]*(layers-1)])
         self.reset_parameters()
@@ -164,7 +172,7 @@ class BiFPN(Neck):
 # %% ../../nbs/necks/22_bifpn.ipynb #5be97af9
 @patch
 def reset_parameters(self:BiFPN):
-    "Draws convolutions from Glorot's uniform distribution, depth-wise ones by their own fans, as EfficientDet does."
+    "Draws convolutions from Glorot's uniform distribution, depth-wise ones by their own fans."
     for m in self.modules():
         if not isinstance(m, nn.Conv2d): continue
         fans = (m.in_channels + m.out_channels)/m.groups * m.weight[0,0].numel()

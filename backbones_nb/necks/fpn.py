@@ -19,20 +19,22 @@ from .neck import Neck
 extras = {None:0, 'pool':1, 'p6p7':2} # name -> how many coarser levels it adds
 
 def _conv(ni, nf, ks, norm):
-    return nn.Sequential(nn.Conv2d(ni, nf, ks, padding=ks//2, bias=norm is None), make_norm(norm, nf))
+    conv = nn.Conv2d(ni, nf, ks, padding=ks//2, bias=norm is None)
+    return nn.Sequential(conv, make_norm(norm, nf))
 
 # %% ../../nbs/necks/20_fpn.ipynb #dc9174bb
 class FPN(Neck):
-    "Feature pyramid network (Lin et al. 2017, arXiv:1612.03144): lateral 1x1, top-down sum, 3x3 smoothing."
+    "Feature pyramid (Lin et al. 2017, arXiv:1612.03144): lateral 1x1, top-down sum, 3x3 smoothing."
     def __init__(self,
         in_channels, # channels of the incoming maps, finest first
         in_strides, # their strides
         channels:int=256, # of every outgoing map
-        extra=None, # coarser levels: 'pool' (P6, subsampled from the last), 'p6p7' (two convolutions of stride 2), None
-        norm=None, # after each lateral and smoothing: a name in `norms`, a callable taking the channels, or None
-        from_c5:bool=False, # 'p6p7' starts from the last incoming map; False: from the last outgoing one
+        extra=None, # coarser levels: 'pool' (subsampled P6), 'p6p7' (convolutions), None
+        norm=None, # after each convolution: a name in `norms`, a callable taking channels, or None
+        from_c5:bool=False, # 'p6p7' from the last incoming map; False: the last outgoing one
     ):
-        if extra not in extras: raise ValueError(f"got extra={extra!r}, expected 'pool', 'p6p7' or None")
+        if extra not in extras:
+            raise ValueError(f"got extra={extra!r}, expected 'pool', 'p6p7' or None")
         coarse = [in_strides[-1]*2**(i+1) for i in range(extras[extra])]
         super().__init__(in_channels, in_strides, channels, [*in_strides, *coarse])
         self.lateral = nn.ModuleList([_conv(c, channels, 1, norm) for c in in_channels])
@@ -44,7 +46,7 @@ class FPN(Neck):
         self.reset_parameters()
 
     def reset_parameters(self):
-        "Draws convolutions from He et al.'s uniform distribution for linear layers (a=1), as torchvision's FPN does."
+        "Draws weights from He et al.'s uniform distribution with a=1, as torchvision's FPN does."
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_uniform_(m.weight, a=1)

@@ -30,23 +30,27 @@ class Neck(nn.Module):
         if isinstance(channels, int): channels = (channels,)*len(strides)
         self.in_channels,self.in_strides = tuple(in_channels),tuple(in_strides)
         self.channels,self.strides = tuple(channels),tuple(strides)
-        for a,b,what in ((self.in_channels, self.in_strides, 'incoming'), (self.channels, self.strides, 'outgoing')):
-            if len(a)!=len(b) or not a: raise ValueError(f'got {len(a)} channels and {len(b)} strides, expected one of '
-                f'each for every {what} map: take both from one backbone')
+        for a,b,what in ((self.in_channels, self.in_strides, 'incoming'),
+                         (self.channels, self.strides, 'outgoing')):
+            if len(a)!=len(b) or not a:
+                raise ValueError(f'got {len(a)} channels and {len(b)} strides, expected one of '
+                    f'each for every {what} map: take both from one backbone')
 
     def check(self,
         maps, # feature maps (B,C,H,W), finest first: a list, a tuple or a mapping
     ) -> list: # of maps
-        "Returns the maps as a list; raises ValueError where they are not those that the neck was made for."
+        "Returns the maps as a list; raises ValueError if the neck was not made for them."
         maps = as_list(maps)
-        if not isinstance(maps[0], Tensor): return maps # symbols of a tracer, which have no shape yet
+        if not isinstance(maps[0], Tensor): return maps # symbols of a tracer, without shapes
         got = tuple(o.shape[1] for o in maps)
-        if got!=self.in_channels: raise ValueError(f'got maps with channels {got}, expected {self.in_channels}: '
-            'build the neck with the channels and strides of this backbone')
+        if got!=self.in_channels:
+            raise ValueError(f'got maps with channels {got}, expected {self.in_channels}: '
+                'build the neck with the channels and strides of this backbone')
         return maps
 
     def extra_repr(self):
-        return f'strides {self.in_strides} -> {self.strides}, channels {self.in_channels} -> {self.channels}'
+        return (f'strides {self.in_strides} -> {self.strides}, '
+                f'channels {self.in_channels} -> {self.channels}')
 
 # %% ../../nbs/necks/19_neck.ipynb #0bb9c237
 class WithNeck(Backbone):
@@ -54,7 +58,7 @@ class WithNeck(Backbone):
     has_neck = True
     def __init__(self,
         body:Backbone, # gives the maps that the neck takes
-        neck:nn.Module, # a `Neck`, or a module that takes a list of maps and has `channels` and `strides`
+        neck:nn.Module, # a `Neck`, or a module of maps to maps with `channels` and `strides`
     ):
         super().__init__()
         self.body,self.neck = body,neck
@@ -69,9 +73,10 @@ class WithNeck(Backbone):
 
     @property
     def out_channels(self):
-        "Channels of every map, as torchvision's detectors want it; raises ValueError where they differ."
-        if len(set(self.channels))>1: raise ValueError(f'the maps have channels {self.channels}, expected one number '
-            'for all: use a neck that makes them equal, or select one map')
+        "Channels of every map, for torchvision's detectors; raises ValueError if they differ."
+        if len(set(self.channels))>1:
+            raise ValueError(f'the maps have channels {self.channels}, expected one number '
+                'for all: use a neck that makes them equal, or select one map')
         return self.channels[0]
 
     def _maps(self, x, n): return as_list(self.neck(self.body(x)))[:n]
@@ -97,12 +102,15 @@ def param_groups(self:WithNeck) -> list: # lists of parameters: those of the bod
 def freeze_to(self:WithNeck,
     n:int, # groups before the n-th are frozen, the others trained; negative n counts from the end
 ) -> WithNeck: # itself
-    "Freezes the first `n` groups, batch norm of the neck only where that is pretrained. Raises ValueError beyond."
+    "Freezes the first `n` groups; the neck's norms only if pretrained. Raises ValueError beyond."
     k,m = len(self.param_groups()),len(self.body.param_groups())
-    if not -k<=n<=k: raise ValueError(f'got freeze_to({n}), but there are {k} groups: give a number from {-k} to {k}')
+    if not -k<=n<=k:
+        raise ValueError(f'got freeze_to({n}), but there are {k} groups: '
+            f'give a number from {-k} to {k}')
     n = n+k if n<0 else n
     self.body.freeze_to(min(n, m))
-    norms = {f'neck.{k}':o for k,o in self.neck.named_modules() if isinstance(o, nn.modules.batchnorm._BatchNorm)}
+    norms = {f'neck.{k}':o for k,o in self.neck.named_modules()
+             if isinstance(o, nn.modules.batchnorm._BatchNorm)}
     known = getattr(self.neck, 'pretrained', None) # weights of a whole detector
     learning = set() if known else {id(p) for o in norms.values() for p in o.parameters()}
     for p in self.neck.parameters(): p.requires_grad_(n<=m or id(p) in learning)
@@ -110,47 +118,54 @@ def freeze_to(self:WithNeck,
     return self.train(self.training)
 
 # %% ../../nbs/necks/19_neck.ipynb #405223c6
-necks = dict(fpn='FPN', pan='PAN', bifpn='BiFPN') # name, which is a module of this folder -> class in it
+necks = dict(fpn='FPN', pan='PAN', bifpn='BiFPN') # name, also of its module -> class
 
 def carries_neck(
     backbone:nn.Module,
 ) -> bool: # whether its maps come from a neck already, ours or torchvision's
     "Says whether a backbone carries a neck."
-    return getattr(backbone, 'has_neck', False) or any(isinstance(m, FeaturePyramidNetwork) for m in backbone.modules())
+    if getattr(backbone, 'has_neck', False): return True
+    return any(isinstance(m, FeaturePyramidNetwork) for m in backbone.modules())
 
 def check_neck(neck, backbone):
     "Returns `neck` if it fits the backbone; raises ValueError or TypeError naming what does not."
     kind = type(neck).__name__
-    if not isinstance(neck, nn.Module): raise TypeError(f'got a {kind} as neck, expected an nn.Module that takes '
-        'a list of maps')
+    if not isinstance(neck, nn.Module):
+        raise TypeError(f'got a {kind} as neck, expected an nn.Module that takes a list of maps')
     lost = [o for o in ('channels', 'strides') if not hasattr(neck, o)]
-    if lost: raise ValueError(f"got a {kind} without {' and '.join(lost)}, expected a neck: set channels and strides "
-        'of the maps that it returns')
+    if lost:
+        raise ValueError(f"got a {kind} without {' and '.join(lost)}, expected a neck: "
+            'set channels and strides of the maps that it returns')
     for k in ('channels', 'strides'):
-        want,have = tuple(getattr(neck, f'in_{k}', getattr(backbone, k))),tuple(getattr(backbone, k))
-        if want!=have: raise ValueError(f'got {kind} for {k} {want}, but the backbone gives {have}: build it for this '
-            'backbone, or select the strides that it takes')
+        have = tuple(getattr(backbone, k))
+        want = tuple(getattr(neck, f'in_{k}', have))
+        if want!=have:
+            raise ValueError(f'got {kind} for {k} {want}, but the backbone gives {have}: '
+                'build it for this backbone, or select the strides that it takes')
     return neck
 
 # %% ../../nbs/necks/19_neck.ipynb #e1e86d38
 def create_neck(
-    neck, # 'auto', None, a name, a module with `channels` and `strides`, or a callable taking channels and strides
+    neck, # 'auto', None, a name, a neck, or a callable taking channels and strides
     backbone:Backbone, # what it will stand on
     **kwargs, # for a neck that is built here, such as channels=256
 ): # a neck, or None
-    "Returns the neck for `backbone`; raises ValueError for unknown names and for what does not fit."
+    "Returns the neck for `backbone`; raises ValueError for an unknown name or a wrong fit."
     if isinstance(neck, str) and neck=='auto':
         neck = None if carries_neck(backbone) or len(backbone.strides)<2 else 'fpn'
     if neck is None: return None
     if isinstance(neck, nn.Module):
-        if kwargs: raise ValueError(f"got a built {type(neck).__name__} and {', '.join(kwargs)} for it: give these "
-            'when you build it')
+        if kwargs:
+            raise ValueError(f"got a built {type(neck).__name__} and {', '.join(kwargs)} for it: "
+                'give these when you build it')
         return check_neck(neck, backbone)
     if isinstance(neck, str):
-        if neck not in necks: raise ValueError(f"there is no neck {neck!r}.{did_you_mean(neck, [*necks, 'auto'])} "
-            f"Choose 'auto', None or one of {', '.join(necks)}")
+        if neck not in necks:
+            raise ValueError(f"there is no neck {neck!r}.{did_you_mean(neck, [*necks, 'auto'])} "
+                f"Choose 'auto', None or one of {', '.join(necks)}")
         neck = getattr(import_module(f'backbones_nb.necks.{neck}'), necks[neck])
-    if not callable(neck): raise TypeError(f"got neck={neck!r}, expected 'auto', None, a name, a module or a callable")
+    if not callable(neck):
+        raise TypeError(f"got neck={neck!r}, expected 'auto', None, a name, a module or a callable")
     return check_neck(neck(backbone.channels, backbone.strides, **kwargs), backbone)
 
 # %% ../../nbs/necks/19_neck.ipynb #f3e75415
@@ -159,7 +174,7 @@ def attach_neck(
     neck='auto', # see `create_neck`
     **kwargs, # for the neck
 ) -> Backbone: # with its neck, or the backbone itself where there is none to put on
-    "Returns both as one backbone; a neck that is not ours is measured. Raises ValueError where it claims wrongly."
+    "Returns both as one backbone; raises ValueError if a foreign neck's maps are not as claimed."
     backbone = as_backbone(backbone)
     neck = create_neck(neck, backbone, **kwargs)
     if neck is None: return backbone

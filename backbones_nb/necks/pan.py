@@ -22,22 +22,23 @@ from .fpn import FPN
 fuses = dict(sum=1, concat=2) # name -> how many maps' channels the fusing convolution reads
 
 class PAN(FPN):
-    "Path aggregation network (Liu et al. 2018, arXiv:1803.01534): an FPN, then a way back up by stride-2 convolutions."
+    "Path aggregation network (Liu et al. 2018, arXiv:1803.01534): FPN plus a bottom-up pathway."
     def __init__(self,
         in_channels, # channels of the incoming maps, finest first
         in_strides, # their strides
         channels:int=256, # of every outgoing map
-        fuse='sum', # on the way up: 'sum' (PANet) or 'concat' (YOLOv4, arXiv:2004.10934)
-        extra=None, # coarser levels as in `FPN`, but from the end of the way up: 'pool', 'p6p7' or None
-        norm=None, # after each convolution but those of 'p6p7': a name in `norms`, a callable taking channels, or None
-        act='relu', # after each convolution of the way up: a name in `acts`, a callable without arguments, or None
-        from_c5:bool=False, # 'p6p7' starts from the last incoming map; False: from the last of the way up
+        fuse='sum', # in the bottom-up pathway: 'sum' (PANet) or 'concat' (YOLOv4, arXiv:2004.10934)
+        extra=None, # coarser levels as in `FPN`, after the bottom-up part: 'pool', 'p6p7' or None
+        norm=None, # after all convolutions but 'p6p7': a name in `norms`, a callable or None
+        act='relu', # bottom-up only: a name in `acts`, a callable without arguments or None
+        from_c5:bool=False, # 'p6p7' starts from the last incoming map; False: from the last level
     ):
         if fuse not in fuses: raise ValueError(f"got fuse={fuse!r}, expected 'sum' or 'concat'")
         super().__init__(in_channels, in_strides, channels, extra, norm, from_c5)
         def conv(ni, stride=1): return ConvNormAct(ni, channels, 3, stride, act=act, norm=norm)
         self.fuse,times = fuse,[round(log2(b/a)) for a,b in zip(in_strides, in_strides[1:])]
-        self.down = nn.ModuleList([nn.Sequential(*[conv(channels, 2) for _ in range(n)]) for n in times])
+        self.down = nn.ModuleList([nn.Sequential(*[conv(channels, 2) for _ in range(n)])
+                                   for n in times])
         self.merge = nn.ModuleList([conv(fuses[fuse]*channels) for _ in times])
         self.reset_parameters()
 
@@ -46,7 +47,7 @@ class PAN(FPN):
 def bottom_up(self:PAN,
     pyramid:list, # P2 to P5
 ) -> list: # N2 to N5, in the same sizes
-    "Returns the levels after the way back up; the finest stays as it is."
+    "Returns the levels after the bottom-up pathway; the finest stays as it is."
     res = pyramid[:1]
     for p,down,merge in zip(pyramid[1:], self.down, self.merge):
         n = F.interpolate(down(res[-1]), size=p.shape[-2:], mode='nearest')

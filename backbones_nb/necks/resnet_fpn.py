@@ -18,15 +18,16 @@ def resnet_fpn(
     pretrained=False, # weights of the body; the pyramid is random in any case
     strides=None, # of the maps to return; None: all five, 4 to 64
     channels:int=256, # of every map
-    norm=None, # normalisation in the pyramid: 'bn', 'gn' or None
+    norm=None, # normalization in the pyramid: 'bn', 'gn' or None
     extra='pool', # coarser levels, see `FPN`
 ) -> WithNeck: # a `Backbone` that carries its neck
-    "Returns a residual net of torchvision with an FPN on its maps of strides 4 to 32; raises what `create_backbone` raises."
-    bb = attach_neck(create_backbone(model, pretrained), 'fpn', channels=channels, norm=norm, extra=extra)
+    "Returns a torchvision ResNet with an FPN on its maps; raises what `create_backbone` raises."
+    bb = create_backbone(model, pretrained)
+    bb = attach_neck(bb, 'fpn', channels=channels, norm=norm, extra=extra)
     return bb.select(strides)
 
 # %% ../../nbs/necks/23_resnet_fpn.ipynb #e4889a89
-bodies = ('resnet18','resnet34','resnet50','resnet101','resnet152','resnext50_32x4d','resnext101_32x8d',
-          'wide_resnet50_2','wide_resnet101_2')
-(resnet18, resnet34, resnet50, resnet101, resnet152, resnext50_32x4d, resnext101_32x8d, wide_resnet50_2,
- wide_resnet101_2) = [register(f'{o}_fpn', resnet_fpn, model=o) for o in bodies]
+bodies = ('resnet18','resnet34','resnet50','resnet101','resnet152','resnext50_32x4d',
+          'resnext101_32x8d','wide_resnet50_2','wide_resnet101_2')
+(resnet18, resnet34, resnet50, resnet101, resnet152, resnext50_32x4d, resnext101_32x8d,
+ wide_resnet50_2, wide_resnet101_2) = [register(f'{o}_fpn', resnet_fpn, model=o) for o in bodies]

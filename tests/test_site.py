@@ -233,8 +233,14 @@ def test_frame(f):
         number = Path(f).name.split('_')[0]
         assert front['title'].startswith(f'{number} · '), front['title']
         assert sum(o.count('[Open in Colab](') for o in texts)==1 and not any('open-in-colab.svg' in o for o in texts)
-        assert any(f"notebooks/{f.removeprefix('nbs/')}" in o for o in texts)
+        assert any(f"notebooks/{f[4:].removesuffix('.ipynb')}.json" in o for o in texts)
     assert not any(re.search(r'^\[?(previous|next):', o, re.M|re.I) for o in texts), 'the site has a navigation of its own'
+
+
+@pytest.mark.parametrize('f', notebooks)
+def test_no_widget_library_is_needed(f):
+    for c in page(f).cells:
+        for o in c.get('outputs', []): assert not o.get('data', {}).keys() & {'text/html', 'application/javascript', 'application/vnd.jupyter.widget-view+json'}
 
 
 @pytest.mark.parametrize('f', notebooks)

@@ -11,7 +11,7 @@ def main():
     for f in (root/'nbs').rglob('*.ipynb'):
         rel = f.relative_to(root/'nbs')
         if any(p[0] in '._' for p in rel.parts): continue
-        to = out/'notebooks'/rel
+        to = out/'notebooks'/rel.with_suffix('.json') # quarto takes a link to an .ipynb file for a link to its page
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(f, to)
 

@@ -258,6 +258,17 @@ def draws(c):
     return not checks and len([l for l in c.source.splitlines() if l.strip() and not l.startswith('#|')])>=6
 
 
+def shown(o):
+    """Whether an output has something to show; HTML becomes raw HTML in Markdown.
+
+    As `text/html` it would make quarto load jQuery and require.js from a CDN, in case it is a widget."""
+    data = o.get('data', {})
+    if 'text/html' not in data: return True
+    html = re.sub(r'<style.*?</style>', '', ''.join(data['text/html']), flags=re.S).strip()
+    o['data'] = {'text/markdown': f'```{{=html}}\n{html}\n```\n'}
+    return bool(html)
+
+
 class Frame(Processor):
     "Badge and download link in one line, no footer that repeats the site's own navigation, folded code of figures."
     def begin(self):
@@ -270,12 +281,12 @@ class Frame(Processor):
                 c.source = re.sub(r'\n*^\[?(previous|back to)\b[^\n]*(\n\n?\[?next\b[^\n]*)?\s*\Z', '', c.source, flags=re.M|re.I)
                 c.source = re.sub(r'\n*^\[next: [^\n]*\s*\Z', '', c.source, flags=re.M|re.I)
             elif draws(c): c.source = f'#| code-fold: true\n#| code-summary: "Code for this figure"\n{c.source}'
-            if c.cell_type=='code': c['outputs'] = [o for o in c.get('outputs', []) if o.get('name')!='stderr']
+            if c.cell_type=='code': c['outputs'] = [o for o in c.get('outputs', []) if o.get('name')!='stderr' and shown(o)]
         front = next((c for c in self.nb.cells if c.cell_type=='raw' and c.source.startswith('---')), None)
         if front: front.source = front.source.rstrip().removesuffix('---')+f'image: /images/card.png\n---\n\n'
 
 
 def badge(colab, page, rel):
-    up = '../'*rel.count('/')
-    return (f'[Open in Colab]({colab}){{.notebook-link}} [Download notebook]({up}notebooks/{rel}){{.notebook-link download="{page.name}"}} '
+    copy = '../'*rel.count('/') + f"notebooks/{rel.removesuffix('.ipynb')}.json" # see tools/after_render.py
+    return (f'[Open in Colab]({colab}){{.notebook-link}} [Download notebook]({copy}){{.notebook-link download="{page.name}"}} '
             f'[View on GitHub]({repo}/blob/main/nbs/{rel}){{.notebook-link}}')

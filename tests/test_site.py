@@ -70,6 +70,7 @@ exercises = cell('## Exercises\n\n### 1. Predict\n\nWhat?', 'markdown')
 # check, cells with the fault, the same without it
 planted = [
     ('yaml_options', cell('#| fig-cap: a: b\nplot()'), cell('#| fig-cap: "a: b"\nplot()')),
+    ('yaml_options', cell('#| fig-cap: 12\nplot()'), cell('#| fig-cap: "12"\nplot()')),
     ('wide_code', cell('x = ' + '1+'*60 + '1'), cell('#| export\nx = ' + '1+'*60 + '1')),
     ('wide_code', cell('#| exports\nx = ' + '1+'*60 + '1'), cell('#| hide\nx = ' + '1+'*60 + '1')),
     ('figures', figure(src='#| fig-cap: "A caption of it"\nplot()'), figure()),
@@ -193,7 +194,7 @@ def test_links_are_right(f):
         path,_,anchor = to.partition('#')
         nb = (root/f).parent/path
         rel = nb.resolve().relative_to(root).as_posix()
-        if anchor!=name.split('.')[-1].lower() and anchor!=name.lower(): bad.append((name, to, 'anchor'))
+        if anchor!=name.split('.')[-1] and anchor!=name: bad.append((name, to, 'anchor'))
         if f'{{#{anchor}}}' not in '\n'.join(prose(page(rel))): bad.append((name, to, 'no such anchor'))
         there = importlib.import_module(f'backbones_nb.{default_exp(stored(rel))}')
         here = names.object(name.split('.')[0])

@@ -45,7 +45,7 @@ def shows_code(c): return not hidden(c) and 'export' not in directives(c) and di
 
 
 def shown_outputs(c):
-    return [] if hidden(c) or directives(c).keys() & {'export', 'exports'} or directives(c).get('output')=='false' else c.get('outputs', [])
+    return [] if hidden(c) or 'export' in directives(c) or directives(c).get('output')=='false' else c.get('outputs', [])
 
 
 def texts(c):
@@ -65,13 +65,14 @@ def yaml_options(nb):
     "Every option of a cell is YAML, and a text."
     for c in code_cells(nb):
         for line in options(c):
-            try: ok = isinstance(yaml.safe_load(line), dict)
-            except yaml.YAMLError: ok = False
+            try: value = yaml.safe_load(line)
+            except yaml.YAMLError: value = None
+            ok = isinstance(value, dict) and all(isinstance(v, str) for k,v in value.items() if k.startswith('fig-') and k[4:] in ('cap', 'alt'))
             if not ok: yield c['id'], f'is not YAML, quote its value: {line}'
 
 
 def wide_code(nb):
-    "No line of code that a page shows is wider than `columns`."
+    "No line of a cell whose code a page shows is wider than `columns`; the headers of plumbing wrap."
     for c in code_cells(nb):
         if not shows_code(c): continue
         for line in source(c).splitlines():
@@ -123,6 +124,7 @@ def solutions(nb):
         title = source(c).startswith('#### Solution') and c['cell_type']=='markdown'
         if title and not c['metadata'].get('jp-MarkdownHeadingCollapsed'): yield c['id'], 'is a solution that is not collapsed in Jupyter'
         if title and c['id'] not in listed: yield c['id'], 'is a solution that is not collapsed in Colab'
+        if title and '\n' in source(c).strip(): yield c['id'], 'is a solution whose heading does not stand alone in its cell'
         if title and c['metadata'].get('id')!=c['id']: yield c['id'], 'has an id that Colab does not know'
         if c['cell_type']=='code' and re.search(r'code-summary:.*[Ss]olution', source(c)): yield c['id'], 'folds the code of a solution, not its output'
     text = '\n'.join(source(c) for c in nb['cells'] if c['cell_type']=='markdown')
@@ -131,7 +133,7 @@ def solutions(nb):
         yield 'exercises', f'has {b} exercises and {a} solutions'
 
 
-build_paths = re.compile(r'/(?:tmp|root|home|work|mnt|var|Users|opt)/\S*|site-packages|dist-packages')
+build_paths = re.compile(r'(?<![\w:/.-])/(?:tmp|root|home|work|mnt|var|Users|opt)/\S*|site-packages|dist-packages')
 chatter = re.compile(r'\bINFO\b|\bWARNING\b|Downloading|\w+Warning\b|Traceback')
 bare_floats = re.compile(r'\s*[\[(]?\s*-?\d+\.\d+(?:e-?\d+)?(?:\s*,\s*-?\d+\.?\d*(?:e-?\d+)?){1,}\s*,?\s*[\])]?\s*')
 
@@ -154,7 +156,7 @@ def markup(nb):
         if c['cell_type']!='markdown': continue
         text = re.sub(r'^(```|~~~).*?^\1', '', source(c), flags=re.S|re.M)
         for _,span in re.findall(r'(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)', text, re.S):
-            if re.search(r'\]\([^)\s]+\)', span): yield c['id'], f'prints a link as text: {span}'
+            if re.search(r'\]\((?:https?:|[^)\s]*\.(?:ipynb|html|md))', span): yield c['id'], f'prints a link as text: {span}'
 
 
 def cells_of(row): return [re.sub(r'<[^>]+>', '', o).strip() for o in row]

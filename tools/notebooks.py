@@ -18,6 +18,10 @@ from nbclient import NotebookClient
 from PIL import Image
 
 root = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(root))
+
+from tools.checks import directives
+
 largest_svg = 150_000 # characters; what is larger, thousands of marks as a rule, is smaller as pixels
 
 kernel_config = "c.InlineBackend.figure_formats = {'svg', 'retina'}\n"
@@ -26,13 +30,13 @@ style = 'svg.hashsalt: backbones-nb\n' # equal figures have equal files
 
 def keeps(src, slow):
     "Whether a cell keeps its stored outputs."
-    flags = dict(re.findall(r'^#\|\s*([\w-]+)\s*:?\s*(\S*)', src, re.M))
-    return 'cuda' in flags or flags.get('eval')=='false' or 'slow' in flags and not slow
+    flags = directives(dict(source=src))
+    return 'cuda' in flags or flags.get('eval', '').lower()=='false' or 'slow' in flags and not slow
 
 
 def compact(svg):
     "The SVG on one line, without prolog and metadata."
-    svg = re.sub(r'<metadata>.*?</metadata>', '', svg[svg.index('<svg'):], flags=re.S)
+    svg = re.sub(r'<metadata>.*?</metadata>', '', svg[max(0, svg.find('<svg')):], flags=re.S)
     return re.sub(r'\s*\n\s*', ' ', re.sub(r'>\s+<', '><', svg)).strip()
 
 
@@ -43,7 +47,7 @@ def smaller(png):
     if img.mode=='RGB': img = img.quantize(256)
     out = io.BytesIO()
     img.save(out, 'PNG', optimize=True)
-    return base64.b64encode(out.getvalue()).decode()
+    return min(png, base64.b64encode(out.getvalue()).decode(), key=len)
 
 
 def tidy(outputs):
@@ -75,7 +79,9 @@ def execute(f, slow=False):
         c.metadata.pop('execution', None)
         if i in stored: c.source,c.outputs = stored[i]
         elif c.cell_type=='code': c.outputs = tidy(c.outputs)
-    nbformat.write(nb, f)
+    new = f.with_suffix('.new')
+    nbformat.write(nb, new)
+    os.replace(new, f) # whole or not at all
     subprocess.run([Path(sys.executable).with_name('nbdev-clean'), '--fname', f], check=True)
 
 

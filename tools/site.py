@@ -27,7 +27,9 @@ def md(text): return mk_cell(text, 'markdown')
 def parse(source):
     "The statements of a code cell; none where it holds magics or shell commands only."
     try: return ast.parse(source).body
-    except SyntaxError: return ast.parse('\n'.join(l for l in source.splitlines() if not re.match(r'\s*[!%]', l))).body
+    except SyntaxError: pass
+    try: return ast.parse(re.sub(r'^(\s*)[!%].*', r'\1pass', source, flags=re.M)).body # lines keep their numbers
+    except SyntaxError: return []
 
 
 def public(source):
@@ -48,13 +50,14 @@ def header(node, lines):
     first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
     doc = ast.get_docstring(node) is not None
     body = node.body[1:] if doc else node.body
-    last = node.body[0].end_lineno if doc else node.body[0].lineno-1
+    begin = min([node.body[0].lineno, *(d.lineno for d in getattr(node.body[0], 'decorator_list', []))])
+    last = node.body[0].end_lineno if doc else begin-1
     if node.body[0].lineno==node.lineno: return lines[first-1:node.end_lineno] # one line: all of it
-    before = lines[node.body[0].lineno-1][:node.body[0].col_offset]
+    before = lines[node.body[0].lineno-1].encode()[:node.body[0].col_offset].decode()
     if before.strip(): return [*lines[first-1:node.body[0].lineno-1], f'{before.rstrip()} ...'] # the body begins beside the header's end
     top,pad = lines[first-1:last],' '*node.body[0].col_offset
     if isinstance(node, ast.ClassDef):
-        fields = [l for o in body if isinstance(o, ast.AnnAssign) for l in lines[o.lineno-1:o.end_lineno]]
+        fields = [l for o in body if isinstance(o, (ast.AnnAssign, ast.Assign)) for l in lines[o.lineno-1:o.end_lineno]]
         init = next((o for o in body if isinstance(o, ast.FunctionDef) and o.name=='__init__'), None)
         own = header(init, lines) if init else []
         if fields or own: return top+fields+([''] if own else [])+own
@@ -67,7 +70,7 @@ def symbol(names, module, path):
     for name in names:
         line = _get_exps(path).get(name) if path else None
         source = f'[source]({repo}/blob/main/{path}#L{line}){{.symbol-source aria-label="Source of {name}"}}' if line else ''
-        spans.append(f'[`{name}`{{.symbol-name}}]{{#{name.lower()}}} {source}'.strip())
+        spans.append(f'[`{name}`{{.symbol-name}}]{{#{name}}} {source}'.strip())
     return md('::: {.symbol}\n' + ' '.join(spans) + '\n:::')
 
 
@@ -197,7 +200,8 @@ def address(full, page):
     html,_,anchor = to[0].partition('#')
     html = html.removeprefix(get_config().doc_host+get_config().doc_baseurl).lstrip('/')
     nb = pages().get(html)
-    return f'{os.path.relpath(nb, page.parent)}#{anchor}' if nb else None
+    name = full.split('.')[-anchor.count('.')-1:] # the index has lower case, in which a class and a function can meet
+    return f"{os.path.relpath(nb, page.parent)}#{'.'.join(name)}" if nb else None
 
 
 # What holds no link: fences, displayed math, headings, links and pictures, HTML, math; then a name in back-ticks.
@@ -242,8 +246,9 @@ class Solutions(Processor):
                 cells.append(md('</details>'))
                 inside = False
             if is_solution(c):
-                title = c.source.strip().lstrip('# ')
-                cells.append(md(f'<details class="solution"><summary>{title}</summary>'))
+                title,_,rest = c.source.strip().partition('\n')
+                cells.append(md(f'<details class="solution"><summary>{title.lstrip("# ")}</summary>'))
+                if rest.strip(): cells.append(md(rest.strip()))
                 inside = True
             else: cells.append(c)
         if inside: cells.append(md('</details>'))
@@ -258,15 +263,22 @@ def draws(c):
     return not checks and len([l for l in c.source.splitlines() if l.strip() and not l.startswith('#|')])>=6
 
 
+# The line at the end of a notebook that leads to its neighbors: on the site a bar does that.
+footer = re.compile(r'\n*^(?:\[(?:previous|next): [^\]]*\]\(|(?:Previous|Next): \[|Back to the \[overview\]\()[^\n]*\s*\Z', re.M|re.I)
+
+
 def shown(o):
     """Whether an output has something to show; HTML becomes raw HTML in Markdown.
 
     As `text/html` it would make quarto load jQuery and require.js from a CDN, in case it is a widget."""
-    data = o.get('data', {})
+    data = dict(o.get('data', {}))
+    if 'application/vnd.jupyter.widget-view+json' in data: return False # a progress bar
     if 'text/html' not in data: return True
-    html = re.sub(r'<style.*?</style>', '', ''.join(data['text/html']), flags=re.S).strip()
-    o['data'] = {'text/markdown': f'```{{=html}}\n{html}\n```\n'}
-    return bool(html)
+    html = re.sub(r'<style.*?</style>', '', ''.join(data.pop('text/html')), flags=re.S).strip()
+    if html: data = {'text/markdown': f'````{{=html}}\n{html}\n````\n'}
+    else: data.pop('text/markdown', None)
+    o['data'] = data
+    return bool(data.keys()-{'text/plain'})
 
 
 class Frame(Processor):
@@ -278,12 +290,12 @@ class Frame(Processor):
             if c.cell_type=='markdown':
                 if 'colab.research.google.com' in c.source and 'open-in-colab' in c.source:
                     c.source = re.sub(r'\[!\[[^\]]*\]\([^)]*\)\]\((https://colab[^)]*)\)', lambda m: badge(m[1], page, rel), c.source)
-                c.source = re.sub(r'\n*^\[?(previous|back to)\b[^\n]*(\n\n?\[?next\b[^\n]*)?\s*\Z', '', c.source, flags=re.M|re.I)
-                c.source = re.sub(r'\n*^\[next: [^\n]*\s*\Z', '', c.source, flags=re.M|re.I)
+                c.source = re.sub(footer, '', c.source)
+                c.source = re.sub(r'\n*^#+ Further reading\s*\Z', '', c.source, flags=re.M) # nothing else stood there
             elif draws(c): c.source = f'#| code-fold: true\n#| code-summary: "Code for this figure"\n{c.source}'
             if c.cell_type=='code': c['outputs'] = [o for o in c.get('outputs', []) if o.get('name')!='stderr' and shown(o)]
         front = next((c for c in self.nb.cells if c.cell_type=='raw' and c.source.startswith('---')), None)
-        if front: front.source = front.source.rstrip().removesuffix('---')+f'image: /images/card.png\n---\n\n'
+        if front and 'image:' not in front.source: front.source = front.source.rstrip().removesuffix('---')+f'image: /images/card.png\n---\n\n'
 
 
 def badge(colab, page, rel):

@@ -70,7 +70,7 @@ def rebind(
     "Replaces a function of a class or module once."
     old,by = getattr(owner, name),make.__qualname__
     if by in getattr(old, 'mended', ()): return False
-    new = functools.wraps(old)(make(old)) # takes over the marks of other mends
+    new = functools.wraps(old)(make(old)) # takes over the marks of other patches
     new.mended = *getattr(old, 'mended', ()),by
     setattr(owner, name, new)
     return True
@@ -423,9 +423,9 @@ def mend_size() -> bool:
 
 # %% ../../nbs/learners/54_icevision_compat.ipynb #751d9c37
 def icevision_compat(
-    skip=(), # names of mends that are left out
+    skip=(), # names of patches that are left out
 ) -> Table: # name, what breaks without it, what was done
-    "Mends IceVision 0.12 on today's libraries, once; raises ImportError where it is absent, ValueError for unknown names."
+    "Patches IceVision 0.12 for today's libraries, once; raises ImportError where it is absent, ValueError for unknown names."
     skip = [skip] if isinstance(skip, str) else list(skip)
     if odd := [o for o in skip if o not in mends]: raise ValueError(f'there is no mend {odd[0]!r}: '
         f"there are {', '.join(mends)}")

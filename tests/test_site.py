@@ -301,6 +301,7 @@ def test_furniture():
     o = quarto()
     site,footer = o['website'],o['website']['page-footer']
     assert backbones_nb.__version__ in footer['right'] and 'Apache-2.0' in footer['left']
+    assert o['format']['html']['keep-md'] # or quarto deletes index.html.md before it moves it, and the build fails
     assert set(o['format']['html']['theme'])=={'light','dark'} and 'edit' in site['repo-actions'] and site['repo-subdir']=='nbs'
     for f in (site['favicon'], site['open-graph']['image'], '404.qmd'): assert (root/'nbs'/f).exists()
     assert any('github' in o['href'] for o in site['navbar']['tools'])

@@ -290,6 +290,8 @@ def test_contrast():
     for a,b in ((bar['navbar-bg'], bar['navbar-fg']), ('#ffffff', light['link-color']), (light['code-block-bg'], light['code-color']),
                 (dark['body-bg'], dark['body-color']), (dark['body-bg'], dark['link-color']), (dark['code-bg'], dark['code-color'])):
         assert contrast(a, b)>=4.5, (a, b)
+    # quarto paints the text of outputs black, in dark mode too
+    assert re.search(r'^main pre\b[^{]*\{[^}]*color: inherit', (root/'nbs'/'styles.css').read_text(), re.M)
 
 def test_a_hundred_columns_fit():
     grid = {k:float(v.removesuffix('px')) for k,v in quarto()['format']['html']['grid'].items() if v.endswith('px')}

@@ -1,24 +1,26 @@
-# make demo: train a detector on toy pets; make test: run every notebook and every test.
+# make demo: train a detector on synthetic pets; make test: run every notebook and every test.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 ICEVISION = icevision==0.12.0 icedata==0.5.1
 DEMO ?= --data toy --toy-images 1400 --backbone vovnet19_slim --backbone-set "strides=[8,16]" "stem=[32,32,64]" "mids=[32,40,48,56]" "outs=[64,128,192,256]" --size 128 --epochs 8 --bs 8 --lr 1.5e-3 --lean --set neck_norm=gn anchor_scale=3.5 box_batch_size_per_image=32 rpn_post_nms_top_n_train=60 rpn_pre_nms_top_n_train=200 --loss-weights loss_classifier=3 --zoom 1 1 --color 0.1 --no-validate --seed 0 --cache
+JOBS ?= auto
 RUN = PATH="$(abspath $(BIN)):$$PATH" "$(abspath $(BIN))/python"
 READS = settings.ini setup.py pyproject.toml backbones_nb/__init__.py
 READY := $(VENV)/.installed-$(shell cat $(READS) | cksum | cut -d' ' -f1)
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test notebooks readme docs clean
+.PHONY: help demo test test-all notebooks readme docs clean
 
 help:
 	@echo "make demo       train a detector on toy pets on the CPU; results in demo/"
-	@echo "make test       export, run every notebook and every test, build and check the package"
+	@echo "make test       run every notebook and every test, check the site's sources, build and check the package"
+	@echo "make test-all   the same with everything that is marked slow (hours)"
 	@echo "make notebooks  execute the notebooks in place and keep their outputs (NB=nbs/core/01_features.ipynb for one)"
 	@echo "make readme     make README.md from nbs/index.ipynb"
 	@echo "make docs       build the site into _docs (needs quarto)"
 	@echo "make clean      remove what these commands made"
-	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) DEMO='$(DEMO)'"
+	@echo "Variables: ARGS (for pytest) JOBS=$(JOBS) PYTHON=$(PYTHON) VENV=$(VENV) DEMO='$(DEMO)'"
 
 # A virtual environment. The stamps make a second run quick; they are named after the content of READS, so a change there installs again.
 $(BIN)/python:
@@ -42,7 +44,10 @@ demo: $(READY)
 	$(RUN) $(BIN)/backbones-nb finetune $(DEMO) --out demo --png demo.png --force
 
 test: $(READY)-dev
-	$(RUN) .ci/test.py $(ARGS)
+	$(RUN) -m pytest -n $(JOBS) --dist=loadgroup --durations=15 $(ARGS)
+
+test-all: $(READY)-dev
+	$(RUN) -m pytest -n $(JOBS) --dist=loadgroup --durations=15 --slow --timeout=7200 $(ARGS)
 
 notebooks: $(READY)-dev
 	$(RUN) tools/notebooks.py $(NB)

@@ -1,17 +1,19 @@
 import os
 import sys
-from pathlib import Path
 
 import pytest
 
 os.environ |= dict(HF_HUB_OFFLINE='1', MPLBACKEND='Agg')
 os.environ.setdefault('OMP_NUM_THREADS', '1') # read when torch is first imported; the tensors here are too small for more
 
-root = Path(__file__).resolve().parent.parent
+from project import root
+
+allowed_skips = 'slow', 'no CUDA device', 'shared data absent', 'no C++ compiler'
+unknown_skips = set()
 
 
 def pytest_addoption(parser):
-    parser.addoption('--slow', action='store_true', help='run the tests marked slow')
+    parser.addoption('--slow', action='store_true', help='also run the tests and the cells marked slow')
     parser.addoption('--cuda', action='store_true', help='run the tests marked cuda, and fail where there is no device')
 
 
@@ -22,6 +24,22 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption('--cuda') and marked('cuda'):
         import torch
         if not torch.cuda.is_available(): skip('cuda', 'no CUDA device')
+    for o in items: # the tests of a file share its fixtures, so they run in one process; those marked spread run wherever there is room
+        if 'spread' not in o.keywords: o.add_marker(pytest.mark.xdist_group(o.location[0]))
+
+
+def pytest_runtest_logreport(report):
+    if not report.skipped or hasattr(report, 'wasxfail'): return
+    reason = report.longrepr[2].removeprefix('Skipped: ') if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if reason not in allowed_skips: unknown_skips.add(reason)
+
+
+def pytest_sessionfinish(session):
+    if unknown_skips and not hasattr(session.config, 'workerinput'): session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter):
+    for o in sorted(unknown_skips): terminalreporter.write_line(f'FAILED: skipped for a reason that conftest.py does not allow: {o}', red=True)
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +47,14 @@ def no_figures():
     "Figures that a test leaves open are not those of the next one."
     yield
     if plt := sys.modules.get('matplotlib.pyplot'): plt.close('all')
+
+
+@pytest.fixture(scope='session')
+def skip_flags(request):
+    "The flags of cells that this run leaves out."
+    import torch
+    left_out = dict(slow=not request.config.getoption('--slow'), cuda=not torch.cuda.is_available())
+    return [o for o,out in left_out.items() if out]
 
 
 @pytest.fixture(scope='session')

@@ -17,11 +17,12 @@ from nbdev.doclinks import patch_name
 from nbdev.processors import FilterDefaults
 
 import backbones_nb
+import project
+from project import root
 from tools import checks
 from tools.site import Names, draws, header, key, link, pages, public
 
-root = Path(__file__).resolve().parent.parent
-notebooks = sorted(o.relative_to(root).as_posix() for o in (root/'nbs').rglob('*.ipynb') if not any(p[0] in '._' for p in o.relative_to(root).parts))
+notebooks = [o.as_posix() for o in project.notebooks()]
 taught = ('nbs/backbones/', 'nbs/necks/', 'nbs/detectors/')
 
 

@@ -1,15 +1,16 @@
+import os
 import re
 import sys
+import zipfile
 from configparser import ConfigParser
 from importlib.metadata import metadata, requires, version
-from pathlib import Path
 
 import pytest
 
 import backbones_nb
+from project import copy_tree, root, run_notebook
 from tools.proc import run
 
-root = Path(__file__).resolve().parent.parent
 heavy = ('torch', 'torchvision', 'timm', 'fastai', 'effdet', 'matplotlib', 'faster_coco_eval', 'pandas', 'scipy')
 
 
@@ -72,13 +73,46 @@ def test_lazy_attributes():
     with pytest.raises(AttributeError, match='no attribute'): backbones_nb.nothing
 
 
-def test_imports_run_one_way():
-    order = ['core', 'backbones', 'necks', 'detectors', 'data', 'learners', 'cli']
-    for f in (root/'backbones_nb').rglob('*/*.py'):
-        here = order.index(f.parent.name)
-        text = f.read_text(encoding='utf-8')
-        used = set(re.findall(r'^\s*from (?:backbones_nb|\.\.)\.?(\w+)', text, re.M)) & set(order)
-        assert all(order.index(o)<=here for o in used), f'{f} imports {used}'
-        if f.parent.name in ('backbones', 'necks', 'detectors'):
-            drawn = set(re.findall(r'^\s*from (?:backbones_nb|\.\.)\.?core\.(\w+)', text, re.M)) & {'inspect', 'draw', 'parity', 'diagram'}
-            assert not drawn, f'{f} imports core.{drawn}'
+# --- the built package
+
+@pytest.fixture(scope='module')
+def dist(tmp_path_factory):
+    "The folder with wheel and sdist, built from a copy of the tracked files."
+    d = tmp_path_factory.mktemp('built').resolve()
+    r = run(sys.executable, '-m', 'build', '--outdir', d/'dist', '.', cwd=copy_tree(d/'backbones-nb'), merge=True)
+    assert r.returncode==0, r.stdout[-2000:]
+    return d/'dist'
+
+
+@pytest.fixture(scope='module')
+def site(dist):
+    "A folder with the installed wheel."
+    to = dist.parent/'site'
+    r = run(sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--target', to, next(dist.glob('*.whl')), merge=True)
+    assert r.returncode==0, r.stdout[-2000:]
+    return to
+
+
+def test_wheel_and_sdist_are_sound(dist):
+    files = sorted(dist.glob('*'))
+    assert {o.suffix for o in files}=={'.whl', '.gz'}
+    r = run(sys.executable, '-m', 'twine', 'check', '--strict', *files, merge=True)
+    assert r.returncode==0, r.stdout[-2000:]
+
+
+def test_the_wheel_carries_every_module_and_nothing_else(dist):
+    got = {o for o in zipfile.ZipFile(next(dist.glob('*.whl'))).namelist() if o.endswith('.py')}
+    assert got=={o.relative_to(root).as_posix() for o in (root/'backbones_nb').rglob('*.py')}
+
+
+def test_the_command_runs_from_the_wheel(site, tmp_path):
+    r = run(site/'bin'/'backbones-nb', 'list', 'vovnet39', cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(site)), merge=True)
+    assert r.returncode==0 and 'vovnet39' in r.stdout, r.stdout[-2000:]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize('nb', ['nbs/index.ipynb', 'nbs/tutorials/71_faster_rcnn_pets.ipynb'])
+def test_notebooks_run_from_the_wheel_in_an_empty_folder(site, tmp_path, skip_flags, nb):
+    (tmp_path/'notebook.ipynb').write_bytes((root/nb).read_bytes())
+    ok,out = run_notebook('notebook.ipynb', site, skip_flags, cwd=tmp_path)
+    assert ok, out

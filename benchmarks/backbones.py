@@ -1,6 +1,6 @@
 """Times backbones of ours against timm's same nets, forward and training step, alternating in one run.
 
-    python tests/bench_backbones.py [PATTERN ...] [--size 224] [--batch 1] [--repeats 15] [--threads 1] [--device cpu] [--clock wall|cpu] [--target 0.97]
+    python benchmarks/backbones.py [PATTERN ...] [--size 224] [--batch 1] [--repeats 15] [--threads 1] [--device cpu] [--clock wall|cpu] [--target 0.97]
 
 Prints the medians and the ratio of speeds (timm's time / ours); exits with 1 where a ratio is below the target.
 The ratio is the median over pairs of neighbouring runs, so that a slow drift of the machine falls out of it.

@@ -1,13 +1,14 @@
 import re
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 
+from project import root
+
 from backbones_nb.data.imagenet import toy_imagenet
 
-bench = str(Path(__file__).with_name('bench_loaders.py'))
+bench = str(root/'benchmarks'/'loaders.py')
 tiny = '--images 16 --size 32 --bs 5 --workers 0 --repeats 1'.split()
 row = re.compile(r"^(plain|recipe) +(\w+) +([\d.]+) images/s +([\d.]+) of torchvision's$", re.M)
 

@@ -1,6 +1,6 @@
 """Trains every detector on Oxford-IIIT Pets under one budget and prints their results side by side.
 
-    python tests/bench_pets.py [DETECTOR ...] [--data pets|PATH] [--breeds BREED ...] [--out runs/pets] [--epochs 60] [--seed 0] [--jobs 1]
+    python benchmarks/pets.py [DETECTOR ...] [--data pets|PATH] [--breeds BREED ...] [--out runs/pets] [--epochs 60] [--seed 0] [--jobs 1]
 
 All start from random weights, with one backbone, one schedule and the same number of images; each is a run of
 `backbones-nb finetune` in a folder of its own. A run that is finished with the same settings is not repeated.

@@ -1,6 +1,6 @@
 """Times the training loaders of ours against fastai's and torchvision's reference, passes alternating in one run.
 
-    python tests/bench_loaders.py [--data DIR] [--images 512] [--size 176] [--bs 32] [--workers 1] [--repeats 5] [--seed 0] [--clock wall|cpu] [--target 0.95]
+    python benchmarks/loaders.py [--data DIR] [--images 512] [--size 176] [--bs 32] [--workers 1] [--repeats 5] [--seed 0] [--clock wall|cpu] [--target 0.95]
 
 All read the same JPEGs: drawings of the extent and the bytes that ImageNet's photographs have, or as many of DIR,
 drawn by lot. All do the same to an image: decode, random crop scaled to a square, random flip, float tensor,

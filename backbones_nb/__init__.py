@@ -1,7 +1,8 @@
-"Detection backbones, necks and detectors behind one contract."
+"Detection backbones, necks and detectors that meet one contract: ordered feature maps with known channels and strides."
 __version__ = "0.0.1"
 
-_lazy = dict(create_backbone='core.registry', list_backbones='core.registry', summary='core.inspect', from_pretrained='core.hub', list_weights='core.weights')
+_lazy = dict(create_backbone='core.create', list_backbones='core.registry', summary='analysis.costs',
+             from_pretrained='core.hub', list_weights='core.published')
 
 
 def __getattr__(name):

@@ -1,4 +1,4 @@
-"""After this chapter you know why VoVNet aggregates features once instead of at every layer, what its identity and its attention do, and what each costs.
+"""One-shot aggregation (Lee et al. 2019, arXiv:1904.09730) and effective squeeze-and-excitation (Lee and Park 2020, arXiv:1911.06667), the blocks of VoVNet.
 
 Docs: https://backbones-nb.github.io/backbones-nb/backbones/osa.html.md"""
 
@@ -48,10 +48,12 @@ class OSABlock(nn.Module):
         self.layers = nn.ModuleList([
             conv(mid if i or dw else ni, mid, act=act, norm=norm) for i in range(layers)])
         self.concat = ConvNormAct(ni + layers*mid, nf, 1, act=act, norm=norm)
-        self.ese,self.residual = eSE(nf) if ese else None,residual
+        self.ese = eSE(nf) if ese else None
+        self.residual = residual
 
     def forward(self, x):
-        maps,h = [x],x if self.reduce is None else self.reduce(x)
+        maps = [x]
+        h = x if self.reduce is None else self.reduce(x)
         for layer in self.layers: maps.append(h := layer(h))
         y = self.concat(torch.cat(maps, 1))
         if self.ese is not None: y = self.ese(y)

@@ -1,4 +1,4 @@
-"""After this chapter you can build every published VoVNet, know in which points its implementations differ, and choose one.
+"""VoVNet V1 (Lee et al. 2019, arXiv:1904.09730) and V2 (Lee and Park 2020, arXiv:1911.06667): eight nets in the configurations of the authors, timm and vision-toolbox, with published weights.
 
 Docs: https://backbones-nb.github.io/backbones-nb/backbones/vovnet.html.md"""
 
@@ -6,21 +6,23 @@ Docs: https://backbones-nb.github.io/backbones-nb/backbones/vovnet.html.md"""
 
 # %% auto #0
 __all__ = ['vov_pools', 'vovnet_configs', 'vovnet19_slim', 'vovnet19', 'vovnet19_slim_dw', 'vovnet19_dw', 'vovnet27_slim',
-           'vovnet39', 'vovnet57', 'vovnet99', 'timm_renames', 'vt_renames', 'vov_stem', 'vov_stage', 'VoVNet',
-           'vovnet_variants']
+           'vovnet39', 'vovnet57', 'vovnet99', 'vovnet_timm_renames', 'vovnet_vt_renames', 'vov_stem', 'vov_stage',
+           'VoVNet', 'vovnet_variants']
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #756d458e
 from collections import OrderedDict
 from functools import partial
 
+from fastcore.meta import delegates
 from torch import nn
 
 from .darknet import timm_card, vt_release
 from .osa import OSABlock
+from ..core.create import register
+from ..core.errors import one_of
 from ..core.features import Backbone, feature_row
 from ..core.layers import ConvNormAct, SeparableConvNormAct, init_cnn
-from ..core.registry import register
-from ..core.weights import WeightRecord, add_weights
+from ..core.published import add_weights, WeightRecord
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #106ea167
 def vov_stem(
@@ -41,6 +43,14 @@ vov_pools = dict(
     vt=partial(nn.MaxPool2d, 3, 2, padding=1)) # vision-toolbox's
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #664f700a
+def _has_identity(residual, ni, nf, j):
+    "Whether block `j` of a stage from `ni` to `nf` channels adds its input."
+    return bool(residual) and (j>0 or residual=='same' and ni==nf)
+
+def _has_ese(ese, blocks, j):
+    "Whether block `j` of `blocks` has eSE."
+    return ese in (True,'all') or ese=='last' and j==blocks-1
+
 def vov_stage(
     ni:int, # input channels
     mid:int, # channels of the layers inside a block
@@ -48,20 +58,17 @@ def vov_stage(
     blocks:int, # how many OSA blocks
     pool=None, # makes the pool at the stage's beginning, or None
     residual=True, # see `VoVNet`
-    ese='all', # see `VoVNet`
+    ese=True, # see `VoVNet`
     **kwargs, # of OSABlock: layers, dw, act, norm
 ) -> nn.Sequential: # (B,ni,H,W) -> (B,nf,H/2,W/2) with a pool
     "Returns a stage: pool, then OSA blocks."
-    body = []
-    for j in range(blocks):
-        add = (nf if j else ni)==nf if residual=='same' else residual and j>0
-        gate = ese=='all' or ese=='last' and j==blocks-1
-        body.append(OSABlock(nf if j else ni, mid, nf, residual=add, ese=gate, **kwargs))
+    body = [OSABlock(nf if j else ni, mid, nf, residual=_has_identity(residual, ni, nf, j),
+                     ese=_has_ese(ese, blocks, j), **kwargs) for j in range(blocks)]
     first = [('pool', pool())] if pool else []
     return nn.Sequential(OrderedDict([*first, ('blocks', nn.Sequential(*body))]))
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #b07c4131
-def _way(stem, outs, two):
+def _trunk_and_rows(stem, outs, two):
     "The trunk, and one row per map; `two` is the index of the last stem convolution at stride 2."
     rows = [feature_row(nf, 4*2**i, f'stages.{i}') for i,nf in enumerate(outs)]
     trunk = dict(stem=['stem.0','stem.1','stem.2'])
@@ -69,52 +76,59 @@ def _way(stem, outs, two):
     return trunk,[feature_row(stem[two], 2, f'stem.{two}'), *rows]
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #3673cb7a
-def _one_of(value, allowed, what):
-    if value not in allowed: raise ValueError(
-        f"got {what}={value!r}, expected one of {', '.join(map(repr, allowed))}: choose one of these")
-    return value
-
-def _check_stages(stem, mids, outs, blocks):
+def _check(stem, mids, outs, blocks, residual, ese):
     if not (len(stem)==3 and len(mids)==len(outs)==len(blocks)): raise ValueError(
         f'got {len(stem)} channels for the stem and {len(mids)} mids, {len(outs)} outs, {len(blocks)} blocks, '
-        'expected 3 and one of each per stage: give mids, outs and blocks the same length')
+        'expected 3 for the stem and as many outs and blocks as mids: give all three one number per stage')
+    one_of(residual, (True,'same',False), 'residual')
+    one_of(ese, (True,'all','last',False), 'ese')
+
+# %% ../../nbs/backbones/14_vovnet.ipynb #bbaa0359
+def _by_block(config):
+    "The configuration with `residual` and `ese` by block, so that equal nets have equal ones."
+    keys = ('stem','mids','outs','blocks','residual','ese')
+    _check(*[config[k] for k in keys])
+    stem,_,outs,blocks,residual,ese = [config[k] for k in keys]
+    return config | dict(
+        residual=[[_has_identity(residual, ni, nf, j) for j in range(n)]
+                  for ni,nf,n in zip((stem[2],*outs), outs, blocks)],
+        ese=[[_has_ese(ese, n, j) for j in range(n)] for n in blocks])
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #6b044524
 class VoVNet(Backbone):
     """VoVNet V1 (arXiv:1904.09730) and V2 (arXiv:1911.06667): a stem, then stages of OSA blocks.
 
     Raises ValueError for a configuration that does not fit together."""
+    canonical = staticmethod(_by_block) # what `core.published` compares instead of the arguments
+
+    @delegates(OSABlock)
     def __init__(self,
         stem=(64,64,128), # channels of the stem's three convolutions
         mids=(128,160,192,224), # channels of the layers inside a block, by stage
         outs=(256,512,768,1024), # output channels, by stage
-        layers:int=5, # layers per block
         blocks=(1,1,1,1), # OSA blocks, by stage
         residual=True, # True: add the input in all but a stage's first block; 'same': where ni==nf
         ese=True, # True or 'all': in every block; 'last': in a stage's last block; False: nowhere
-        dw:bool=False, # depth-wise separable layers and stem
         pool:str='official', # ceil-mode pools from stage 3 on; 'vt': padded ones from stage 2 on
-        act='relu',
-        norm='bn',
         strides=None, # see `Backbone.select`
         out_indices=None, # see `Backbone.select`
+        **kwargs, # of OSABlock: layers, dw, act, norm; all but layers also of the stem
     ):
         super().__init__()
-        _check_stages(stem, mids, outs, blocks)
-        _one_of(residual, (True,'same',False), 'residual')
-        ese = _one_of('all' if ese is True else ese, ('all','last',False), 'ese')
-        early = _one_of(pool, tuple(vov_pools), 'pool')=='vt'
-        kw = dict(act=act, norm=norm)
-        self.stem = vov_stem(stem, 1 if early else 2, dw, **kw)
+        _check(stem, mids, outs, blocks, residual, ese)
+        early = one_of(pool, tuple(vov_pools), 'pool')=='vt'
+        layer = {k:v for k,v in kwargs.items() if k!='layers'}
+        self.stem = vov_stem(stem, 1 if early else 2, **layer)
         self.stages = nn.ModuleList([
             vov_stage(ni, mid, nf, n, vov_pools[pool] if i or early else None, residual, ese,
-                      layers=layers, dw=dw, **kw)
+                      **kwargs)
             for i,(ni,mid,nf,n) in enumerate(zip((stem[2],*outs), mids, outs, blocks))])
-        self.set_trunk(*_way(stem, outs, 2 if early else 1), strides, out_indices)
+        self.set_trunk(*_trunk_and_rows(stem, outs, 2 if early else 1), strides, out_indices)
         init_cnn(self)
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #a84109b6
-_v1,_dw = dict(residual=False, ese=False),dict(stem=(64,64,64), dw=True)
+_v1 = dict(residual=False, ese=False)
+_dw = dict(stem=(64,64,64), dw=True)
 _slim,_slim128 = [dict(mids=(64,80,96,112), outs=(o,256,384,512)) for o in (112,128)]
 vovnet_configs = dict( # name -> arguments of VoVNet
     vovnet19_slim=dict(layers=3, **_slim),
@@ -131,9 +145,10 @@ def vovnet_variants(
     name:str, # a key of `vovnet_configs`
 ) -> dict: # variant -> arguments that differ from the row's
     "Returns where each implementation differs from the official one; vt has no depth-wise nets."
-    v1,dw = name=='vovnet27_slim',name.endswith('dw')
+    timm = {} if name=='vovnet27_slim' else dict(ese='last')
     vt = dict(pool='vt', residual='same') | (_slim128 if 'slim' in name else {})
-    return dict(official={}, timm={} if v1 else dict(ese='last')) | ({} if dw else dict(vt=vt))
+    if name.endswith('dw'): return dict(official={}, timm=timm)
+    return dict(official={}, timm=timm, vt=vt)
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #ccc1eadd
 (vovnet19_slim, vovnet19, vovnet19_slim_dw, vovnet19_dw,
@@ -142,46 +157,30 @@ def vovnet_variants(
     for name,config in vovnet_configs.items()]
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #9b47e5a6
-timm_renames = ( # timm's keys, whole models (without `head.`) and features_only alike -> ours
+# timm's keys, whole models (without `head.`) and features_only alike -> ours
+vovnet_timm_renames = (
     (r'^(stem|stages)_', r'\1.'), (r'\.bn\.', '.norm.'), (r'\.conv_dw\.', '.dw.'),
     (r'\.conv_pw\.', '.pw.'), (r'\.conv_reduction\.', '.reduce.'), (r'\.conv_mid\.', '.layers.'),
     (r'\.conv_concat\.', '.concat.'), (r'\.attn\.', '.ese.'))
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #1720f058
-vt_renames = ( # vision-toolbox's keys, old and new, -> ours
+vovnet_vt_renames = ( # vision-toolbox's keys, old and new, -> ours
     (r'\.bn\.', '.norm.'), (r'\.module_(\d+)\.', r'.blocks.\1.'), (r'\.convs\.', '.layers.'),
     (r'\.out_conv\.', '.concat.'), (r'\.ese\.linear\.', '.ese.fc.'))
 _half = dict.fromkeys(('mean','std'), (.5,.5,.5))
 add_weights(*[
-    WeightRecord(name, renames=timm_renames, **timm_card(*card, **kw)) for name,card,kw in (
+    WeightRecord(name, renames=vovnet_timm_renames, **timm_card(*card, **kw)) for name,card,kw in (
         ('vovnet19_dw', ('ese_vovnet19b_dw.ra_in1k', 224, 256, 76.83), {}),
         ('vovnet39', ('ese_vovnet39b.ra_in1k', 224, 256, 79.31), {}),
         ('vovnet57', ('ese_vovnet57b.ra4_e3600_r256_in1k', 256, 269, 82.46), _half))])
 add_weights(*[
-    WeightRecord(file.split('-')[0].removesuffix('_ese'), renames=vt_renames,
+    WeightRecord(file.split('-')[0].removesuffix('_ese'), renames=vovnet_vt_renames,
                  **vt_release(file, top1))
     for file,top1 in {
         'vovnet27_slim-dd43306a':71.6, 'vovnet19_slim_ese-f8075640':70.8,
         'vovnet19_ese-a077657e':75.4, 'vovnet39_ese-9ce81b0d':78.1,
         'vovnet57_ese-ae1a7f89':79.2, 'vovnet99_ese-713f3062':80.7}.items()])
 add_weights(*[
-    WeightRecord(file.split('-')[0], renames=vt_renames,
+    WeightRecord(file.split('-')[0], renames=vovnet_vt_renames,
                  **vt_release(file, top1, config=dict(variant='vt', ese=False)))
     for file,top1 in {'vovnet39-4c79d629':78.2, 'vovnet57-ecb9cc34':79.3}.items()])
-
-# %% ../../nbs/backbones/14_vovnet.ipynb #5975a7af
-def _canonical(config):
-    "The configuration with `residual` and `ese` by block, so that equal nets have equal ones."
-    keys = ('stem','mids','outs','blocks','residual','ese')
-    stem,mids,outs,blocks,residual,ese = [config[k] for k in keys]
-    _check_stages(stem, mids, outs, blocks)
-    _one_of(residual, (True,'same',False), 'residual')
-    _one_of(ese, (True,'all','last',False), 'ese')
-    def add(ni, nf, j): return bool(residual) and (j>0 or residual=='same' and ni==nf)
-    def gate(j, n): return ese in (True,'all') or ese=='last' and j==n-1
-    return config | dict(
-        residual=[[add(ni, nf, j) for j in range(n)]
-                  for ni,nf,n in zip((stem[2],*outs), outs, blocks)],
-        ese=[[gate(j, n) for j in range(n)] for n in blocks])
-
-VoVNet.canonical = staticmethod(_canonical) # read by `core.weights` before it compares

@@ -1,4 +1,4 @@
-"""After this chapter you know what a pyramid gains when information runs both ways, how a net learns which map to trust, and what that costs next to an FPN.
+"""The bidirectional pyramid of EfficientDet, BiFPN (Tan et al. 2020, arXiv:1911.09070): two pathways, weighted sums, repeated layers.
 
 Docs: https://backbones-nb.github.io/backbones-nb/necks/bifpn.html.md"""
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
+from ..core.errors import one_of
 from ..core.layers import make_act, make_norm
 from .neck import Neck
 
@@ -30,9 +31,8 @@ class Fusion(nn.Module):
         eps:float=1e-4, # keeps 'fast' from dividing by zero
     ):
         super().__init__()
-        if kind not in fusions: raise ValueError(
-            f"got fusion={kind!r}, expected one of {', '.join(fusions)}")
-        self.kind,self.eps = kind,eps
+        self.kind = one_of(kind, fusions, 'fusion')
+        self.eps = eps
         self.weight = None if kind=='sum' else nn.Parameter(torch.ones(n))
 
     def shares(self):
@@ -60,10 +60,12 @@ class Resample(nn.Module):
 
     def forward(self, m, size):
         if self.up: return F.interpolate(m, size=size, mode='nearest')
-        r,pad = self.ratio,self.ratio//2
+        r = self.ratio
+        pad = r//2
         if self.same:
             py,px = [(n+r-1)//r*r - n + 1 for n in m.shape[-2:]]
-            m,pad = F.pad(m, (px//2, px-px//2, py//2, py-py//2), value=float('-inf')),0
+            m = F.pad(m, (px//2, px-px//2, py//2, py-py//2), value=float('-inf'))
+            pad = 0
         return F.max_pool2d(m, r+1, r, pad)[..., :size[0], :size[1]] # cut where a net rounds down
 
     def extra_repr(self): return 'up' if self.up else f'max-pool /{self.ratio}' + ', same'*self.same
@@ -94,13 +96,15 @@ class BiFPNNode(nn.Module):
     ):
         super().__init__()
         self.project = nn.ModuleList([project(c, channels, norm, bias) for c in in_channels])
-        self.resample,self.fuse = resample,Fusion(len(in_channels), fusion)
+        self.resample = resample
+        self.fuse = Fusion(len(in_channels), fusion)
         bias = bias or norm is None
         dw = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
         conv = dict(dw=dw, pw=nn.Conv2d(channels, channels, 1, bias=bias)) if separable else dict(
             conv=nn.Conv2d(channels, channels, 3, padding=1, bias=bias))
         self.conv = nn.Sequential(OrderedDict(conv | dict(norm=_norm(norm, channels))))
-        self.act,self.act_first = make_act(act),act_first
+        self.act = make_act(act)
+        self.act_first = act_first
 
     def forward(self, maps):
         maps = [f(m) for f,m in zip(self.project, maps)]
@@ -119,7 +123,8 @@ class BiFPNLayer(nn.Module):
         **config, # of each `BiFPNNode`
     ):
         super().__init__()
-        n,c = len(in_channels),list(in_channels)
+        n = len(in_channels)
+        c = list(in_channels)
         r = [b//a for a,b in zip(in_strides, in_strides[1:])]
         def node(i, cs, up): return BiFPNNode(cs, channels, Resample(r[i], up, same), **config)
         td = [(c[i], channels if i<n-2 else c[-1]) for i in range(n-1)]
@@ -153,8 +158,7 @@ class BiFPN(Neck):
         bias:bool=False,
         **config, # act, separable, act_first
     ):
-        if extra not in ('pool',None): raise ValueError(f'got extra={extra!r}, '
-            "expected 'pool' or None: a BiFPN makes its coarser levels by max-pooling")
+        one_of(extra, ('pool',None), 'extra') # a BiFPN makes its coarser levels by max-pooling
         more = max(levels-len(in_channels), 0) if extra else 0
         strides = [*in_strides, *(in_strides[-1]*2**(i+1) for i in range(more))]
         if len(strides)<2 or layers<1: raise ValueError(
@@ -183,7 +187,8 @@ def reset_parameters(self:BiFPN):
 def coarser(self:BiFPN, maps):
     "Returns the maps and the pooled levels."
     if not len(self.pools): return maps
-    m,res = self.extra(maps[-1]),[]
+    m = self.extra(maps[-1])
+    res = []
     for f in self.pools:
         m = f(m, [-(-n//2) for n in m.shape[-2:]])
         res.append(m)

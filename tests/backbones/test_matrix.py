@@ -1,4 +1,5 @@
 "Every registered backbone x every property of the contract."
+
 import copy
 import io
 import pickle
@@ -12,142 +13,221 @@ from torchvision.ops import StochasticDepth
 
 from backbones_nb.backbones import torchvision as T
 from backbones_nb.core.features import Backbone, check_contract
-from backbones_nb.core.parity import randomise_, rel_error
-from backbones_nb.core.registry import create_backbone, list_backbones
+from backbones_nb.analysis.parity import randomize_, rel_error
+from backbones_nb.core.create import create_backbone
+from backbones_nb.core.registry import list_backbones
 
 names = list_backbones()
-huge = 40e6 # parameters from which real tensors are for the slow run
-body = dict( # parameters of the nets that torchvision lacks, in millions, without classifier
-    darknet19=19.817, darknet53=40.585, cspdarknet19=15.848, cspdarknet53=26.617, vovnet19_slim=2.653, vovnet19=10.180,
-    vovnet27_slim=3.013, vovnet39=25.184, vovnet57=41.455, vovnet99=69.524, vovnet19_slim_dw=1.385, vovnet19_dw=5.518)
-variants = { # name, variant -> millions, where the variant differs
-    ('darknet19','cfg'): 19.817, ('darknet53','timm'): 40.585, ('darknet53','vt'): 40.585,
-    ('cspdarknet53','timm'): 26.617, ('cspdarknet53','vt'): 26.244, ('vovnet39','timm'): 23.544,
-    ('vovnet57','timm'): 37.584, ('vovnet99','timm'): 62.174, ('vovnet19_slim','timm'): 2.653}
+huge = 40e6  # parameters from which real tensors are for the slow run
+body = dict(  # parameters of the nets that torchvision lacks, in millions, without classifier
+    darknet19=19.817,
+    darknet53=40.585,
+    cspdarknet19=15.848,
+    cspdarknet53=26.617,
+    vovnet19_slim=2.653,
+    vovnet19=10.180,
+    vovnet27_slim=3.013,
+    vovnet39=25.184,
+    vovnet57=41.455,
+    vovnet99=69.524,
+    vovnet19_slim_dw=1.385,
+    vovnet19_dw=5.518,
+)
+variants = {  # name, variant -> millions, where the variant differs
+    ('darknet19', 'cfg'): 19.817,
+    ('darknet53', 'timm'): 40.585,
+    ('darknet53', 'vt'): 40.585,
+    ('cspdarknet53', 'timm'): 26.617,
+    ('cspdarknet53', 'vt'): 26.244,
+    ('vovnet39', 'timm'): 23.544,
+    ('vovnet57', 'timm'): 37.584,
+    ('vovnet99', 'timm'): 62.174,
+    ('vovnet19_slim', 'timm'): 2.653,
+}
+
 
 def meta(name, **kw):
-    with torch.device('meta'): return create_backbone(name, **kw)
+    with torch.device('meta'):
+        return create_backbone(name, **kw)
 
-def count(m): return sum(p.numel() for p in m.parameters())
-size_of = {n:count(meta(n)) for n in names}
-repeated = {n for n in names if n.endswith('_fpn')}-{'resnet18_fpn','resnet50_fpn'} # the bodies are rows of their own
-def slow_if(cond, n): return pytest.param(n, marks=pytest.mark.slow) if cond else n
-every = [slow_if(size_of[n]>huge or n in repeated, n) for n in names]
-def noise(*hw, n=1): return torch.randn(n, 3, *hw, generator=torch.Generator().manual_seed(0))
 
-def all_strides(m): return tuple(r['reduction'] for r in m.rows)
+def count(m):
+    return sum(p.numel() for p in m.parameters())
+
+
+size_of = {n: count(meta(n)) for n in names}
+repeated = {n for n in names if n.endswith('_fpn')} - {
+    'resnet18_fpn',
+    'resnet50_fpn',
+}  # the bodies are rows of their own
+
+
+def slow_if(cond, n):
+    return pytest.param(n, marks=pytest.mark.slow) if cond else n
+
+
+every = [slow_if(size_of[n] > huge or n in repeated, n) for n in names]
+
+
+def noise(*hw, n=1):
+    return torch.randn(n, 3, *hw, generator=torch.Generator().manual_seed(0))
+
+
+def all_strides(m):
+    return tuple(r['reduction'] for r in m.rows)
+
 
 @pytest.fixture(scope='module', params=every)
 def net(request):
     "One build a name for all tests with real tensors; every map is selected."
     m = create_backbone(request.param)
-    if not request.param.endswith('_fpn'): m.select(all_strides(m))
-    return randomise_(m, x=noise(64, 64, n=2)).eval()
+    if not request.param.endswith('_fpn'):
+        m.select(all_strides(m))
+    return randomize_(m, x=noise(64, 64, n=2)).eval()
+
 
 def training(m):
     "In training mode, but for layers that drop whole blocks at random."
     for o in m.train().modules():
-        if isinstance(o, StochasticDepth): o.eval()
+        if isinstance(o, StochasticDepth):
+            o.eval()
     return m
 
-@torch.no_grad()
-def out(m, x): return m(x)
 
-def same(a, b): return len(a)==len(b) and all(torch.equal(p, q) for p,q in zip(a, b))
+@torch.no_grad()
+def out(m, x):
+    return m(x)
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(p, q) for p, q in zip(a, b))
+
 
 # --- shapes and parameters, on the meta device
 
+
 @pytest.mark.parametrize('name', names)
-@pytest.mark.parametrize('hw', [(224,224),(256,256),(231,310)], ids=str)
+@pytest.mark.parametrize('hw', [(224, 224), (256, 256), (231, 310)], ids=str)
 def test_shapes_and_strides(name, hw):
     m = meta(name).eval()
-    assert isinstance(m, Backbone) and m.name==name and m.pretrained is None
-    if not name.endswith('_fpn'): m.select(all_strides(m))
+    assert isinstance(m, Backbone) and m.name == name and m.pretrained is None
+    if not name.endswith('_fpn'):
+        m.select(all_strides(m))
     maps = m(torch.empty(2, 3, *hw, device='meta'))
-    assert list(m.strides)==sorted(set(m.strides)) and m.strides[-1]>=32
-    assert [o.shape[:2] for o in maps]==[(2,c) for c in m.channels]
-    for o,s in zip(maps, m.strides): # pools without ceil_mode round down
-        for k,n in zip(hw, o.shape[2:]): assert k//s<=n<=-(-k//s), (s, o.shape)
+    assert list(m.strides) == sorted(set(m.strides)) and m.strides[-1] >= 32
+    assert [o.shape[:2] for o in maps] == [(2, c) for c in m.channels]
+    for o, s in zip(maps, m.strides):  # pools without ceil_mode round down
+        for k, n in zip(hw, o.shape[2:]):
+            assert k // s <= n <= -(-k // s), (s, o.shape)
+
 
 @pytest.mark.parametrize('name', names)
 def test_default_and_selection(name):
     m = meta(name)
     if not name.endswith('_fpn'):
-        assert m.strides==tuple(s for s in all_strides(m) if s in (4,8,16,32))
-        for s in all_strides(m): assert m.select(s).strides==(s,)
-        assert [o.shape[2] for o in m.select(out_indices=(4,))(torch.empty(1, 3, 64, 64, device='meta'))]==[2]
+        assert m.strides == tuple(s for s in all_strides(m) if s in (4, 8, 16, 32))
+        for s in all_strides(m):
+            assert m.select(s).strides == (s,)
+        assert [o.shape[2] for o in m.select(out_indices=(4,))(torch.empty(1, 3, 64, 64, device='meta'))] == [2]
         m.select()
     maps = m.get_feature_maps(torch.empty(1, 3, 64, 64, device='meta'))
-    assert [o.shape[1] for o in maps]==list(m.out_channels_list)
-    assert m.feature_info.channels()==list(m.channels) and m.feature_info.reduction()==list(m.strides)
-    with pytest.raises(ValueError, match=f'{name} has no map at stride 3: choose among'): m.select(3)
+    assert [o.shape[1] for o in maps] == list(m.out_channels_list)
+    assert m.feature_info.channels() == list(m.channels) and m.feature_info.reduction() == list(m.strides)
+    with pytest.raises(ValueError, match=f'{name} has no map at stride 3: choose among'):
+        m.select(3)
+
 
 @pytest.mark.parametrize('name', names)
 def test_parameters(name):
-    if name in body: assert round(size_of[name]/1e6, 3)==body[name]
+    if name in body:
+        assert round(size_of[name] / 1e6, 3) == body[name]
     elif name.endswith('_fpn'):
-        with torch.device('meta'): ref = resnet_fpn_backbone(backbone_name=name[:-4], weights=None)
-        frozen = sum(b.numel() for n,b in ref.named_buffers() if n.endswith(('weight','bias'))) # its batch norms have buffers
-        assert size_of[name]==count(ref)+frozen or size_of[name]==count(ref)
-    else: # of torchvision's published count, what its classifier has: linear layers, and a 1x1 convolution before them
-        with T._Counts(), torch.device('meta'): ref = models.get_model(name, weights=None)
-        head = [getattr(ref, k) for k in ('fc','classifier') if hasattr(ref, k)]
-        if 'expansion' in T.ports[name]: head.append(ref.features[-1])
-        assert size_of[name]==models.get_model_weights(name).DEFAULT.meta['num_params']-sum(map(count, head))
+        with torch.device('meta'):
+            ref = resnet_fpn_backbone(backbone_name=name[:-4], weights=None)
+        frozen = sum(
+            b.numel() for n, b in ref.named_buffers() if n.endswith(('weight', 'bias'))
+        )  # its batch norms have buffers
+        assert size_of[name] == count(ref) + frozen or size_of[name] == count(ref)
+    else:  # of torchvision's published count, what its classifier has: linear layers, and a 1x1 convolution before them
+        with T.SizesOnCPU(), torch.device('meta'):
+            ref = models.get_model(name, weights=None)
+        head = [getattr(ref, k) for k in ('fc', 'classifier') if hasattr(ref, k)]
+        if 'expansion' in T.torchvision_taps[name]:
+            head.append(ref.features[-1])
+        assert size_of[name] == models.get_model_weights(name).DEFAULT.meta['num_params'] - sum(map(count, head))
+
 
 @pytest.mark.parametrize('name,variant', variants, ids='-'.join)
 def test_parameters_of_variants(name, variant):
-    assert round(count(meta(name, variant=variant))/1e6, 3)==variants[name,variant]
+    assert round(count(meta(name, variant=variant)) / 1e6, 3) == variants[name, variant]
+
 
 # --- groups
+
 
 @pytest.mark.parametrize('name', names)
 def test_groups(name):
     m = meta(name)
     groups = m.param_groups()
     ids = [id(p) for g in groups for p in g]
-    assert len(groups)>=4 and all(groups) and len(ids)==len(set(ids)) and set(ids)=={id(p) for p in m.parameters()}
-    first = next(p for p in m.parameters() if p.dim()==4)
-    assert any(p is first for p in groups[0]) and first.shape[1]==3
-    for n in range(-len(groups), len(groups)+1):
+    assert (
+        len(groups) >= 4 and all(groups) and len(ids) == len(set(ids)) and set(ids) == {id(p) for p in m.parameters()}
+    )
+    first = next(p for p in m.parameters() if p.dim() == 4)
+    assert any(p is first for p in groups[0]) and first.shape[1] == 3
+    for n in range(-len(groups), len(groups) + 1):
         m.freeze_to(n)
-        k = n if n>=0 else len(groups)+n
-        for i,g in enumerate(groups):
-            convs = [p for p in g if p.dim()>1] # batch norms of random weights stay in training
-            assert all(p.requires_grad==(i>=k) for p in convs)
-    with pytest.raises(ValueError, match='give a number from'): m.freeze_to(len(groups)+1)
+        k = n if n >= 0 else len(groups) + n
+        for i, g in enumerate(groups):
+            convs = [p for p in g if p.dim() > 1]  # batch norms of random weights stay in training
+            assert all(p.requires_grad == (i >= k) for p in convs)
+    with pytest.raises(ValueError, match='give a number from'):
+        m.freeze_to(len(groups) + 1)
+
 
 def test_order_of_groups(net):
     "The k-th map needs groups up to one of them, and deeper maps need more; all together need every parameter."
-    groups,reach = net.param_groups(),[]
+    groups, reach = net.param_groups(), []
     for o in net(noise(64, 64, n=2)):
-        got = torch.autograd.grad(o.square().mean(), [p for g in groups for p in g], retain_graph=True, allow_unused=True)
-        got,used = iter(got),[]
-        for g in groups: used.append(any(next(got) is not None for p in g))
+        got = torch.autograd.grad(
+            o.square().mean(), [p for g in groups for p in g], retain_graph=True, allow_unused=True
+        )
+        got, used = iter(got), []
+        for g in groups:
+            used.append(any(next(got) is not None for p in g))
         reach.append(sum(used))
-        if not net.name.endswith('_fpn'): assert used==sorted(used, reverse=True), f'{net.name}: {used}'
-    assert reach==sorted(reach) and (net.name.endswith('_fpn') or reach[-1]==len(groups))
+        if not net.name.endswith('_fpn'):
+            assert used == sorted(used, reverse=True), f'{net.name}: {used}'
+    assert reach == sorted(reach) and (net.name.endswith('_fpn') or reach[-1] == len(groups))
+
 
 # --- gradients, copies, files
 
+
 def test_gradients(net):
     state = copy.deepcopy(net.state_dict())
-    try: sum(o.square().mean() for o in training(net)(noise(96, 64, n=2))).backward()
-    finally: net.eval().load_state_dict(state)
-    lost = [n for n,p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-    dead = [n for n,p in net.named_parameters() if p.dim()>1 and p.grad is not None and not p.grad.any()]
+    try:
+        sum(o.square().mean() for o in training(net)(noise(96, 64, n=2))).backward()
+    finally:
+        net.eval().load_state_dict(state)
+    lost = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    dead = [n for n, p in net.named_parameters() if p.dim() > 1 and p.grad is not None and not p.grad.any()]
     net.zero_grad()
     assert not lost and not dead
 
-def test_contract(net): assert check_contract(net) is net
+
+def test_contract(net):
+    assert check_contract(net) is net
+
 
 def test_copies(net):
     x = noise(64, 96)
     want = out(net, x)
     for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-        assert same(out(twin, x), want) and twin.strides==net.strides and twin.name==net.name
+        assert same(out(twin, x), want) and twin.strides == net.strides and twin.name == net.name
         assert not {id(p) for p in twin.parameters()} & {id(p) for p in net.parameters()}
-        assert {id(p) for g in twin.param_groups() for p in g}=={id(p) for p in twin.parameters()}
+        assert {id(p) for g in twin.param_groups() for p in g} == {id(p) for p in twin.parameters()}
+
 
 def test_state_dict(net):
     f = io.BytesIO()
@@ -155,20 +235,25 @@ def test_state_dict(net):
     f.seek(0)
     twin = create_backbone(net.name)
     twin.load_state_dict(torch.load(f, weights_only=True), strict=True)
-    if not net.name.endswith('_fpn'): twin.select(net.strides)
+    if not net.name.endswith('_fpn'):
+        twin.select(net.strides)
     assert same(out(twin.eval(), noise(64, 64)), out(net, noise(64, 64)))
+
 
 def test_export(net):
     x = noise(64, 96)
     graph = torch.export.export(net, (x,)).module()
-    assert max(rel_error(p, q) for p,q in zip(out(graph, x), out(net, x)))<=1e-5
+    assert max(rel_error(p, q) for p, q in zip(out(graph, x), out(net, x))) <= 1e-5
+
 
 @pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='no C++ compiler')
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['vovnet19_slim','darknet19','cspdarknet19','resnet18_fpn'])
+@pytest.mark.parametrize('name', ['vovnet19_slim', 'darknet19', 'cspdarknet19', 'resnet18_fpn'])
 def test_compile(name):
-    m = randomise_(create_backbone(name)).eval()
+    m = randomize_(create_backbone(name)).eval()
     x = noise(64, 64)
-    try: got = out(torch.compile(m, fullgraph=True), x)
-    finally: torch._dynamo.reset()
-    assert max(rel_error(p, q) for p,q in zip(got, out(m, x)))<=1e-5
+    try:
+        got = out(torch.compile(m, fullgraph=True), x)
+    finally:
+        torch._dynamo.reset()
+    assert max(rel_error(p, q) for p, q in zip(got, out(m, x))) <= 1e-5

@@ -1,4 +1,4 @@
-"""After this chapter you can put FCOS on any backbone in one line, say which places of which map are told to find an object, and what its centre-ness corrects.
+"""FCOS (Tian et al. 2019, arXiv:1904.01355) on any backbone, with torchvision's head, losses and filter.
 
 Docs: https://backbones-nb.github.io/backbones-nb/detectors/fcos.html.md"""
 
@@ -8,16 +8,16 @@ Docs: https://backbones-nb.github.io/backbones-nb/detectors/fcos.html.md"""
 __all__ = ['NormedHead', 'FCOS', 'fcos_parts', 'model']
 
 # %% ../../nbs/detectors/35_fcos.ipynb #21c96ac6
-import inspect
+from functools import partial
 
+from fastcore.meta import delegates
 from torch import nn
 from torchvision.models.detection import FCOS as TorchvisionFCOS
 from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
 
-from .detector import _check_sizes
-from .faster_rcnn import check_names, from_coco, pick_levels, put_together
+from .assemble import Plan, assemble, pick_levels
 from .retinanet import OneStage, dense_backbone, head_norms
 
 # %% ../../nbs/detectors/35_fcos.ipynb #939193fe
@@ -43,8 +43,8 @@ class FCOS(OneStage):
     compute_loss = TorchvisionFCOS.compute_loss
     postprocess_detections = TorchvisionFCOS.postprocess_detections
 
-    def losses(self, seen):
-        res = self.compute_loss(seen.targets, seen.outputs, seen.anchors, seen.counts)
+    def losses(self, encoded):
+        res = self.compute_loss(encoded.targets, encoded.outputs, encoded.anchors, encoded.counts)
         return {self.renames[k]:v for k,v in res.items()}
 
 # %% ../../nbs/detectors/35_fcos.ipynb #559cf193
@@ -64,28 +64,22 @@ def fcos_parts(
                 head=head or NormedHead(backbone.channels[levels[0]], num_classes, head_norm))
 
 # %% ../../nbs/detectors/35_fcos.ipynb #c7022b8b
+@delegates(assemble)
 def model(
-    num_classes:int=None, # with background, as len(class_map); None: as in the pretrained weights
-    backbone=None, # None: resnet50; a name; a `Backbone`; any module that returns maps
-    neck='auto', # 'auto', 'fpn', 'pan', 'bifpn', None, a `Neck`, or (channels, strides) -> Neck
-    neck_channels:int=256,
-    neck_norm=None, # 'bn' or 'gn': normalization in the neck; None: as the neck has it
-    img_size=None, # None: images as they are; int: longer side, px; (height, width): box to fit, px
-    pretrained_backbone=False, # weights of a backbone given by name
-    normalize:bool=True, # images are in [0,1] and normalized inside; False: they come normalized
+    num_classes:int=None, # background counted, as in len(class_map); None: that of the weights
+    backbone=None, # None: resnet50; a name, a `Backbone`, any module: see `assemble`
+    neck='auto', # 'auto': an FPN on several maps; see `assemble`
+    *,
     head_norm='gn', # 'gn', another name in `norms`, a callable, or None: normalization in the heads
-    finest:int=8, # stride of the finest map in use; 4 for small objects, at four times the cost
+    min_stride:int=8, # of the finest map in use; 4 for small objects, at four times the cost
     from_c5:bool=False, # first extra level from the backbone's last map instead of the neck's
-    pretrained=False, # weights of the whole detector: True or 'coco', or what `pick_coco` takes
-    **kwargs, # torchvision's: center_sampling_radius, score_thresh, nms_thresh, min_size ...
+    **kwargs, # shared by all families, see `assemble`; and torchvision's
 ) -> FCOS: # in training mode
-    "Returns FCOS on any backbone; raises one-sentence errors where the parts do not fit."
-    check_names(kwargs, 'fcos.model', inspect.signature(model).parameters, TorchvisionFCOS)
-    if pretrained: return from_coco(model, 'fcos', locals())
-    _check_sizes(num_classes, img_size)
-    bb = dense_backbone(backbone, neck, pretrained_backbone, finest, neck_channels, neck_norm,
-                        from_c5)
-    own = {k:kwargs.pop(k) for k in ('anchor_generator','head') if k in kwargs}
-    parts = fcos_parts(bb, num_classes, head_norm, **own)
-    return put_together(FCOS, bb, pick_levels(bb), parts | kwargs, img_size, normalize,
-                        num_classes=num_classes)
+    """Returns FCOS on any backbone; raises TypeError or ValueError where parts do not fit.
+
+    Other keyword arguments are those of torchvision's `FCOS`: `center_sampling_radius`,
+    `score_thresh`, `nms_thresh`, `detections_per_img`, `min_size` and so on."""
+    prepare = partial(dense_backbone, min_stride=min_stride, from_c5=from_c5)
+    parts = partial(fcos_parts, head_norm=head_norm)
+    plan = Plan('fcos', model, FCOS, prepare, parts, ('anchor_generator','head'))
+    return assemble(plan, num_classes, backbone, neck, **kwargs)

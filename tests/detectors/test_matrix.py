@@ -1,4 +1,5 @@
 "Every detector x families of backbones x necks: what all of them promise, whatever stands below."
+
 from functools import partial
 from types import SimpleNamespace
 
@@ -6,140 +7,153 @@ import pytest
 import torch
 from torch import nn
 
+from cases import CLASSES, DETECTORS, T, X, at_once, check_detections, data, step
 from common import assert_same, buffers
 
 from backbones_nb import create_backbone
-from backbones_nb.detectors import efficientdet, faster_rcnn, fcos, mask_rcnn, retinanet
 
-CLASSES,SIZE = 3,(96,128)
-RCNN = dict(neck_channels=16, head_channels=32, anchor_scale=4, sampling_ratio=1, rpn_pre_nms_top_n_train=60, rpn_post_nms_top_n_train=30,
-            rpn_pre_nms_top_n_test=60, rpn_post_nms_top_n_test=20, box_batch_size_per_image=16, box_detections_per_img=8, box_score_thresh=0.)
-DENSE = dict(neck_channels=16, detections_per_img=8, topk_candidates=20, score_thresh=0.)
-LITE = dict(img_size=SIZE, fpn_channels=16, fpn_cell_repeats=1, box_class_repeats=1, max_det_per_image=8)
-DETECTORS = dict( # (num_classes, backbone, neck, ...) -> detector that returns up to eight boxes an image
-    faster_rcnn=partial(faster_rcnn.model, **RCNN),
-    mask_rcnn=partial(mask_rcnn.model, mask_channels=8, **RCNN),
-    retinanet=partial(retinanet.model, **DENSE), fcos=partial(fcos.model, **DENSE),
-    efficientdet=partial(efficientdet.model, 'tf_efficientdet_lite0', **LITE))
 
-def plain(): # a net of somebody who knows nothing of this package
-    def block(ni, nf): return nn.Sequential(nn.Conv2d(ni, nf, 3, 2, 1), nn.BatchNorm2d(nf), nn.ReLU())
+def plain():  # a net of somebody who knows nothing of this package
+    def block(ni, nf):
+        return nn.Sequential(nn.Conv2d(ni, nf, 3, 2, 1), nn.BatchNorm2d(nf), nn.ReLU())
+
     return nn.Sequential(block(3, 8), block(8, 16), block(16, 24), block(24, 32))
 
-BACKBONES = { # a name, or what builds a module
-    'darknet19': 'darknet19', 'cspdarknet19 convs': 'cspdarknet19', 'cspdarknet19 slice': partial(create_backbone, 'cspdarknet19', split='slice'),
-    'vovnet19_slim': 'vovnet19_slim', 'vovnet19_slim_dw': 'vovnet19_slim_dw', 'resnet18': 'resnet18', 'mobilenet_v3_small': 'mobilenet_v3_small',
-    'efficientnet_b0': 'efficientnet_b0', 'regnet_y_400mf': 'regnet_y_400mf', 'convnext_tiny': 'convnext_tiny', 'timm': 'timm/mobilenetv3_small_050',
-    'timm NHWC': 'timm/test_mambaout', 'swin': 'timm/swin_tiny_patch4_window7_224', 'Sequential': plain, 'last map': partial(create_backbone, 'resnet18', strides=(32,)),
-    'middle map': partial(create_backbone, 'vovnet19_slim_dw', strides=(16,)), 'has a neck': 'resnet18_fpn'}
-NECKS = 'auto','fpn','pan','bifpn',None
-SINGLE,EVEN = {'Sequential','last map','middle map'},{'has a neck'} # one map; maps of equal channels
-UNUSED = {'middle map': 'stages.3.'} # parameters beyond the last map
+
+BACKBONES = {  # a name, or what builds a module
+    'darknet19': 'darknet19',
+    'cspdarknet19 convs': 'cspdarknet19',
+    'cspdarknet19 slice': partial(create_backbone, 'cspdarknet19', split='slice'),
+    'vovnet19_slim': 'vovnet19_slim',
+    'vovnet19_slim_dw': 'vovnet19_slim_dw',
+    'resnet18': 'resnet18',
+    'mobilenet_v3_small': 'mobilenet_v3_small',
+    'efficientnet_b0': 'efficientnet_b0',
+    'regnet_y_400mf': 'regnet_y_400mf',
+    'convnext_tiny': 'convnext_tiny',
+    'timm': 'timm/mobilenetv3_small_050',
+    'timm NHWC': 'timm/test_mambaout',
+    'swin': 'timm/swin_tiny_patch4_window7_224',
+    'Sequential': plain,
+    'last map': partial(create_backbone, 'resnet18', strides=(32,)),
+    'middle map': partial(create_backbone, 'vovnet19_slim_dw', strides=(16,)),
+    'has a neck': 'resnet18_fpn',
+}
+NECKS = 'auto', 'fpn', 'pan', 'bifpn', None
+SINGLE, EVEN = {'Sequential', 'last map', 'middle map'}, {'has a neck'}  # one map; maps of equal channels
+UNUSED = {'middle map': 'stages.3.'}  # parameters beyond the last map
+
 
 def refused(name, body, neck):
     "What stands against a combination, '' for those that work."
-    if neck=='bifpn' and body in SINGLE and name!='efficientdet': return 'at least two levels' # EfficientDet adds its own
-    if neck is None and name=='efficientdet' and body not in SINGLE|EVEN: return 'expected one number for all'
+    if neck == 'bifpn' and body in SINGLE and name != 'efficientdet':
+        return 'at least two levels'  # EfficientDet adds its own
+    if neck is None and name == 'efficientdet' and body not in SINGLE | EVEN:
+        return 'expected one number for all'
     return ''
 
-def at_once(m):
-    "After one step its statistics are those of that batch, so random weights give detections that are none too wild."
-    for o in m.modules():
-        if isinstance(o, nn.BatchNorm2d): o.momentum = None
-    return m
 
 def build(name, body, neck='auto', **kw):
     torch.manual_seed(0)
     b = BACKBONES[body]
     return at_once(DETECTORS[name](num_classes=CLASSES, backbone=b if isinstance(b, str) else b(), neck=neck, **kw))
 
-def data(*sizes):
-    "Images of these sizes; the first has two objects, the others none."
-    g,boxes = torch.Generator().manual_seed(0),torch.tensor([[8.,8,60,70],[40,20,90,60]])
-    masks = torch.zeros(2, *sizes[0], dtype=torch.uint8)
-    for m,(x0,y0,x1,y1) in zip(masks, boxes.int().tolist()): m[y0:y1,x0:x1] = 1
-    none = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
-    return [torch.rand(3, *s, generator=g) for s in sizes],[dict(boxes=boxes, labels=torch.tensor([1,2]), masks=masks)]+[none]*(len(sizes)-1)
 
-X,T = data(SIZE, (71,93))
+LARGE = 'convnext_tiny', 'swin'  # these with one neck only: a neck sees no more of them than channels and strides
 
-def step(m, x, t):
-    "Losses of one training step, after its backward pass."
-    m.zero_grad(set_to_none=True)
-    losses = m.train()(x, t)
-    sum(losses.values()).backward()
-    assert set(losses)==set(m.loss_names) and all(o.isfinite() and o>=0 for o in losses.values())
-    assert all(p.grad.isfinite().all() for p in m.parameters() if p.grad is not None)
-    return losses
 
-def check_detections(m, x, dets):
-    assert len(dets)==len(x)
-    for d,(h,w) in zip(dets, [o.shape[-2:] for o in x]):
-        n,b = len(d['boxes']),d['boxes']
-        assert set(d)=={'boxes','labels','scores'}|({'masks'} if 'loss_mask' in m.loss_names else set()) and 0<n<=8
-        assert b.shape==(n,4) and d['labels'].shape==d['scores'].shape==(n,)
-        assert b.dtype==d['scores'].dtype==torch.float32 and d['labels'].dtype==torch.int64
-        assert (b>=0).all() and (b<=torch.tensor([w,h,w,h])+1e-4).all() and (b[:,2:]>=b[:,:2]).all()
-        assert d['labels'].min()>=1 and d['labels'].max()<CLASSES
-        assert (d['scores']>=0).all() and (d['scores']<=1).all() and (d['scores'].diff()<=0).all()
-        if 'masks' in d: assert d['masks'].shape==(n,1,h,w) and d['masks'].min()>=0 and d['masks'].max()<=1
+def quick(body, neck):
+    return body not in LARGE if neck == 'auto' else body in ('timm NHWC', 'last map')
 
-LARGE = 'convnext_tiny','swin' # these with one neck only: a neck sees no more of them than channels and strides
-def quick(body, neck): return body not in LARGE if neck=='auto' else body in ('timm NHWC','last map')
 
-EVERY = [(d,b,n) for d in DETECTORS for b in BACKBONES for n in NECKS if n=='auto' or b not in LARGE]
-CASES = [pytest.param(o, marks=[] if quick(*o[1:]) else pytest.mark.slow, id='-'.join(map(str, o))) for o in EVERY if not refused(*o)]
+EVERY = [(d, b, n) for d in DETECTORS for b in BACKBONES for n in NECKS if n == 'auto' or b not in LARGE]
+CASES = [
+    pytest.param(o, marks=[] if quick(*o[1:]) else pytest.mark.slow, id='-'.join(map(str, o)))
+    for o in EVERY
+    if not refused(*o)
+]
+
 
 @pytest.fixture(scope='module', params=CASES)
 def case(request):
     "A detector after one training step, its losses, and which parameters and groups the gradients missed."
-    name,body,neck = request.param
+    name, body, neck = request.param
     m = build(name, body, neck)
-    losses,groups = step(m, X, T),[[p for p in g if p.grad is not None] for g in m.param_groups()]
-    return SimpleNamespace(m=m, losses=losses, unused=UNUSED.get(body), missed=[n for n,p in m.named_parameters() if p.grad is None],
-                           zero=[i for i,g in enumerate(groups) if g and all(p.grad.abs().max()==0 for p in g)])
+    losses, groups = step(m, X, T), [[p for p in g if p.grad is not None] for g in m.param_groups()]
+    return SimpleNamespace(
+        m=m,
+        losses=losses,
+        unused=UNUSED.get(body),
+        missed=[n for n, p in m.named_parameters() if p.grad is None],
+        zero=[i for i, g in enumerate(groups) if g and all(p.grad.abs().max() == 0 for p in g)],
+    )
+
 
 def test_a_step_reaches_every_parameter(case):
-    assert all(o>0 for o in case.losses.values())
-    assert case.missed==[n for n,_ in case.m.named_parameters() if case.unused and case.unused in n] and not case.zero
+    assert all(o > 0 for o in case.losses.values())
+    assert (
+        case.missed == [n for n, _ in case.m.named_parameters() if case.unused and case.unused in n] and not case.zero
+    )
+
 
 def test_detections_and_losses_from_one_pass(case):
     m = case.m
-    before,flags,calls = buffers(m.train()),{k:o.training for k,o in m.named_modules()},[]
+    before, flags, calls = buffers(m.train()), {k: o.training for k, o in m.named_modules()}, []
     hook = m.backbone.register_forward_hook(lambda *_: calls.append(1))
-    with torch.no_grad(): losses,dets = m.losses_and_detections(X, T)
+    with torch.no_grad():
+        losses, dets = m.losses_and_detections(X, T)
     hook.remove()
-    assert len(calls)==1 and {k:o.training for k,o in m.named_modules()}==flags
-    assert set(losses)==set(m.loss_names) and all(o.isfinite() for o in losses.values())
+    assert len(calls) == 1 and {k: o.training for k, o in m.named_modules()} == flags
+    assert set(losses) == set(m.loss_names) and all(o.isfinite() for o in losses.values())
     check_detections(m, X, dets)
-    with torch.no_grad(): assert_same(m.eval()(X), dets)
-    assert all(torch.equal(v, before[k]) for k,v in m.named_buffers())
+    with torch.no_grad():
+        assert_same(m.eval()(X), dets)
+    assert all(torch.equal(v, before[k]) for k, v in m.named_buffers())
+
 
 def test_a_batch_without_objects(case):
     m = case.m
-    x,t = [X[1], X[1].flip(-1)],[T[1]]*2
+    x, t = [X[1], X[1].flip(-1)], [T[1]] * 2
     losses = step(m, x, t)
-    assert all(v==0 for k,v in losses.items() if 'reg' in k or 'mask' in k) and sum(losses.values())>0
-    with torch.no_grad(): losses,_ = m.losses_and_detections(x, t)
+    assert all(v == 0 for k, v in losses.items() if 'reg' in k or 'mask' in k) and sum(losses.values()) > 0
+    with torch.no_grad():
+        losses, _ = m.losses_and_detections(x, t)
     assert all(o.isfinite() for o in losses.values())
 
-@pytest.mark.parametrize('combination', [o for o in EVERY if refused(*o) and o[1] in ('timm NHWC','Sequential')], ids=str)
-def test_what_cannot_be_is_said(combination):
-    with pytest.raises(ValueError, match=refused(*combination)): build(*combination)
 
-ODD = dict(efficientdet=dict(img_size=(75,109)))
+@pytest.mark.parametrize(
+    'combination', [o for o in EVERY if refused(*o) and o[1] in ('timm NHWC', 'Sequential')], ids=str
+)
+def test_what_cannot_be_is_said(combination):
+    with pytest.raises(ValueError, match=refused(*combination)):
+        build(*combination)
+
+
+ODD = dict(efficientdet=dict(img_size=(75, 109)))
+
+
 @pytest.mark.parametrize('neck', [o for o in NECKS if o])
 @pytest.mark.parametrize('name', DETECTORS)
 def test_the_net_itself_may_see_odd_sizes(name, neck):
-    m,(x,t),seen = build(name, 'mobilenet_v3_small', neck, **ODD.get(name, dict(size_divisible=1))),data((75,109), (75,109)),[]
-    m.backbone.register_forward_pre_hook(lambda _,a: seen.append(tuple(a[0].shape[-2:])))
-    assert all(o>0 for o in step(m, x, t).values())
-    with torch.no_grad(): check_detections(m, x, m.eval()(x))
-    assert seen==[(75,109)]*2
+    m, (x, t), seen = (
+        build(name, 'mobilenet_v3_small', neck, **ODD.get(name, dict(size_divisible=1))),
+        data((75, 109), (75, 109)),
+        [],
+    )
+    m.backbone.register_forward_pre_hook(lambda _, a: seen.append(tuple(a[0].shape[-2:])))
+    assert all(o > 0 for o in step(m, x, t).values())
+    with torch.no_grad():
+        check_detections(m, x, m.eval()(x))
+    assert seen == [(75, 109)] * 2
 
-@pytest.mark.parametrize('name,neck', [(d,n) for d in DETECTORS for n in NECKS if n and (n!='bifpn' or d=='efficientdet')])
-def test_one_image_whose_last_map_has_one_cell(name, neck): # a BiFPN's batch norms have no variance there; EfficientDet's do without
-    m = build(name, 'mobilenet_v3_small', neck, **dict(img_size=64) if name=='efficientdet' else {})
-    x,t = data((64,64))
+
+@pytest.mark.parametrize(
+    'name,neck', [(d, n) for d in DETECTORS for n in NECKS if n and (n != 'bifpn' or d == 'efficientdet')]
+)
+def test_one_image_whose_last_map_has_one_cell(
+    name, neck
+):  # a BiFPN's batch norms have no variance there; EfficientDet's do without
+    m = build(name, 'mobilenet_v3_small', neck, **dict(img_size=64) if name == 'efficientdet' else {})
+    x, t = data((64, 64))
     t[0] |= dict(boxes=t[0]['boxes'].clip(max=64), masks=t[0]['masks'])
     step(m, x, t)

@@ -1,67 +1,83 @@
-"IceVision's training on our data, IceVision's models behind our contract, and both side by side on equal weights."
-import importlib.util
-import json
+"IceVision's training on our data, its models wrapped to meet our contract, and both side by side on equal weights."
+
 import os
 import sys
 
 import pytest
 
-if not importlib.util.find_spec('icevision'): pytest.skip('IceVision absent', allow_module_level=True)
+from backbones_nb.icevision.patches import has_icevision, icevision_module
+
+if not has_icevision():
+    pytest.skip('IceVision absent', allow_module_level=True)
 
 import torch
 from fastai.learner import load_learner
 from torchvision.ops import box_area
 
-from backbones_nb.cli.cli import lean, lean_args, main
-from backbones_nb.core.parity import map_weights
-from backbones_nb.core.registry import create_backbone
+from backbones_nb.analysis.parity import map_weights
+from backbones_nb.core.create import create_backbone
 from backbones_nb.data.batches import detection_dls
 from backbones_nb.data.pets import pets_splits
 from backbones_nb.detectors import efficientdet, faster_rcnn, mask_rcnn
 from backbones_nb.learners.detection import NoValidation, detection_learner
-from backbones_nb.learners.icevision import IceVisionBatches, families as bridge
-from backbones_nb.learners.icevision_compat import icevision_compat, losses_in_eval, part
-from backbones_nb.learners.icevision_learner import IceVisionDetector, icevision_learner, icevision_model, sort_args, taken
+from backbones_nb.icevision.backbone import model_modules as bridge
+from backbones_nb.icevision.loaders import IceVisionBatches
+from backbones_nb.icevision.compat import icevision_compat, losses_in_eval
+from backbones_nb.icevision.learner import IceVisionDetector, icevision_learner, icevision_model, split_icevision_args
 from backbones_nb.learners.metrics import coco_eval
 from tools.proc import run
 
 icevision_compat()
-small = dict(rpn_post_nms_top_n_train=100, rpn_post_nms_top_n_test=50, box_batch_size_per_image=32, box_detections_per_img=10,
-             box_score_thresh=1e-3)
-families = dict(faster_rcnn=small, mask_rcnn=small, efficientdet=dict(img_size=96), retinanet=dict(detections_per_img=10))
+small = dict(
+    rpn_post_nms_top_n_train=100,
+    rpn_post_nms_top_n_test=50,
+    box_batch_size_per_image=32,
+    box_detections_per_img=10,
+    box_score_thresh=1e-3,
+)
+families = dict(
+    faster_rcnn=small, mask_rcnn=small, efficientdet=dict(img_size=96), retinanet=dict(detections_per_img=10)
+)
 ours = dict(faster_rcnn=faster_rcnn, mask_rcnn=mask_rcnn, efficientdet=efficientdet)
 body = 'vovnet19_slim_dw'
 
 
 @pytest.fixture(scope='module')
 def dls(toy):
-    train,valid,class_map,_ = pets_splits(toy, masks=True)
+    train, valid, class_map, _ = pets_splits(toy, masks=True)
     return detection_dls(train[:12], valid[:6], class_map, size=96, bs=3, augment=None, seed=0, device='cpu')
 
 
 def quiet_fit(learn, *args, **kwargs):
-    with learn.no_bar(), learn.no_logging(): learn.fit(*args, **kwargs)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(*args, **kwargs)
 
 
 @pytest.mark.parametrize('family', families)
 def test_contract(family, dls):
     torch.manual_seed(0)
     model = icevision_model(family, len(dls.class_map), body, **families[family])
-    x,y = dls.valid.one_batch()
+    x, y = dls.valid.one_batch()
     parts = model.train()(x, list(y))
-    assert set(parts)==set(model.loss_names) and all(v.isfinite() for v in parts.values())
+    assert set(parts) == set(model.loss_names) and all(v.isfinite() for v in parts.values())
     sum(parts.values()).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-    before = {k:v.clone() for k,v in model.named_buffers()}
-    with torch.no_grad(): losses,found = model.eval()(x, list(y), both=True)
-    assert set(losses)==set(model.loss_names)
+    before = {k: v.clone() for k, v in model.named_buffers()}
+    with torch.no_grad():
+        losses, found = model.eval()(x, list(y), both=True)
+    assert set(losses) == set(model.loss_names)
     for d in found:
-        assert set(d)=={'boxes','labels','scores', *['masks']*(family=='mask_rcnn')}
-        assert d['boxes'].shape==(len(d['labels']),4) and (d['labels']>=1).all() and (d['labels']<len(dls.class_map)).all()
-    assert all(torch.equal(v, before[k]) for k,v in model.named_buffers())
+        assert set(d) == {'boxes', 'labels', 'scores', *['masks'] * (family == 'mask_rcnn')}
+        assert (
+            d['boxes'].shape == (len(d['labels']), 4)
+            and (d['labels'] >= 1).all()
+            and (d['labels'] < len(dls.class_map)).all()
+        )
+    assert all(torch.equal(v, before[k]) for k, v in model.named_buffers())
     alone = model.eval()(x)
-    for a,b in zip(found, alone): assert torch.equal(a['boxes'], b['boxes'])
-    none = [dict(t, **{k:t[k][:0] for k in ('boxes','labels','masks','iscrowd','area')}) for t in y]
+    for a, b in zip(found, alone):
+        assert torch.equal(a['boxes'], b['boxes'])
+    none = [dict(t, **{k: t[k][:0] for k in ('boxes', 'labels', 'masks', 'iscrowd', 'area')}) for t in y]
     assert all(v.isfinite() for v in model.train()(x, none).values())
 
 
@@ -69,181 +85,196 @@ def test_contract(family, dls):
 def test_trains_by_either(family, dls, tmp_path):
     torch.manual_seed(0)
     model = icevision_model(family, len(dls.class_map), body, **families[family])
-    weights = {k:v.clone() for k,v in model.state_dict().items()}
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
     for make in (icevision_learner, detection_learner):
         learn = make(dls, model, path=tmp_path)
         assert all(p.requires_grad for p in model.parameters())
         quiet_fit(learn, 1, 1e-3, cbs=NoValidation())
         now = model.state_dict()
-        assert not all(torch.equal(v, now[k]) for k,v in weights.items())
-        weights = {k:v.clone() for k,v in now.items()}
+        assert not all(torch.equal(v, now[k]) for k, v in weights.items())
+        weights = {k: v.clone() for k, v in now.items()}
     learn.freeze()
-    convs = lambda m: [o.weight for o in m.modules() if isinstance(o, torch.nn.Conv2d)] # norms go on learning
-    assert not any(p.requires_grad for p in convs(model.backbone if family=='efficientdet' else model.backbone.body.body))
-    if family!='efficientdet': assert all(p.requires_grad for p in convs(model.neck))
+    convs = lambda m: [o.weight for o in m.modules() if isinstance(o, torch.nn.Conv2d)]  # norms continue to learn
+    assert not any(
+        p.requires_grad for p in convs(model.backbone if family == 'efficientdet' else model.backbone.body.body)
+    )
+    if family != 'efficientdet':
+        assert all(p.requires_grad for p in convs(model.neck))
 
 
 @pytest.fixture(scope='module', params=ours)
 def pair(request, dls):
     "IceVision's model, a little trained, and ours with its weights."
-    family,n = request.param,len(dls.class_map)
+    family, n = request.param, len(dls.class_map)
     torch.manual_seed(0)
     model = icevision_model(family, n, body, **families[family])
     quiet_fit(icevision_learner(dls, model), 2, 1e-3, cbs=NoValidation())
     net = ours[family].model(num_classes=n, backbone=create_backbone(body), **families[family])
-    map_weights(model.net.model.state_dict() if family=='efficientdet' else model.net, net)
-    return model,net
+    map_weights(model.net.model.state_dict() if family == 'efficientdet' else model.net, net)
+    return model, net
 
 
 def test_equal_losses(pair, dls):
-    model,net = pair
-    x,y = dls.valid.one_batch()
-    batch,_ = next(iter(icevision_learner(dls, model).dls.valid))
+    model, net = pair
+    x, y = dls.valid.one_batch()
+    batch, _ = next(iter(icevision_learner(dls, model).dls.valid))
     losses_in_eval(model.net)
-    if model.family=='efficientdet': model.net.eval()
+    if model.family == 'efficientdet':
+        model.net.eval()
     with torch.no_grad():
         torch.manual_seed(1)
         a = net.losses_and_detections(x, list(y))[0]
         torch.manual_seed(1)
         b = model.net(*batch)
-    if model.family=='efficientdet': assert float(sum(a.values()))==pytest.approx(float(b['loss']), rel=1e-4)
-    else: assert {k:float(v) for k,v in a.items()}==pytest.approx({k:float(v) for k,v in b.items()}, rel=1e-4)
+    if model.family == 'efficientdet':
+        assert float(sum(a.values())) == pytest.approx(float(b['loss']), rel=1e-4)
+    else:
+        assert {k: float(v) for k, v in a.items()} == pytest.approx({k: float(v) for k, v in b.items()}, rel=1e-4)
 
 
 def moved(pred, target, n=2):
-    "Truth near to what was found first, boxes a tenth to the right, masks a pixel: COCO's numbers of it are neither 0 nor 1."
+    """Ground truth near the first detections, boxes a tenth to the right, masks a pixel:
+    COCO's numbers of it are neither 0 nor 1."""
     boxes = pred['boxes'][:n]
-    by = ((boxes[:,2]-boxes[:,0])/10).clamp(1)
-    boxes = boxes + torch.stack([by, by*0, by, by*0], 1)
-    res = dict(boxes=boxes, labels=pred['labels'][:n], iscrowd=torch.zeros(n, dtype=torch.int64), area=box_area(boxes),
-               image_id=target['image_id'])
-    return res | ({'masks':pred['masks'][:n].tensor().roll(1, 2)} if 'masks' in pred else {})
+    by = ((boxes[:, 2] - boxes[:, 0]) / 10).clamp(1)
+    boxes = boxes + torch.stack([by, by * 0, by, by * 0], 1)
+    res = dict(
+        boxes=boxes,
+        labels=pred['labels'][:n],
+        iscrowd=torch.zeros(n, dtype=torch.int64),
+        area=box_area(boxes),
+        image_id=target['image_id'],
+    )
+    return res | ({'masks': pred['masks'][:n].tensor().roll(1, 2)} if 'masks' in pred else {})
 
 
 def test_side_by_side(pair, dls):
-    model,net = pair
-    preds,targets = detection_learner(dls, net).get_preds()
-    mt = part(f"models.{bridge[model.family]}")
+    model, net = pair
+    preds, targets = detection_learner(dls, net).get_preds()
+    mt = icevision_module(f"models.{bridge[model.family]}")
     loader = dls.valid.new(cls=IceVisionBatches, collate=mt.build_infer_batch, stats=model.stats)
-    found = mt.predict_from_dl(model.net.eval(), loader, show_pbar=False, detection_threshold=0.)
-    assert len(preds)==len(found)
-    for p,q in zip(preds, (o.pred.detection for o in found)):
-        real = [i for i,l in enumerate(q.label_ids) if l>0]
-        assert len(real)>=2 and p['labels'].tolist()==[q.label_ids[i] for i in real]
+    found = mt.predict_from_dl(model.net.eval(), loader, show_pbar=False, detection_threshold=0.0)
+    assert len(preds) == len(found)
+    for p, q in zip(preds, (o.pred.detection for o in found)):
+        real = [i for i, l in enumerate(q.label_ids) if l > 0]
+        assert len(real) >= 2 and p['labels'].tolist() == [q.label_ids[i] for i in real]
         want = torch.tensor([q.bboxes[i].xyxy for i in real])
         torch.testing.assert_close(p['boxes'], want.float(), atol=1e-3, rtol=1e-5)
     truths = [moved(*o) for o in zip(preds, targets)]
-    kind = 'segm' if model.family=='mask_rcnn' else 'bbox'
+    kind = 'segm' if model.family == 'mask_rcnn' else 'bbox'
     numbers = coco_eval(preds, truths, dls.class_map, kind)
-    assert .05<numbers['AP']<1
-    through = coco_eval(detection_learner(dls, model).get_preds()[0], truths, dls.class_map, kind) # IceVision's behind our contract
-    assert list(numbers.values())==pytest.approx(list(through.values()), abs=1e-6)
-    for q,t in zip(found, truths): q.ground_truth = loader.ice_record(torch.zeros(3, 96, 96), t)
-    metrics = part('metrics')
+    assert 0.05 < numbers['AP'] < 1
+    through = coco_eval(
+        detection_learner(dls, model).get_preds()[0], truths, dls.class_map, kind
+    )  # IceVision's, wrapped
+    assert list(numbers.values()) == pytest.approx(list(through.values()), abs=1e-6)
+    for q, t in zip(found, truths):
+        q.ground_truth = loader.ice_record(torch.zeros(3, 96, 96), t)
+    metrics = icevision_module('metrics')
     metric = metrics.COCOMetric(metrics.COCOMetricType(kind))
     metric.accumulate(found)
-    assert list(numbers.values())==pytest.approx([float(v) for v in metric.finalize().values()], abs=1e-6)
+    assert list(numbers.values()) == pytest.approx([float(v) for v in metric.finalize().values()], abs=1e-6)
 
 
 def test_detections_alone_cost_no_losses(dls):
     model = icevision_model('efficientdet', len(dls.class_map), body, **families['efficientdet']).eval()
-    x,y = dls.valid.one_batch()
+    x, y = dls.valid.one_batch()
     calls = []
     model.net.loss_fn.register_forward_pre_hook(lambda *a: calls.append(1))
-    with torch.no_grad(): (_,found),alone = model(x, list(y), both=True),model(x)
-    assert len(calls)==1
-    for a,b in zip(found, alone): assert all(torch.equal(v, b[k]) for k,v in a.items())
+    with torch.no_grad():
+        (_, found), alone = model(x, list(y), both=True), model(x)
+    assert len(calls) == 1
+    for a, b in zip(found, alone):
+        assert all(torch.equal(v, b[k]) for k, v in a.items())
 
 
-@pytest.mark.parametrize('family,args,error,match', [
-    ('fcos', {}, ValueError, 'there is no model type'), ('keypoint_rcnn', {}, ValueError, 'keypoints'),
-    ('faster_rcnn', dict(neck_chanels=9), TypeError, "Did you mean 'neck_channels'")])
+@pytest.mark.parametrize(
+    'family,args,error,match',
+    [
+        ('fcos', {}, ValueError, 'got model type'),
+        ('keypoint_rcnn', {}, ValueError, 'keypoints'),
+        ('faster_rcnn', dict(neck_chanels=9), TypeError, "Did you mean 'neck_channels'"),
+    ],
+)
 def test_bad_args(family, args, error, match):
-    with pytest.raises(error, match=match): sort_args(family, args)
+    with pytest.raises(error, match=match):
+        split_icevision_args(family, args)
 
 
-def test_args_are_dealt_out():
+def test_args_are_split():
     args = dict(neck='pan', neck_channels=64, anchor_scale=4, box_detections_per_img=10)
-    assert sort_args('faster_rcnn', args)==(dict(neck='pan', channels=64),dict(anchor_scale=4),dict(box_detections_per_img=10))
+    assert split_icevision_args('faster_rcnn', args) == (
+        dict(neck='pan', channels=64),
+        dict(anchor_scale=4),
+        dict(box_detections_per_img=10),
+    )
 
 
-@pytest.mark.parametrize('bad,error,match', [
-    (dict(detector='fcos'), ValueError, 'there is no model type'),
-    (dict(detector='keypoint_rcnn'), ValueError, 'keypoints'),
-    (dict(detector='efficientdet'), ValueError, 'give img_size'),
-    (dict(detector='faster_rcnn', head_channels=9), TypeError, "takes no argument 'head_channels'"),
-    (dict(detector='efficientdet', img_size=100), ValueError, 'cannot work at 100x100'),
-    (dict(detector='efficientdet', img_size=96, neck='pan'), TypeError, "takes no argument 'neck'"),
-    (dict(detector='retinanet', mask_head=1), TypeError, "takes no argument 'mask_head'")])
+@pytest.mark.parametrize(
+    'bad,error,match',
+    [
+        (dict(detector='fcos'), ValueError, 'got model type'),
+        (dict(detector='keypoint_rcnn'), ValueError, 'keypoints'),
+        (dict(detector='efficientdet'), ValueError, 'pass img_size'),
+        (dict(detector='faster_rcnn', head_channels=9), TypeError, "takes no argument 'head_channels'"),
+        (dict(detector='efficientdet', img_size=100), ValueError, 'cannot work at 100x100'),
+        (dict(detector='efficientdet', img_size=96, neck='pan'), TypeError, "takes no argument 'neck'"),
+        (dict(detector='retinanet', mask_head=1), TypeError, "takes no argument 'mask_head'"),
+    ],
+)
 def test_bad_model(bad, error, match):
-    with pytest.raises(error, match=match): icevision_model(num_classes=3, backbone=body, **bad)
+    with pytest.raises(error, match=match):
+        icevision_model(num_classes=3, backbone=body, **bad)
 
 
-@pytest.mark.parametrize('family', ['faster_rcnn','retinanet','efficientdet'])
+@pytest.mark.parametrize('family', ['faster_rcnn', 'retinanet', 'efficientdet'])
 def test_stock_models(family, dls, tmp_path):
-    mt = part(f"models.{'ross' if family=='efficientdet' else 'torchvision'}.{family}")
-    name,size = ('tf_lite0',dict(img_size=96)) if family=='efficientdet' else ('resnet18_fpn',{})
+    mt = icevision_module(f"models.{'ross' if family == 'efficientdet' else 'torchvision'}.{family}")
+    name, size = ('tf_lite0', dict(img_size=96)) if family == 'efficientdet' else ('resnet18_fpn', {})
     net = mt.model(backbone=getattr(mt.backbones, name)(pretrained=False), num_classes=len(dls.class_map), **size)
-    learn = detection_learner(dls, IceVisionDetector(net, mt, len(dls.class_map), img_size=96 if size else None), path=tmp_path)
+    learn = detection_learner(
+        dls, IceVisionDetector(net, mt, len(dls.class_map), img_size=96 if size else None), path=tmp_path
+    )
     quiet_fit(learn, 1, 1e-4, cbs=NoValidation())
     learn.export('learner.pkl')
-    a,b = [o.predict(dls.valid_ds.items[0], score_thr=0.) for o in (learn, load_learner(tmp_path/'learner.pkl'))]
+    a, b = [o.predict(dls.valid_ds.items[0], score_thr=0.0) for o in (learn, load_learner(tmp_path / 'learner.pkl'))]
     assert torch.equal(a['scores'], b['scores'])
 
 
 def test_loads_where_icevision_was_never_started(dls, tmp_path):
-    learn = detection_learner(dls, icevision_model('efficientdet', len(dls.class_map), body, img_size=96), path=tmp_path)
+    learn = detection_learner(
+        dls, icevision_model('efficientdet', len(dls.class_map), body, img_size=96), path=tmp_path
+    )
     learn.export('learner.pkl')
-    code = ("import requests, sys\ndef refuse(*a, **k): raise ConnectionError('no network')\nrequests.get = refuse\n"
-            "from fastai.learner import load_learner\nprint(type(load_learner(sys.argv[1]).model).__name__)")
-    env = os.environ | dict(HOME=str(tmp_path/'home'), HF_HUB_OFFLINE='1')
-    done = run(sys.executable, '-W', 'ignore', '-c', code, tmp_path/'learner.pkl', env=env)
-    assert done.returncode==0 and 'IceVisionDetector' in done.stdout, done.stderr[-2000:]
+    code = (
+        "import requests, sys\ndef refuse(*a, **k): raise ConnectionError('no network')\nrequests.get = refuse\n"
+        "from fastai.learner import load_learner\nprint(type(load_learner(sys.argv[1]).model).__name__)"
+    )
+    env = os.environ | dict(HOME=str(tmp_path / 'home'), HF_HUB_OFFLINE='1')
+    done = run(sys.executable, '-W', 'ignore', '-c', code, tmp_path / 'learner.pkl', env=env)
+    assert done.returncode == 0 and 'IceVisionDetector' in done.stdout, done.stderr[-2000:]
 
 
 def test_both_leaves_the_mode(dls):
-    x,y = dls.valid.one_batch()
-    for family in ('faster_rcnn','efficientdet'):
+    x, y = dls.valid.one_batch()
+    for family in ('faster_rcnn', 'efficientdet'):
         model = icevision_model(family, len(dls.class_map), body, **families[family]).train()
         model(x, list(y), both=True)
-        assert model.net.training and set(model(x, list(y)))==set(model.loss_names)
+        assert model.net.training and set(model(x, list(y))) == set(model.loss_names)
 
 
 def test_bad_learner(dls):
-    with pytest.raises(ValueError, match='num_classes=9'): icevision_learner(dls, icevision_model('faster_rcnn', 9, body))
+    with pytest.raises(ValueError, match='num_classes=9'):
+        icevision_learner(dls, icevision_model('faster_rcnn', 9, body))
     net = icevision_model('faster_rcnn', 3, body).net
-    with pytest.raises(ValueError, match='keypoint'): IceVisionDetector(net, 'keypoint_rcnn', 3)
-    with pytest.raises(TypeError, match="expected a model of IceVision's efficientdet"): IceVisionDetector(net, 'efficientdet', 3)
-    with pytest.raises(ValueError, match='the model has 3 with background'): IceVisionDetector(net, 'faster_rcnn', 5)
-    with pytest.raises(TypeError, match='wrap a model of IceVision'): icevision_learner(dls, net)
+    with pytest.raises(ValueError, match='keypoint'):
+        IceVisionDetector(net, 'keypoint_rcnn', 3)
+    with pytest.raises(TypeError, match="expected a model of IceVision's efficientdet"):
+        IceVisionDetector(net, 'efficientdet', 3)
+    with pytest.raises(ValueError, match='the model has 3 with background'):
+        IceVisionDetector(net, 'faster_rcnn', 5)
+    with pytest.raises(TypeError, match='wrap a model of IceVision'):
+        icevision_learner(dls, net)
     small_net = icevision_model('efficientdet', len(dls.class_map), body, img_size=128).eval()
-    with pytest.raises(ValueError, match='an image of 96x96, but this efficientdet was built for 128x128'): small_net(dls.valid.one_batch()[0])
-
-
-@pytest.mark.parametrize('family', families)
-def test_lean_is_taken(family):
-    args = lean_args(family, 'icevision')
-    assert set(args)<=taken(family) and set(args)<=set(lean[family]) and args
-
-
-def command(line, capsys):
-    code = main(line.split())
-    return code,capsys.readouterr()
-
-
-@pytest.mark.parametrize('family', ['faster_rcnn','mask_rcnn','efficientdet'])
-def test_engine(family, toy, tmp_path, capsys):
-    run,base = tmp_path/'run',f'finetune --data {toy} --detector {family} --backbone {body} --engine icevision'
-    assert command(f'{base} --size 64 --epochs 1 --bs 8 --lean --no-validate --seed 0 --out {run}', capsys)[0]==0
-    res = json.loads((run/'metrics.json').read_text())
-    assert res['config']['engine']=='icevision' and res['steps']>0 and ('mask_metrics' in res)==(family=='mask_rcnn')
-    image = next((toy/'images').glob('*.jpg'))
-    code,said = command(f'predict {run} {image} --threshold 0.0 --json {tmp_path}/found.json', capsys)
-    assert code==0 and str(image) in json.loads((tmp_path/'found.json').read_text())
-
-
-@pytest.mark.parametrize('option,match', [('--detector fcos', 'fcos'), ('--backbone own', 'own'), ('--bf16', 'bf16'),
-    ('--loss-weights loss_classifier=2', 'loss-weights'), ('--set head_channels=8', 'head_channels'), ('--pretrained-detector', 'pretrained-detector')])
-def test_engine_refuses(option, match, tmp_path, capsys):
-    code,said = command(f'finetune --data toy --toy-images 12 --engine icevision --out {tmp_path}/run {option}', capsys)
-    assert code==1 and match in said.err and not (tmp_path/'run').exists()
+    with pytest.raises(ValueError, match='an image of 96x96, but this efficientdet was built for 128x128'):
+        small_net(dls.valid.one_batch()[0])

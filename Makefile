@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 ICEVISION = icevision==0.12.0 icedata==0.5.1
-DEMO ?= --data toy --toy-images 1400 --backbone vovnet19_slim --backbone-set "strides=[8,16]" "stem=[32,32,64]" "mids=[32,40,48,56]" "outs=[64,128,192,256]" --size 128 --epochs 8 --bs 8 --lr 1.5e-3 --lean --set neck_norm=gn anchor_scale=3.5 box_batch_size_per_image=32 rpn_post_nms_top_n_train=60 rpn_pre_nms_top_n_train=200 --loss-weights loss_classifier=3 --zoom 1 1 --color 0.1 --no-validate --seed 0 --cache
+DEMO ?= --preset demo
 JOBS ?= auto
 RUN = PATH="$(abspath $(BIN)):$$PATH" "$(abspath $(BIN))/python"
 READS = settings.ini setup.py pyproject.toml backbones_nb/__init__.py
@@ -41,7 +41,7 @@ $(READY)-dev: | $(BIN)/python
 	@touch $(READY) $@
 
 demo: $(READY)
-	$(RUN) $(BIN)/backbones-nb finetune $(DEMO) --out demo --png demo.png --force
+	$(RUN) $(BIN)/backbones-nb finetune $(DEMO) --out demo --picture demo.png --force
 
 test: $(READY)-dev
 	$(RUN) -m pytest -n $(JOBS) --dist=loadgroup --durations=15 $(ARGS)

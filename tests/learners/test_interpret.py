@@ -1,44 +1,83 @@
 import pytest
 import torch
 
-from common import Colours, make_learner
+from common import Colors, make_learner
 
 from backbones_nb.learners.interpret import DetectionInterpretation
 
-def test_what_top_losses_refuses(colours, records):
-    dl = colours.dls.test_dl([r.path for r in records[:3]])
-    with pytest.raises(ValueError, match='images without targets.*with_labels=True'): colours.top_losses(dl=dl)
-    with pytest.raises(TypeError, match='list of batches'): colours.top_losses(dl=[])
-    assert colours.validate()[-1]==pytest.approx(1) # the learner still works
 
-def test_top_losses(colours, records):
+def test_what_top_losses_refuses(colors, records):
+    dl = colors.dls.test_dl([r.path for r in records[:3]])
+    with pytest.raises(ValueError, match='images without targets.*with_labels=True'):
+        DetectionInterpretation.from_learner(colors, dl=dl)
+    with pytest.raises(TypeError, match='list of batches'):
+        DetectionInterpretation.from_learner(colors, dl=[])
+    assert colors.validate()[-1] == pytest.approx(1)  # the learner still works
+
+
+def test_top_losses(colors, records):
     n = [len(r.labels) for r in records[16:]]
-    vals,idxs = colours.top_losses()
-    assert sorted(idxs.tolist())==list(range(7)) and vals.tolist()==sorted(vals.tolist(), reverse=True) and n[idxs[0]]==1 and n[idxs[-1]]==0
-    low,at,items = colours.top_losses(2, largest=False, items=True)
-    assert low.tolist()==sorted(vals.tolist())[:2] and [r.image_id for r in items]==[records[16+i].image_id for i in at.tolist()]
-    assert len(colours.top_losses(99)[0])==7 and len(colours.top_losses(ds_idx=0)[0])==16
-    assert make_learner(records, colours.path, Colours(), loss_weights=dict(loss_count=0.)).top_losses(1)[0].item()==pytest.approx(colours.top_losses()[0].min().item())
+    top = DetectionInterpretation.from_learner(colors).top_losses
+    vals, idxs = top()
+    assert (
+        sorted(idxs.tolist()) == list(range(7))
+        and vals.tolist() == sorted(vals.tolist(), reverse=True)
+        and n[idxs[0]] == 1
+        and n[idxs[-1]] == 0
+    )
+    low, at, items = top(2, largest=False, items=True)
+    assert low.tolist() == sorted(vals.tolist())[:2] and [r.image_id for r in items] == [
+        records[16 + i].image_id for i in at.tolist()
+    ]
+    assert len(top(99)[0]) == 7 and len(DetectionInterpretation.from_learner(colors, 0).top_losses()[0]) == 16
+    light = make_learner(records, colors.path, Colors(), loss_weights=dict(loss_count=0.0))
+    assert DetectionInterpretation.from_learner(light).top_losses(1)[0].item() == pytest.approx(vals.min().item())
 
-def test_interpretation(colours, records):
+
+def test_fastais_own_interpretation(colors, records):
+    from fastai.interpret import Interpretation
+
+    theirs = Interpretation.from_learner(colors)
+    vals, idxs, items = theirs.top_losses(3, items=True)
+    want = DetectionInterpretation.from_learner(colors).top_losses(3)
+    assert torch.equal(vals, want[0]) and [r.image_id for r in items] == [
+        records[16 + i].image_id for i in idxs.tolist()
+    ]
+    assert len(theirs.top_losses()[0]) == 7 and theirs.top_losses(1, largest=False)[0] == theirs.losses.min()
+
+
+def test_interpretation(colors, records):
     import matplotlib.pyplot as plt
+
     plt.switch_backend('agg')
-    interp = DetectionInterpretation.from_learner(colours)
-    assert len(interp)==7 and list(interp.parts)==['loss_count','loss_chance']
+    interp = DetectionInterpretation.from_learner(colors)
+    assert len(interp) == 7 and list(interp.parts) == ['loss_count', 'loss_chance']
     torch.testing.assert_close(sum(interp.parts.values()), interp.losses)
     fig = interp.plot_top_losses(3, ncols=2)
     first = interp.top_losses(1)[1].item()
     texts = [t.get_text() for a in fig.axes for t in a.texts if 'loss' in t.get_text()]
-    assert len(fig.axes)==6 and len(texts)==3 and texts[0]==f'im{16+first}: loss {interp.losses[first]:.2f}\ncount 1.00, chance {interp.parts["loss_chance"][0]:.2f}'
-    assert torch.equal(torch.as_tensor(fig.axes[0].images[0].get_array()).permute(2, 0, 1).float(), interp.dl.create_item(first)[0])
-    assert len(interp.plot_top_losses(range(5, 7), largest=False).axes)==4
+    assert (
+        len(fig.axes) == 6
+        and len(texts) == 3
+        and texts[0]
+        == f'im{16 + first}: loss {interp.losses[first]:.2f}\ncount 1.00, chance {interp.parts["loss_chance"][0]:.2f}'
+    )
+    assert torch.equal(
+        torch.as_tensor(fig.axes[0].images[0].get_array()).permute(2, 0, 1).float(), interp.dl.create_item(first)[0]
+    )
+    assert len(interp.plot_top_losses(range(5, 7), largest=False).axes) == 4
     m = interp.confusion_matrix()
-    assert m.diagonal().sum()==m.sum()==sum(len(r.labels) for r in records[16:]) and interp.most_confused()==[]
-    assert [t.get_text() for t in interp.plot_confusion_matrix().get_yticklabels()]==['nothing','red','blue']
+    assert m.diagonal().sum() == m.sum() == sum(len(r.labels) for r in records[16:]) and interp.most_confused() == []
+    assert [t.get_text() for t in interp.plot_confusion_matrix().get_yticklabels()] == ['background', 'red', 'blue']
     plt.close('all')
 
-def test_who_is_taken_for_whom(colours):
-    colours.model.find = lambda x, find=colours.model.find: (d := find(x))|dict(labels=torch.full_like(d['labels'], 2))
-    interp = DetectionInterpretation.from_learner(colours)
-    (a,b,n), = interp.most_confused()
-    assert (a,b)==('red','blue') and n==interp.confusion_matrix()[1,2]>0 and interp.confusion_matrix(score_thr=0.95)[1,0]==n
+
+def test_who_is_taken_for_whom(colors):
+    colors.model.find = lambda x, find=colors.model.find: (d := find(x)) | dict(labels=torch.full_like(d['labels'], 2))
+    interp = DetectionInterpretation.from_learner(colors)
+    ((a, b, n),) = interp.most_confused()
+    assert (
+        (a, b) == ('red', 'blue')
+        and n == interp.confusion_matrix()[1, 2] > 0
+        and interp.confusion_matrix(score_thr=0.95)[1, 0] == n
+    )

@@ -1,10 +1,12 @@
 import os
+import random
 import sys
 
 import pytest
 
 os.environ |= dict(HF_HUB_OFFLINE='1', MPLBACKEND='Agg')
-os.environ.setdefault('OMP_NUM_THREADS', '1') # read when torch is first imported; the tensors here are too small for more
+# Read when torch is first imported; the tensors here are too small for more threads.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 from project import root
 
@@ -20,64 +22,91 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     marked = lambda name: [o for o in items if name in o.keywords]
     skip = lambda name, reason: [o.add_marker(pytest.mark.skip(reason=reason)) for o in marked(name)]
-    if not config.getoption('--slow'): skip('slow', 'slow')
+    if not config.getoption('--slow'):
+        skip('slow', 'slow')
     if not config.getoption('--cuda') and marked('cuda'):
         import torch
-        if not torch.cuda.is_available(): skip('cuda', 'no CUDA device')
-    for o in items: # the tests of a file share its fixtures, so they run in one process; those marked spread run wherever there is room
-        if 'spread' not in o.keywords: o.add_marker(pytest.mark.xdist_group(o.location[0]))
+
+        if not torch.cuda.is_available():
+            skip('cuda', 'no CUDA device')
+    # the tests of a file share its fixtures, so they run in one process; those marked spread run wherever there is room
+    for o in items:
+        if 'spread' not in o.keywords:
+            o.add_marker(pytest.mark.xdist_group(o.location[0]))
 
 
 def pytest_runtest_logreport(report):
-    if not report.skipped or hasattr(report, 'wasxfail'): return
-    reason = report.longrepr[2].removeprefix('Skipped: ') if isinstance(report.longrepr, tuple) else str(report.longrepr)
-    if reason not in allowed_skips: unknown_skips.add(reason)
+    if not report.skipped or hasattr(report, 'wasxfail'):
+        return
+    reason = (
+        report.longrepr[2].removeprefix('Skipped: ') if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    )
+    if reason not in allowed_skips:
+        unknown_skips.add(reason)
 
 
 def pytest_sessionfinish(session):
-    if unknown_skips and not hasattr(session.config, 'workerinput'): session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if unknown_skips and not hasattr(session.config, 'workerinput'):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter):
-    for o in sorted(unknown_skips): terminalreporter.write_line(f'FAILED: skipped for a reason that conftest.py does not allow: {o}', red=True)
+    for o in sorted(unknown_skips):
+        terminalreporter.write_line(f'FAILED: skipped for a reason that conftest.py does not allow: {o}', red=True)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    "The random numbers of a test do not depend on the tests before it."
+    random.seed(0)
+    if numpy := sys.modules.get('numpy'):
+        numpy.random.seed(0)
+    if torch := sys.modules.get('torch'):
+        torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def no_figures():
     "Figures that a test leaves open are not those of the next one."
     yield
-    if plt := sys.modules.get('matplotlib.pyplot'): plt.close('all')
+    if plt := sys.modules.get('matplotlib.pyplot'):
+        plt.close('all')
 
 
 @pytest.fixture(scope='session')
 def skip_flags(request):
     "The flags of cells that this run leaves out."
     import torch
+
     left_out = dict(slow=not request.config.getoption('--slow'), cuda=not torch.cuda.is_available())
-    return [o for o,out in left_out.items() if out]
+    return [o for o, out in left_out.items() if out]
 
 
 @pytest.fixture(scope='session')
 def shared_pets():
-    path = root.parent/'shared'/'data'/'oxford-iiit-pet-3'
-    if not path.is_dir(): pytest.skip('shared data absent')
+    path = root.parent / 'shared' / 'data' / 'oxford-iiit-pet-3'
+    if not path.is_dir():
+        pytest.skip('shared data absent')
     return path
 
 
 @pytest.fixture(scope='session')
 def toy(tmp_path_factory):
     from backbones_nb.data.toy import toy_pets
-    return toy_pets(tmp_path_factory.mktemp('toy')/'pets', n=48, seed=3)
+
+    return toy_pets(tmp_path_factory.mktemp('toy') / 'pets', n=48, seed=3)
 
 
 @pytest.fixture(scope='session')
 def records(tmp_path_factory):
     from common import draw_record
+
     folder = tmp_path_factory.mktemp('drawn')
     return [draw_record(i, folder) for i in range(23)]
 
 
 @pytest.fixture
-def colours(records, tmp_path):
-    from common import Colours, make_learner
-    return make_learner(records, tmp_path, Colours())
+def colors(records, tmp_path):
+    from common import Colors, make_learner
+
+    return make_learner(records, tmp_path, Colors())

@@ -18,14 +18,16 @@ def loaded(code, tmp_path):
     "Which of the heavy libraries `code` loads in a fresh Python, in an empty folder."
     code += f"\nimport sys; print('loaded', *[o for o in {heavy} if o in sys.modules])"
     r = run(sys.executable, '-c', code, cwd=tmp_path)
-    assert r.returncode==0, r.stderr
+    assert r.returncode == 0, r.stderr
     return set(r.stdout.splitlines()[-1].split()[1:])
 
 
-def test_bare_import_loads_nothing(tmp_path): assert loaded('import backbones_nb', tmp_path)==set()
+def test_bare_import_loads_nothing(tmp_path):
+    assert loaded('import backbones_nb', tmp_path) == set()
 
 
-def test_probe_sees_what_is_loaded(tmp_path): assert 'fastai' in loaded('import fastai', tmp_path)
+def test_probe_sees_what_is_loaded(tmp_path):
+    assert 'fastai' in loaded('import fastai', tmp_path)
 
 
 def test_backbones_necks_and_detectors_load_no_fastai_and_no_effdet(tmp_path):
@@ -34,7 +36,7 @@ from backbones_nb import create_backbone, list_backbones
 assert 'vovnet39' in list_backbones('*vovnet*')
 create_backbone('resnet18')
 create_backbone('vovnet19_slim', strides=(8,16))(torch.zeros(1, 3, 32, 32))
-from backbones_nb.necks.neck import attach_neck
+from backbones_nb.necks.build import attach_neck
 attach_neck(create_backbone('vovnet19_slim'), 'fpn')
 from backbones_nb.detectors import faster_rcnn
 faster_rcnn.model(num_classes=3, backbone='vovnet19_slim', neck_channels=16, head_channels=16)"""
@@ -42,77 +44,100 @@ faster_rcnn.model(num_classes=3, backbone='vovnet19_slim', neck_channels=16, hea
 
 
 def test_command_help_loads_nothing(tmp_path):
-    assert loaded("from backbones_nb.cli.cli import main\ntry: main(['--help'])\nexcept SystemExit as e: assert e.code==0", tmp_path)==set()
+    assert (
+        loaded(
+            "from backbones_nb.cli.cli import main\ntry: main(['--help'])\nexcept SystemExit as e: assert e.code==0",
+            tmp_path,
+        )
+        == set()
+    )
 
 
 @pytest.mark.parametrize('extra', ['', 'dev', 'onnx', 'icevision', 'imagenet'])
 def test_dependency_lists_have_one_home(extra):
     ini = ConfigParser(delimiters=['='])
-    ini.read(root/'settings.ini', encoding='utf-8')
+    ini.read(root / 'settings.ini', encoding='utf-8')
     norm = lambda name, spec: (re.sub('[-_.]+', '-', name).lower(), spec)
     split = lambda o: norm(*re.fullmatch(r'([\w.-]+)(.*)', o).groups())
-    have = [re.fullmatch(r"([^;\s]+)\s*(?:;\s*extra == ['\"](\w+)['\"])?", o).groups('') for o in requires('backbones-nb')]
-    assert {split(o) for o,e in have if e==extra}=={split(o) for o in ini['DEFAULT'][f'{extra}_requirements'.lstrip('_')].split()}
+    have = [
+        re.fullmatch(r"([^;\s]+)\s*(?:;\s*extra == ['\"](\w+)['\"])?", o).groups('') for o in requires('backbones-nb')
+    ]
+    assert {split(o) for o, e in have if e == extra} == {
+        split(o) for o in ini['DEFAULT'][f'{extra}_requirements'.lstrip('_')].split()
+    }
 
 
 def test_version_has_one_home():
-    assert version('backbones-nb')==backbones_nb.__version__
-    assert metadata('backbones-nb')['Requires-Python']=='>=3.11'
-    for f in ('pyproject.toml', 'settings.ini', 'setup.py'): assert not re.search(r'^version\s*=\s*["\']?\d', (root/f).read_text(encoding='utf-8'), re.M)
+    assert version('backbones-nb') == backbones_nb.__version__
+    assert metadata('backbones-nb')['Requires-Python'] == '>=3.11'
+    for f in ('pyproject.toml', 'settings.ini', 'setup.py'):
+        assert not re.search(r'^version\s*=\s*["\']?\d', (root / f).read_text(encoding='utf-8'), re.M)
 
 
 def test_every_folder_of_modules_is_a_package():
     from setuptools import find_packages
-    want = {'.'.join(o.relative_to(root).parent.parts) for o in (root/'backbones_nb').rglob('*.py')}
-    assert want==set(find_packages(root, include=['backbones_nb*']))
+
+    want = {'.'.join(o.relative_to(root).parent.parts) for o in (root / 'backbones_nb').rglob('*.py')}
+    assert want == set(find_packages(root, include=['backbones_nb*']))
 
 
 def test_lazy_attributes():
-    assert backbones_nb.create_backbone.__module__=='backbones_nb.core.registry'
+    assert backbones_nb.create_backbone.__module__ == 'backbones_nb.core.create'
     assert {'create_backbone', 'list_backbones'} <= set(dir(backbones_nb))
-    with pytest.raises(AttributeError, match='no attribute'): backbones_nb.nothing
+    with pytest.raises(AttributeError, match='no attribute'):
+        backbones_nb.nothing
 
 
 # --- the built package
+
 
 @pytest.fixture(scope='module')
 def dist(tmp_path_factory):
     "The folder with wheel and sdist, built from a copy of the tracked files."
     d = tmp_path_factory.mktemp('built').resolve()
-    r = run(sys.executable, '-m', 'build', '--outdir', d/'dist', '.', cwd=copy_tree(d/'backbones-nb'), merge=True)
-    assert r.returncode==0, r.stdout[-2000:]
-    return d/'dist'
+    r = run(sys.executable, '-m', 'build', '--outdir', d / 'dist', '.', cwd=copy_tree(d / 'backbones-nb'), merge=True)
+    assert r.returncode == 0, r.stdout[-2000:]
+    return d / 'dist'
 
 
 @pytest.fixture(scope='module')
 def site(dist):
     "A folder with the installed wheel."
-    to = dist.parent/'site'
-    r = run(sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--target', to, next(dist.glob('*.whl')), merge=True)
-    assert r.returncode==0, r.stdout[-2000:]
+    to = dist.parent / 'site'
+    r = run(
+        sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--target', to, next(dist.glob('*.whl')), merge=True
+    )
+    assert r.returncode == 0, r.stdout[-2000:]
     return to
 
 
 def test_wheel_and_sdist_are_sound(dist):
     files = sorted(dist.glob('*'))
-    assert {o.suffix for o in files}=={'.whl', '.gz'}
+    assert {o.suffix for o in files} == {'.whl', '.gz'}
     r = run(sys.executable, '-m', 'twine', 'check', '--strict', *files, merge=True)
-    assert r.returncode==0, r.stdout[-2000:]
+    assert r.returncode == 0, r.stdout[-2000:]
 
 
 def test_the_wheel_carries_every_module_and_nothing_else(dist):
     got = {o for o in zipfile.ZipFile(next(dist.glob('*.whl'))).namelist() if o.endswith('.py')}
-    assert got=={o.relative_to(root).as_posix() for o in (root/'backbones_nb').rglob('*.py')}
+    assert got == {o.relative_to(root).as_posix() for o in (root / 'backbones_nb').rglob('*.py')}
 
 
 def test_the_command_runs_from_the_wheel(site, tmp_path):
-    r = run(site/'bin'/'backbones-nb', 'list', 'vovnet39', cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(site)), merge=True)
-    assert r.returncode==0 and 'vovnet39' in r.stdout, r.stdout[-2000:]
+    r = run(
+        site / 'bin' / 'backbones-nb',
+        'list',
+        'vovnet39',
+        cwd=tmp_path,
+        env=os.environ | dict(PYTHONPATH=str(site)),
+        merge=True,
+    )
+    assert r.returncode == 0 and 'vovnet39' in r.stdout, r.stdout[-2000:]
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize('nb', ['nbs/index.ipynb', 'nbs/tutorials/71_faster_rcnn_pets.ipynb'])
 def test_notebooks_run_from_the_wheel_in_an_empty_folder(site, tmp_path, skip_flags, nb):
-    (tmp_path/'notebook.ipynb').write_bytes((root/nb).read_bytes())
-    ok,out = run_notebook('notebook.ipynb', site, skip_flags, cwd=tmp_path)
+    (tmp_path / 'notebook.ipynb').write_bytes((root / nb).read_bytes())
+    ok, out = run_notebook('notebook.ipynb', site, skip_flags, cwd=tmp_path)
     assert ok, out

@@ -1,1 +1,3 @@
-"What builds and checks the project: the site's processors, the README, saved outputs. Nothing here is installed with the package."
+"""What builds and checks the project: the site's processors, the README, saved outputs.
+
+Nothing here is installed with the package."""

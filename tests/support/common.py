@@ -1,4 +1,5 @@
 "What several test files need."
+
 import copy
 import io
 import pickle
@@ -9,26 +10,29 @@ from PIL import Image, ImageDraw
 from torch import nn
 from torchvision.ops import masks_to_boxes
 
-from backbones_nb.core.parity import rel_error
+from backbones_nb.analysis.parity import rel_error
 from backbones_nb.data.records import ClassMap, Record
 
 
-def noise(h=64, w=None, n=1): return torch.randn(n, 3, h, w or h, generator=torch.Generator().manual_seed(1))
+def noise(h=64, w=None, n=1):
+    return torch.randn(n, 3, h, w or h, generator=torch.Generator().manual_seed(1))
 
 
 def out(m, x):
-    with torch.no_grad(): return m(x)
+    with torch.no_grad():
+        return m(x)
 
 
-def maps_of(body, *size): return out(body.eval(), noise(*size))
+def maps_of(body, *size):
+    return out(body.eval(), noise(*size))
 
 
-def close(a, b, tol=0.):
+def close(a, b, tol=0.0):
     "Maps of the same number, shapes and values; nan is never close."
-    a,b = list(a),list(b)
-    assert [o.shape for o in a]==[o.shape for o in b]
-    errors = [rel_error(p, q) for p,q in zip(a, b)]
-    assert errors and all(e<=tol for e in errors), errors
+    a, b = list(a), list(b)
+    assert [o.shape for o in a] == [o.shape for o in b]
+    errors = [rel_error(p, q) for p, q in zip(a, b)]
+    assert errors and all(e <= tol for e in errors), errors
 
 
 def through_file(m):
@@ -41,75 +45,109 @@ def through_file(m):
 copies = dict(deepcopy=copy.deepcopy, pickle=lambda m: pickle.loads(pickle.dumps(m)), file=through_file)
 
 
-def buffers(m): return {k:v.clone() for k,v in m.named_buffers()}
+def buffers(m):
+    return {k: v.clone() for k, v in m.named_buffers()}
 
 
 def assert_same(a, b):
     "Lists of dicts of tensors, equal bit by bit."
-    assert len(a)==len(b)
-    for p,q in zip(a, b):
-        assert p.keys()==q.keys()
-        for k in p: assert torch.equal(p[k], q[k]), k
+    assert len(a) == len(b)
+    for p, q in zip(a, b):
+        assert p.keys() == q.keys()
+        for k in p:
+            assert torch.equal(p[k], q[k]), k
 
 
 # --- what tests of the learner need
 
-cm = ClassMap(['red','blue'])
+cm = ClassMap(['red', 'blue'])
 
 
 def draw_record(i, folder, masks=True):
     rng = np.random.RandomState(i)
-    w,h = (int(o) for o in rng.randint(50, 100, 2))
-    img,l,n = Image.new('RGB', (w,h), (90,90,90)),1+i%2,int(i%5!=4)
-    bw,bh = rng.randint(20, 40, 2)
-    x,y = rng.randint(0, w-bw),rng.randint(0, h-bh)
-    if n: ImageDraw.Draw(img).rectangle([x, y, x+bw-1, y+bh-1], fill=[(255,0,0),(0,0,255)][l-1])
-    img.save(folder/f'{i}.png')
-    drawn = (np.asarray(img)!=90).any(-1)[None].astype(np.uint8)[:n]
-    return Record(image_id=f'im{i}', path=folder/f'{i}.png', size=(h,w), boxes=torch.tensor([[x,y,x+bw,y+bh]]*n, dtype=torch.float32).reshape(-1,4),
-                  labels=torch.tensor([l]*n, dtype=torch.int64), masks=drawn if masks else None, iscrowd=torch.zeros(n, dtype=torch.int64))
+    w, h = (int(o) for o in rng.randint(50, 100, 2))
+    img, l, n = Image.new('RGB', (w, h), (90, 90, 90)), 1 + i % 2, int(i % 5 != 4)
+    bw, bh = rng.randint(20, 40, 2)
+    x, y = rng.randint(0, w - bw), rng.randint(0, h - bh)
+    if n:
+        ImageDraw.Draw(img).rectangle([x, y, x + bw - 1, y + bh - 1], fill=[(255, 0, 0), (0, 0, 255)][l - 1])
+    img.save(folder / f'{i}.png')
+    drawn = (np.asarray(img) != 90).any(-1)[None].astype(np.uint8)[:n]
+    return Record(
+        image_id=f'im{i}',
+        path=folder / f'{i}.png',
+        size=(h, w),
+        boxes=torch.tensor([[x, y, x + bw, y + bh]] * n, dtype=torch.float32).reshape(-1, 4),
+        labels=torch.tensor([l] * n, dtype=torch.int64),
+        masks=drawn if masks else None,
+        iscrowd=torch.zeros(n, dtype=torch.int64),
+    )
 
 
 def make_dls(records, path, **kw):
     from backbones_nb.data.batches import detection_dls
-    return detection_dls(records[:16], records[16:], cm, **dict(size=64, bs=4, val_bs=3, seed=1, device='cpu', cache=True, path=path)|kw)
+
+    return detection_dls(
+        records[:16],
+        records[16:],
+        cm,
+        **dict(size=64, bs=4, val_bs=3, seed=1, device='cpu', cache=True, path=path) | kw,
+    )
 
 
 def make_learner(records, path, net, **kw):
     from backbones_nb.learners.detection import detection_learner
-    res = detection_learner(make_dls(records, path), net, **dict(lr=2e-3)|kw)
+
+    res = detection_learner(make_dls(records, path), net, **dict(lr=2e-3) | kw)
     res.remove_cb(res.progress)
     res.logger = lambda *a: None
     return res
 
 
-class Colours(nn.Module):
-    "A detector that needs no training: it finds the red and the blue pixels. Its loss counts objects and draws a random number."
-    target_keys,loss_names,num_classes = ('boxes','labels','masks'),('loss_count','loss_chance'),3
+class Colors(nn.Module):
+    """A detector that needs no training: it finds the red and the blue pixels.
+    Its loss counts objects and draws a random number."""
+
+    target_keys, loss_names, num_classes = ('boxes', 'labels', 'masks'), ('loss_count', 'loss_chance'), 3
+
     def __init__(self):
         super().__init__()
-        self.weight,self.norm = nn.Parameter(torch.ones(())),nn.BatchNorm2d(3)
+        self.weight, self.norm = nn.Parameter(torch.ones(())), nn.BatchNorm2d(3)
 
-    def param_groups(self): return [list(self.parameters())]
+    def param_groups(self):
+        return [list(self.parameters())]
 
     def find(self, x):
-        masks = torch.stack([x[0]-x[2], x[2]-x[0]])
-        labels = masks.flatten(1).gt(0.5).any(1).nonzero()[:,0]
-        return dict(boxes=masks_to_boxes(masks[labels]>0.5)+torch.tensor([0.,0,1,1]), labels=labels+1, scores=torch.full((len(labels),), 0.9),
-                    masks=masks[labels,None].clamp(0, 1))
+        masks = torch.stack([x[0] - x[2], x[2] - x[0]])
+        labels = masks.flatten(1).gt(0.5).any(1).nonzero()[:, 0]
+        return dict(
+            boxes=masks_to_boxes(masks[labels] > 0.5) + torch.tensor([0.0, 0, 1, 1]),
+            labels=labels + 1,
+            scores=torch.full((len(labels),), 0.9),
+            masks=masks[labels, None].clamp(0, 1),
+        )
 
     def forward(self, images, targets=None, both=False):
         found = [self.find(o) for o in images]
-        if not (self.training or both): return found
+        if not (self.training or both):
+            return found
         self.norm(torch.stack([*images]))
-        n = sum(len(t['labels']) for t in targets)/len(images)
-        losses = dict(loss_count=self.weight*n, loss_chance=self.weight*torch.rand(()))
-        return losses if self.training and not both else (losses,found)
+        n = sum(len(t['labels']) for t in targets) / len(images)
+        losses = dict(loss_count=self.weight * n, loss_chance=self.weight * torch.rand(()))
+        return losses if self.training and not both else (losses, found)
+
+    def losses_per_image(self, images, targets):
+        from backbones_nb.detectors.detector import Detector
+
+        return Detector.losses_per_image(self, images, targets)
 
 
 def assert_runs_on_cuda(m, x, t, key):
     "Losses and detections on a GPU, in float32 and under autocast; `key` names a tensor of the detections."
-    m,t = m.cuda(),[{k:v.cuda() if isinstance(v, torch.Tensor) else v for k,v in o.items()} for o in t]
-    for amp in False,True:
-        with torch.autocast('cuda', dtype=torch.bfloat16, enabled=amp): losses,dets = m(x.cuda(), t, both=True)
-        assert all(v.isfinite() for v in losses.values()) and dets[0][key].is_cuda and dets[0][key].dtype==torch.float32
+    m, t = m.cuda(), [{k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in o.items()} for o in t]
+    for amp in False, True:
+        with torch.autocast('cuda', dtype=torch.bfloat16, enabled=amp):
+            losses, dets = m(x.cuda(), t, both=True)
+        assert (
+            all(v.isfinite() for v in losses.values()) and dets[0][key].is_cuda and dets[0][key].dtype == torch.float32
+        )

@@ -1,5 +1,7 @@
 "The repository as tests see it: its notebooks, a copy to try commands in, notebooks run in a process of their own."
+
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -7,38 +9,45 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tools.proc import run
+from tools.proc import kill_group, run
 
 root = Path(__file__).resolve().parents[2]
 
 
 def notebooks(base=root):
     "Every notebook below nbs/, relative to `base`."
-    found = (o.relative_to(base) for o in (base/'nbs').rglob('*.ipynb'))
+    found = (o.relative_to(base) for o in (base / 'nbs').rglob('*.ipynb'))
     return sorted(o for o in found if not any(p.startswith(('.', '_')) for p in o.parts))
 
 
-def cells(f, kind): return [''.join(c['source']) for c in json.loads((root/f).read_text(encoding='utf-8'))['cells'] if c['cell_type']==kind]
+def cells(f, kind):
+    return [
+        ''.join(c['source'])
+        for c in json.loads((root / f).read_text(encoding='utf-8'))['cells']
+        if c['cell_type'] == kind
+    ]
 
 
-def directives(src): return re.findall(r'^#\|\s*([\w-]+)(?::\s*(\w+))?', src, re.M)
+def directives(src):
+    return re.findall(r'^#\|\s*([\w-]+)(?::\s*(\w+))?', src, re.M)
 
 
 def tracked():
     "Each file that git tracks or would track."
     r = run('git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard', cwd=root, check=True)
-    return sorted({o for o in r.stdout.split('\0') if o and (root/o).is_file()})
+    return sorted({o for o in r.stdout.split('\0') if o and (root / o).is_file()})
 
 
 def copy_tree(to):
     "Copies the tracked files to the folder `to`, so that a command may change them."
     for o in tracked():
-        (to/o).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(root/o, to/o, follow_symlinks=False)
+        (to / o).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(root / o, to / o, follow_symlinks=False)
     return to
 
 
-def contents(base): return {o.relative_to(base).as_posix(): o.read_bytes() for o in base.rglob('*') if o.is_file()}
+def contents(base):
+    return {o.relative_to(base).as_posix(): o.read_bytes() for o in base.rglob('*') if o.is_file()}
 
 
 def tool(*cmd, merge=True, **kwargs):
@@ -47,12 +56,48 @@ def tool(*cmd, merge=True, **kwargs):
 
 
 def run_notebook(f, home, flags, cwd=root, timeout=600):
-    "Runs a notebook through nbdev's test function, with the `backbones_nb` that lies in `home`; returns (passed, output)."
-    code = ("import sys, backbones_nb\nfrom nbdev.test import test_nb\n"
-            "home,path,*flags = sys.argv[1:]\n"
-            "assert backbones_nb.__file__.startswith(home), f'{backbones_nb.__file__} is not in {home}'\n"
-            "sys.exit(not test_nb(path, skip_flags=flags)[0])")
+    "Runs a notebook through nbdev's test function, with the `backbones_nb` that lies in `home`: (passed, output)."
+    code = (
+        "import sys, backbones_nb\nfrom nbdev.test import test_nb\n"
+        "home,path,*flags = sys.argv[1:]\n"
+        "assert backbones_nb.__file__.startswith(home), f'{backbones_nb.__file__} is not in {home}'\n"
+        "sys.exit(not test_nb(path, skip_flags=flags)[0])"
+    )
     env = os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', PYTHONPATH=str(home))
-    try: r = run(sys.executable, '-c', code, home, f, *flags, cwd=cwd, env=env, timeout=timeout, merge=True)
-    except subprocess.TimeoutExpired as e: return False,f'{e.stdout[-4000:]}\nkilled after {timeout} s'
-    return r.returncode==0,r.stdout[-4000:]
+    try:
+        r = run(sys.executable, '-c', code, home, f, *flags, cwd=cwd, env=env, timeout=timeout, merge=True)
+    except subprocess.TimeoutExpired as e:
+        return False, f'{e.stdout[-4000:]}\nkilled after {timeout} s'
+    return r.returncode == 0, r.stdout[-4000:]
+
+
+# A server that has imported the large libraries and nothing of ours; each notebook runs in a fork of it, which saves
+# the imports.
+servers = multiprocessing.get_context('forkserver')
+servers.set_forkserver_preload(
+    ['nbdev.test', 'fastai.vision.all', 'torchvision', 'timm', 'matplotlib.pyplot', 'effdet']
+)
+
+
+def _notebook_process(f, flags, log):
+    os.setsid()
+    with open(log, 'wb') as o:
+        os.dup2(o.fileno(), 1)
+        os.dup2(o.fileno(), 2)
+    from nbdev.test import test_nb
+
+    multiprocessing.set_start_method(
+        'fork', force=True
+    )  # the default, as in Jupyter; the server's children have its own
+    sys.exit(not test_nb(f, skip_flags=flags)[0])
+
+
+def run_notebook_quickly(f, flags, log, timeout=600):
+    "Runs a notebook of this checkout as `run_notebook` does, in a fork of a process that imported torch and fastai."
+    p = servers.Process(target=_notebook_process, args=(root / f, flags, log))
+    p.start()
+    p.join(timeout)
+    kill_group(p.pid)
+    p.join(30)
+    output = log.read_text(errors='replace')[-4000:] if log.exists() else ''
+    return p.exitcode == 0, f'{output}\nexit code {p.exitcode}, or killed after {timeout} s'

@@ -216,7 +216,7 @@ def test_lightning(work):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), 1e-4)
 
-    net = Net(copy.deepcopy(work.learn.model), metrics=[COCOMetric()])
+    net = Net(copy.deepcopy(work.learn.model).train(), metrics=[COCOMetric()])  # Lightning keeps the mode it finds
     before = weights(net.model)
     trainer = pl.Trainer(
         max_epochs=1,

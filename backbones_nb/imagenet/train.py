@@ -101,13 +101,17 @@ def _tensorboard(out):
     except ImportError as e: raise ImportError(f"log='tensorboard' needs TensorBoard, which cannot be imported ({e}): "
         'pip install tensorboard') from e
     class TensorBoardRun(TensorBoardCallback):
+        purged = False
         def before_batch(self):
             "Purges, at the first batch, what an interrupted run has logged for later steps."
-            if not (self.run and self.training) or self.writer.purge_step is not None: return
+            if not (self.run and self.training) or self.purged: return
+            self.purged = True
             self.writer.close()
             self.writer = SummaryWriter(self.log_dir, purge_step=self.train_iter+1)
         def after_batch(self):
-            if self.run and self.training: super().after_batch()
+            if not (self.run and self.training): return
+            super().after_batch()
+            self.writer.flush() # a run that is killed has logged every step up to then
     return TensorBoardRun(out/'tensorboard', trace_model=False, log_preds=False)
 
 def _loggers(log, out, config):

@@ -8,6 +8,8 @@ Docs: https://backbones-nb.github.io/backbones-nb/backbones/timm.html.md"""
 __all__ = ['TimmBackbone', 'first_names', 'offer_to_timm']
 
 # %% ../../nbs/backbones/16_timm.ipynb #3ffe6ac1
+from functools import partial
+
 import timm
 import torch
 from fastcore.basics import patch
@@ -15,7 +17,7 @@ from timm.models import FeatureListNet
 
 from .timm_plan import (accepts_size, build_timm, depth_groups, first_that_builds,
                                               plan_timm, timm_maps)
-from .timm_weights import load_timm_weights, pick_timm_weights, timm_config
+from .timm_weights import classifier_key, load_timm_weights, pick_timm_weights, timm_config
 from ..core.create import create_backbone, register
 from ..core.errors import reason
 from ..core.features import IMAGENET_MEAN, IMAGENET_STD, Backbone
@@ -89,6 +91,29 @@ def param_groups(self:TimmBackbone) -> list: # lists of parameters, from the inp
     groups = [[rest.pop(n) for n in g if n in rest] for g in self._groups]
     groups[-1] += rest.values()
     return [g for g in groups if g]
+
+# %% ../../nbs/backbones/16_timm.ipynb #c140b723
+def _in_timms_order(sd, have):
+    "The tensors of efficientnet_pytorch under timm's names, if each has the shape of timm's."
+    def without_counters(keys): return [k for k in keys if not k.endswith('num_batches_tracked')]
+    old,new = without_counters(sd),without_counters(have)
+    if [sd[k].shape for k in old]!=[have[k].shape for k in new]: raise KeyError('other shapes')
+    return {n:sd[o] for o,n in zip(old, new)}
+
+def _from_classifier(model, sd, body):
+    "The tensors of a whole timm model under the names of the backbone, and what timm does not know."
+    with torch.device('meta'): whole = timm.create_model(model).state_dict()
+    if '_conv_stem.weight' in sd and model.startswith('tf_'): sd = _in_timms_order(sd, whole)
+    res = {k:sd[n] for k in body if (n := classifier_key(k.removeprefix('body.'), whole)) in sd}
+    return res | {k:v for k,v in sd.items() if k not in whole}
+
+@patch
+def file_records(self:TimmBackbone) -> list: # of `WeightRecord`s
+    "Returns how to read files with the names of timm's classifier, or of efficientnet_pytorch."
+    model = self.plan.name
+    cfg = timm_config(model)
+    convert = partial(_from_classifier, model, body=[*self.state_dict()])
+    return [WeightRecord(f'timm/{model}', '', 'timm', mean=tuple(cfg.mean), std=tuple(cfg.std), convert=convert)]
 
 # %% ../../nbs/backbones/16_timm.ipynb #8a86cb58
 for _name in timm.list_models() + timm.list_models(pretrained=True):

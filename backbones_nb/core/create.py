@@ -15,6 +15,7 @@ from .config import serializable_args
 from .features import Backbone, as_backbone
 from .published import pick_for
 from .registry import REGISTRY, Entry, Request
+from .weight_files import build_from_file, is_weight_file
 from .weights import load_weights
 
 # %% ../../nbs/core/03_create.ipynb #83ad66c3
@@ -34,9 +35,10 @@ def build_pretrained(
 def build_request(
     request:Request, # as `Entry.resolve` returns it
 ) -> Backbone: # with `name`, `config` and the selected maps
-    "Builds the model of a request; raises ValueError or TypeError for what cannot be built."
+    "Builds the model of a request; raises ValueError, TypeError or RuntimeError saying why not."
     entry = request.entry
-    if entry.loads_weights:
+    if is_weight_file(request.pretrained): model,request = build_from_file(request)
+    elif entry.loads_weights:
         model = entry.build(strides=None, pretrained=request.pretrained, **request.config)
     elif request.pretrained:
         request = pick_for(request)
@@ -67,7 +69,7 @@ def register(
 # %% ../../nbs/core/03_create.ipynb #2bb6e397
 def create_backbone(
     name, # a registered name, a `Backbone`, or any module that returns feature maps
-    pretrained=False, # True, a tag or a `WeightRecord`: published weights; False: random ones
+    pretrained=False, # True, a tag, a `WeightRecord`, a path or URL; False: random weights
     strides=None, # strides of the maps, such as (8,16,32); None: those of 4, 8, 16, 32 that exist
     **config, # overrides of the row's configuration
 ) -> Backbone: # in training mode, as all new modules

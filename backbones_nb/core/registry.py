@@ -34,7 +34,7 @@ class Request:
     entry: Entry
     asked: dict # the caller's arguments, `variant` among them
     config: dict # keyword arguments of the builder: row, variant and caller
-    pretrained: object = False # True, a tag or a `WeightRecord`
+    pretrained: object = False # True, a tag, a `WeightRecord`, or the path or URL of a file
     strides: object = None # of the maps
     out_indices: object = None # instead of strides: i means stride 2**(i+1)
     record: object = None # the `WeightRecord` that was picked; `config` is then its configuration

@@ -18,7 +18,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 
 from ..core.errors import did_you_mean
 from .coco_weights import build_coco
-from .detector import (Detector, check_num_classes, mean_std,
+from .detector import (Detector, check_num_classes, count_classes, mean_std,
                                              parse_img_size)
 
 # %% ../../nbs/detectors/38_assemble.ipynb #0edf698d
@@ -147,9 +147,10 @@ def assemble(
     neck_channels:int=256, # width of the neck's maps
     neck_norm=None, # 'bn' or 'gn' in the neck helps training from scratch; None: its own default
     img_size=None, # None: as given; int: longer side, px; (height, width): box to fit into, px
-    pretrained_backbone=False, # weights of a backbone given by name
+    pretrained_backbone=False, # weights of a backbone given by name, see `create_backbone`
     normalize:bool=True, # images come in [0,1]; False: they come normalized
-    pretrained=False, # weights of the whole detector: True or 'coco', or what `pick_coco` takes
+    pretrained=False, # weights of the whole: True, 'coco', what `pick_coco` takes, a path or URL
+    class_map=None, # names, label 0 first: pretrained rows of classes with equal names stay
     **kwargs, # arguments of torchvision's constructor
 ) -> Detector: # in training mode
     "Returns the planned detector; raises TypeError or ValueError where arguments do not fit."
@@ -157,6 +158,7 @@ def assemble(
     takes = inspect.signature(plan.build).parameters
     check_names(kwargs, f'{plan.family}.model', plan.kind.reference, takes)
     if pretrained: return build_coco(plan.build, plan.family, plan.own | shared | kwargs)
+    num_classes = count_classes(num_classes, class_map)
     check_num_classes(num_classes)
     img_size = parse_img_size(img_size)
     if callable(backbone) and not isinstance(backbone, nn.Module): backbone = backbone()

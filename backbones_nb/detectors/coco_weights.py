@@ -11,7 +11,7 @@ __all__ = ['TORCHVISION_DETECTORS', 'coco_families', 'COCO_CLASSES', 'DetectorRe
 
 # %% ../../nbs/detectors/36_coco_weights.ipynb #c7115a37
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from torch import nn
@@ -23,7 +23,9 @@ from ..core.features import IMAGENET_MEAN, IMAGENET_STD, Backbone, feature_row
 from ..core.published import WeightRecord
 from ..core.tables import Table
 from ..core.weights import load_weights
-from .detector import check_num_classes
+from ..core.weight_files import is_weight_file
+from .detector import check_num_classes, count_classes
+from .detector_files import build_from_detector_file, change_classes
 from ..necks.fpn import FPN
 from ..necks.neck import WithNeck
 
@@ -35,6 +37,7 @@ class DetectorRecord(WeightRecord):
     backbone:str=None # registered name; None: as the model's name says
     frozen_eps:float=None # of the frozen batch norms in the backbone; None: they were trained
     num_params:int=None # of the model as it was published
+    classes:tuple=field(default=None, repr=False) # names by label, the background's first
 
 # %% ../../nbs/detectors/36_coco_weights.ipynb #7c878da8
 class _EveryMap:
@@ -113,6 +116,7 @@ def torchvision_record(
         config=dict(backbone=backbone, min_size=800, max_size=1333) | config,
         renames=_renames + _retinanet*(family=='retinanet'),
         family=family, backbone=backbone, frozen_eps=eps,
+        classes=tuple(None if o=='N/A' else o for o in meta['categories']),
         drop=() if eps is None else (r'^backbone\.body\..*num_batches_tracked$',))
 
 # %% ../../nbs/detectors/36_coco_weights.ipynb #0d606925
@@ -223,6 +227,7 @@ def load_detector(
     net:nn.Module, # a `Detector` built with the record's config and classes; changed in place
     record, # see `pick_coco`
     num_classes:int=None, # background counted; None: as in the weights; another number: new heads
+    class_map=None, # names of the classes, label 0 first: rows of COCO's with equal names are kept
 ) -> nn.Module: # `net`
     "Loads the published weights strictly, then replaces the heads if the classes differ."
     body = getattr(net.backbone, 'body', net.backbone)
@@ -231,6 +236,8 @@ def load_detector(
     load_weights(net, record)
     for o in (net.backbone, body): o.pretrained,o.record = record.tag,record
     if body is not net.backbone: net.backbone.neck.pretrained = record.tag
+    if class_map is not None and record.classes:
+        return change_classes(net, class_map, record.classes)
     return net if num_classes in (None,net.num_classes) else net.replace_heads(num_classes)
 
 # %% ../../nbs/detectors/36_coco_weights.ipynb #5e932e5a
@@ -245,6 +252,10 @@ def _given(build, asked):
     def same(k, v): return k in defaults and (v is defaults[k] or v==defaults[k])
     return {k:v for k,v in asked.items() if not same(k, v)}
 
+def _file_renames(family):
+    "The renames of all published detectors of a family, each once: files may have their names."
+    return [*dict.fromkeys(r.renames for r in coco_families[family].records())]
+
 def build_coco(
     build, # the family's `model`
     family:str, # see `pick_coco`
@@ -252,9 +263,12 @@ def build_coco(
 ) -> nn.Module: # the detector, in training mode
     "Returns the detector of published weights; raises ValueError for parts that do not fit."
     given = _given(build, asked)
+    if is_weight_file(given.get('pretrained')):
+        return build_from_detector_file(build, family, given, _file_renames(family))
     pretrained = given.pop('pretrained', None)
+    class_map = given.pop('class_map', None)
     backbone = given.pop('backbone', None)
-    classes = given.pop('num_classes', None)
+    classes = count_classes(given.pop('num_classes', None), class_map)
     if given.get('pretrained_backbone'):
         raise ValueError(f'got pretrained={_tag(pretrained)} beside pretrained_backbone, '
             'but the weights of the whole detector include the backbone: give one of the two')
@@ -268,4 +282,4 @@ def build_coco(
     if classes is not None: check_num_classes(classes)
     sizes = ('min_size','max_size') if given.get('img_size') else ()
     config = {k:v for k,v in record.config.items() if k not in sizes}
-    return load_detector(build(COCO_CLASSES, **config | given), record, classes)
+    return load_detector(build(COCO_CLASSES, **config | given), record, classes, class_map)

@@ -20,10 +20,12 @@ from torch import nn
 from ..core.errors import did_you_mean
 from ..core.features import IMAGENET_MEAN, IMAGENET_STD, as_list
 from ..core.published import WeightRecord
+from ..core.weight_files import is_weight_file
 from .coco_weights import (CocoFamily, DetectorRecord, coco_families,
                                                  load_detector, matching_detectors)
-from .detector import (Detector, Encoded, check_num_classes, mean_std,
+from .detector import (Detector, Encoded, check_num_classes, count_classes, mean_std,
                                              parse_img_size)
+from .detector_files import build_from_detector_file
 from .effdet_levels import FixedSize, effdet_config, list_models, with_changes
 from .effdet_neck import (attach_effdet_neck, find_body,
                                                 init_effdet_weights, safe_norms)
@@ -104,6 +106,9 @@ def _stated_ap() -> dict: # effdet's name -> COCO AP on val2017, percent
     rows = re.findall(r'^\| *(\w+) *\| *(\d+\.\d+) *\|', text, re.M)
     return {k:float(v) for k,v in rows}
 
+# effdet's names -> ours
+_renames = (r'^backbone\.', 'backbone.body.body.'),(r'^fpn\.', 'backbone.neck.fpn.')
+
 def _effdet_record(
     name:str, # effdet's: 'tf_efficientdet_lite0'
 ) -> DetectorRecord: # what is unknown is None
@@ -119,8 +124,8 @@ def _effdet_record(
         sha256=stated if re.fullmatch('[0-9a-f]{8}', stated) else None,
         mean=tuple(cfg.get('mean') or IMAGENET_MEAN), std=tuple(cfg.get('std') or IMAGENET_STD),
         metrics={} if ap is None else dict(box_map=ap), config=dict(model_name=cfg.name),
-        family='efficientdet',
-        renames=((r'^backbone\.', 'backbone.body.body.'), (r'^fpn\.', 'backbone.neck.fpn.')))
+        family='efficientdet', classes=coco_families['faster_rcnn'].records()[0].classes,
+        renames=_renames)
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #2b2bd874
 def _pick_effdet(
@@ -177,13 +182,18 @@ def model(
     img_size=None, # the net's input, px: an int (square) or (height, width); None: the row's own
     backbone=None, # None: the row's own; a name, ours or timm's; a `Backbone`; any module with maps
     neck='auto', # 'auto': effdet's; 'bifpn', 'fpn', 'pan', a `Neck`, or (channels, strides) -> Neck
-    pretrained=False, # True or 'coco': effdet's weights of the whole detector; or a `WeightRecord`
+    pretrained=False, # whole detector: True or 'coco': effdet's; a `WeightRecord`, a path or URL
     pretrained_backbone=False, # weights of the backbone, if it is given by name or the row's own
     normalize:bool=True, # images are in [0,1] and normalized inside; False: they come normalized
     score_thr:float=0., # detections below are left out
+    class_map=None, # names, label 0 first: pretrained rows of classes with equal names stay
     **kwargs, # effdet's: anchor_scale, aspect_ratios, fpn_channels, max_det_per_image ...
 ) -> EfficientDet: # in training mode
     "Returns EfficientDet on any backbone; raises TypeError or ValueError where parts do not fit."
+    if is_weight_file(pretrained):
+        asked = {k:v for k,v in locals().items() if k!='kwargs'} | kwargs
+        return build_from_detector_file(model, 'efficientdet', asked, [_renames])
+    num_classes = count_classes(num_classes, class_map)
     cfg = effdet_config(model_name, **kwargs)
     parts = dict(backbone=backbone, neck=neck, pretrained_backbone=pretrained_backbone)
     record = _published(pretrained, cfg.name, **parts) if pretrained else None
@@ -199,7 +209,7 @@ def model(
     mean,std = _mean_std(bb, cfg if backbone is None else None, normalize)
     net = EfficientDet(cfg, bb, mean, std, score_thr, num_classes=cfg.num_classes+1,
                        normalize=normalize)
-    return net if record is None else load_detector(net, record, num_classes)
+    return net if record is None else load_detector(net, record, num_classes, class_map)
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #00172663
 @patch

@@ -26,6 +26,8 @@ from ..core.create import create_backbone
 from ..data.batches import detection_dls
 from ..data.records import load_image
 from ..data.transforms import default_augment
+from ..detectors.detector import Detector
+from ..detectors.detector_files import save_detector
 from .baseline import mean_box_detector
 from .detection import NoValidation, detection_learner
 from .metrics import coco_eval, coco_table
@@ -38,8 +40,8 @@ def model_builder(
     detector:str, # see `get_detector`
     backbone=None, # a name that `create_backbone` knows; None: the detector's own
     size:int=256, # side of the images, pixels
-    pretrained=False, # published weights of the backbone: True, or their tag
-    pretrained_detector=False, # published weights of the whole detector: True or 'coco'
+    pretrained=False, # weights of the backbone: True, a tag, or the path or URL of a file
+    pretrained_detector=False, # weights of the whole detector: True or 'coco', or the path or URL of a file
     backbone_args:dict=None, # for `create_backbone`
     **kwargs, # for the detector's `model`
 ): # function of the number of classes, background counted, that returns the detector
@@ -90,7 +92,8 @@ def _learner(config, build, out):
     c = config
     train,valid,class_map,report = open_data(c.data, c.boxes, c.classes, c.valid_pct, c.seed, c.toy_images,
         c.detector=='mask_rcnn', c.valid, c.images)
-    model = build(num_classes=len(class_map))
+    names = dict(class_map=class_map) if c.pretrained_detector else {} # rows of classes with equal names are kept
+    model = build(num_classes=len(class_map), **names)
     augment = default_augment(c.size, scale=tuple(c.zoom), color=c.color) if c.augment else None
     dls = detection_dls(train, valid, class_map, size=c.size, bs=c.bs, num_workers=c.workers, seed=c.seed,
                         cache=c.cache, path=out, augment=augment)
@@ -136,6 +139,7 @@ def _save_results(learn, out, train, valid, picture, **facts):
     res,base,preds,targets = evaluate_run(learn, train, valid)
     save_picture(learn, preds, targets, out/picture)
     learn.export('learner.pkl')
+    if isinstance(learn.model, Detector): save_detector(learn.model, out/'detector.safetensors', learn.dls.class_map)
     return dict(metrics=res, **_mask_results(learn, preds, targets), mean_box=base,
                 train_images=len(train), valid_images=len(valid),
                 parameters=sum(p.numel() for p in learn.model.parameters()), **facts)

@@ -64,10 +64,10 @@ class RunConfig:
     engine:str='fastai'
     # a name of 'backbones-nb list'; None ('own' on the command line): the detector's own
     backbone:Annotated[str, dict(metavar='NAME')]='vovnet39'
-    # published weights of the backbone: True is the best with a stated license
-    pretrained:Annotated[str, dict(metavar='TAG', nargs='?', const=True)]=False
-    # published weights of the whole detector, such as 'coco'
-    pretrained_detector:Annotated[str, dict(metavar='TAG', nargs='?', const=True)]=False
+    # weights of the backbone: True is the best with a stated license; or a tag; or a path or URL
+    pretrained:Annotated[str, dict(metavar='TAG|FILE', nargs='?', const=True)]=False
+    # weights of the whole detector, such as 'coco', or a file such as a run's detector.safetensors
+    pretrained_detector:Annotated[str, dict(metavar='TAG|FILE', nargs='?', const=True)]=False
     backbone_args:dict=None # more arguments of the backbone, for `create_backbone`
     model_args:dict=None # more arguments of the detector's `model`
     cpu_preset:bool=False # narrow neck and heads, few samples: for small images on a CPU

@@ -12,10 +12,10 @@ import argparse
 import inspect
 import json
 import os
+import re
 import sys
 import warnings
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from typing import Annotated
 
 from fastcore.script import anno_parser
@@ -110,17 +110,14 @@ def list_command(
 
 def predict_command(
     run:Annotated[str, dict(metavar='RUN')], # folder of a finished run
-    images:Annotated[str, dict(nargs='+', metavar='IMAGE')], # image files
+    images:Annotated[str, dict(nargs='+', metavar='IMAGE')], # image files, folders of them, and patterns such as 'photos/*.jpg'
     out:Annotated[str, dict(metavar='DIR')]=None, # folder for images with the boxes drawn in
     score_thr:float=0.5, # drop detections with a lower score
     json:Annotated[str, dict(metavar='FILE')]=None, # write the detections to a file
 ):
     "Use a trained detector on images."
     from backbones_nb.learners.finetune import predict
-    res = predict(run, images, out, score_thr)
-    if json: _write_json(json, res)
-
-def _write_json(path, o): Path(path).write_text(json.dumps(o, indent=1) + '\n', encoding='utf-8')
+    predict(run, images, out, score_thr, json)
 
 # %% ../../nbs/cli/60_cli.ipynb #ce5b022b
 def check_command(
@@ -128,18 +125,24 @@ def check_command(
     images:Annotated[str, dict(metavar='DIR')]=None, # folder of a COCO file's images, where they are not beside it
     format:Annotated[str, dict(choices=('auto','coco','voc','pets'))]='auto', # how to read it
     small:float=4, # a box with a shorter side is called tiny, px
+    size:int=256, # side of the images in training: what is smaller than a pixel there vanishes, px
     all:bool=False, # list every problem, not only examples of each kind
 ) -> int: # exit code: 1 if the data have an error
     """List what is wrong with a data set.
 
     Opens every image and reads every annotation; the exit code is 1 if there is an error."""
     from backbones_nb.data.check import check_data
-    report = check_data(data, images=images, format=format, small=small, progress=sys.stderr.isatty())
+    report = check_data(data, images=images, format=format, small=small, size=size, progress=sys.stderr.isatty())
     print(report)
     if all: print(f'\n{report.listing()}')
     return int(not report.ok)
 
 # %% ../../nbs/cli/60_cli.ipynb #65b0c2fe
+def _sentence(e):
+    "Returns what an error says, without the traceback that a worker process puts before it."
+    text = str(e)
+    return re.split(r'\n\w+: ', text)[-1].strip() if 'Original Traceback' in text else text
+
 def main(
     argv=None, # None: the command line's
 ) -> int: # exit code
@@ -148,6 +151,8 @@ def main(
     about = ('Detection backbones: list them, compare them with their references, train a '
              'detector on them, use it.')
     argv = sys.argv[1:] if argv is None else argv
+    for o in (sys.stdout, sys.stderr): # a name that a terminal cannot show is no error
+        if hasattr(o, 'reconfigure'): o.reconfigure(errors='backslashreplace')
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', FutureWarning) # of libraries
@@ -157,5 +162,5 @@ def main(
         return 130
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as e:
         if os.environ.get('BACKBONES_NB_DEBUG'): raise
-        print(f'error: {e}', file=sys.stderr)
+        print(f'error: {_sentence(e)}', file=sys.stderr)
         return 1

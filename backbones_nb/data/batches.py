@@ -8,6 +8,8 @@ Docs: https://backbones-nb.github.io/backbones-nb/data/batches.html.md"""
 __all__ = ['DetectionDataset', 'DetectionDL', 'Samples', 'DetectionDataLoaders', 'detection_dls']
 
 # %% ../../nbs/data/43_batches.ipynb #198f5005
+import warnings
+
 import numpy as np
 import torch
 from fastai.data.core import DataLoaders
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from ..analysis.boxes import show_side_by_side
 from ..core.contexts import fixed_rng
+from .ready import small_objects
 from .transforms import ToBatch, as_tv, default_augment, hw, open_image
 
 # %% ../../nbs/data/43_batches.ipynb #4266dfd5
@@ -93,9 +96,9 @@ def create_item(self:DetectionDL,
     "Returns one item, augmented; with a seed, the same for the same seed, epoch and item."
     item = self.dataset[i or 0]
     if self.tfm is None or len(item)==1: return self.to_batch(*item)
-    if self.seed is None: return self.to_batch(*self.tfm(*item))
+    if self.seed is None: return self.to_batch(*self.tfm(*item), smallest=1)
     with fixed_rng('cpu', hash((self.seed, self.epoch, i)) & (2**63-1)):
-        return self.to_batch(*self.tfm(*item))
+        return self.to_batch(*self.tfm(*item), smallest=1)
 
 @patch
 def create_batch(self:DetectionDL,
@@ -187,6 +190,8 @@ class DetectionDataLoaders(DataLoaders):
         **kwargs, # for `DetectionDL`
     ) -> DetectionDL:
         "Returns a loader of `items` in order, prepared as in validation."
+        items = list(items)
+        if with_labels: check_labels(items, self.valid.class_map)
         ds = DetectionDataset(items, targets=with_labels)
         return self.valid.new(ds, bs=bs or self.valid.bs, num_workers=num_workers, indexed=True,
                               **kwargs)
@@ -196,11 +201,15 @@ def check_labels(
     records,
     class_map, # `ClassMap`
 ):
-    "Raises ValueError for the first label that the class map does not have."
+    "Raises ValueError for labels that the class map does not have, or that another one has given."
     for r in records:
+        name,own = getattr(r, 'image_id', '?'),getattr(r, 'class_map', None)
+        if own is not None and own is not class_map and own.names!=class_map.names[:len(own)]: raise ValueError(
+            f"record {name!r} was read with the classes {', '.join(own.names[1:])}, expected "
+            f"{', '.join(class_map.names[1:])}, in this order: pass class_map= to the reader")
         bad = [int(l) for l in getattr(r, 'labels', ()) if not 1<=int(l)<len(class_map)]
         if bad:
-            raise ValueError(f"record {getattr(r, 'image_id', '?')!r} has label {bad[0]}, but the "
+            raise ValueError(f"record {name!r} has label {bad[0]}, but the "
                              f'class map has 1 to {len(class_map)-1} (0 is background): '
                              'read the records with this class map')
 
@@ -223,7 +232,10 @@ def detection_dls(
     "Returns loaders of training and validation; raises ValueError for labels beyond the class map."
     train = list(train)
     valid = list(valid or [])
+    if bs<1 or num_workers<0: raise ValueError(f'got bs={bs} and num_workers={num_workers}, '
+        'expected at least one image in a batch, and no worker or more')
     for o in (train, valid): check_labels(o, class_map)
+    if lost := small_objects([*train, *valid], size, class_map): warnings.warn(lost, stacklevel=2)
     if augment is True: augment = default_augment(size)
     if drop_last is None: drop_last = len(train)>=bs
     device = kwargs.pop('device', None)

@@ -15,38 +15,56 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
+from PIL import Image
 
 from .check_formats import read_entries
+from .images import TooManyPixels, gray_range, load_image, orientation
 from .problems import DataReport, Problem, size_text
-from .records import load_image
+from .ready import shortest_sides, size_for
+from .records import look_relative
 
 # %% ../../nbs/data/45_check.ipynb #2fa5abdf
+def _pixel_problems(e):
+    "Returns hints on how the pixels of a readable file are stored."
+    res = []
+    if (turn := orientation(e.path)) in (2,3,4) and e.annotations:
+        res.append(Problem('turned image', e.name, 'by 180 degrees' if turn==3 else 'mirrored'))
+    with Image.open(e.path) as im: a,top = gray_range(im)
+    if a is not None and 0<8*a.max()<=top: res.append(Problem('dark image', e.name, f'up to {a.max():g} of {top}'))
+    return res
+
 def _image_problems(e):
     "Returns the problems of an entry's file, its real size or None, and its bytes' hash or None."
     try:
         digest = hashlib.blake2b(e.path.read_bytes(), digest_size=16).hexdigest()
         size = load_image(e.path).size[::-1]
+        res = _pixel_problems(e)
     except FileNotFoundError: return [Problem('missing image', e.name)],None,None
+    except TooManyPixels as err: return [Problem('huge image', e.name, str(err))],None,None
     except Exception as err: # whatever a broken file makes the decoder do, the check continues
         return [Problem('unreadable image', e.name, str(err.__cause__ or err))],None,None
-    if e.size in (None, size): return [],size,digest
+    if e.size in (None, size): return res,size,digest
     turned = ': turned by its EXIF data?' if tuple(e.size)==size[::-1] else ''
     what = f'annotated {size_text(e.size, size)}{turned}'
-    return [Problem('size disagrees', e.name, what)],size,digest
+    return [*res, Problem('size disagrees', e.name, what)],size,digest
 
 # %% ../../nbs/data/45_check.ipynb #32fc54fb
-def _box_problems(t, size, small):
+def _box_problems(t, size, small, shown):
     "Returns the problems of a box in an image of `size`: (height, width), or None if unknown."
     if t.box is None: return [Problem('no box', t.where)]
     x1,y1,x2,y2 = t.box
     text = '[' + ', '.join(f'{o:g}' for o in t.box) + ']'
     if not np.isfinite(t.box).all(): return [Problem('box not finite', t.where, text)]
     if x2<=x1 or y2<=y1: return [Problem('box without area', t.where, text)]
+    if look_relative([t.box]).any(): return [Problem('relative box', t.where, text)]
     res = []
     if min(x2-x1, y2-y1)<small:
         res.append(Problem('tiny box', t.where, f'{x2-x1:g} x {y2-y1:g} pixels'))
     if size is None: return res
     h,w = size
+    side = float(shortest_sides([t.box], size, shown)[0])
+    if side<1: res.append(Problem('vanishing object', t.where,
+        f'{side:.1f} pixels at size {shown}; {size_for([t.box], size, shown)} keeps it'))
     out = max(-x1, -y1, x2-w, y2-h)
     if x1>=w or y1>=h or x2<=0 or y2<=0:
         res.append(Problem('box outside image', t.where, f'{text} wholly'))
@@ -54,11 +72,11 @@ def _box_problems(t, size, small):
         res.append(Problem('box outside image', t.where, f'{text} by {out:.3g} pixels'))
     return res
 
-def _check_entry(e, small):
+def _check_entry(e, small, shown):
     "Returns problems, real size or None and hash or None of an entry."
     res,size,digest = _image_problems(e)
     for t in e.annotations:
-        res += _box_problems(t, size or e.size, small)
+        res += _box_problems(t, size or e.size, small, shown)
         if t.name is None: res.append(Problem('unknown class', t.where, t.raw_class))
     same = Counter((t.name, *t.box) for t in e.annotations if t.box)
     res += [Problem('box twice', e.name, f'{k[0]}, {n} times') for k,n in same.items() if n>1]
@@ -67,11 +85,11 @@ def _check_entry(e, small):
     return res,size,digest
 
 # %% ../../nbs/data/45_check.ipynb #a3280917
-def _scan(entries, small, workers, progress):
+def _scan(entries, small, shown, workers, progress):
     "Returns what `_check_entry` says of all entries, in their order."
     from tqdm.auto import tqdm
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-        found = pool.map(partial(_check_entry, small=small), entries)
+        found = pool.map(partial(_check_entry, small=small, shown=shown), entries)
         return list(tqdm(found, total=len(entries), desc='images', disable=not progress))
 
 def _same_content(entries, digests):
@@ -94,6 +112,13 @@ def _spelled_twice(names):
     return [Problem('class spelled twice', ', '.join(map(repr, v)))
             for v in groups.values() if len(v)>1]
 
+# %% ../../nbs/data/45_check.ipynb #520c4dd1
+def _visible_from(entries, sizes):
+    "Returns the size of a square letterbox that keeps a pixel of every sound box, or None."
+    boxes = [(t.box, size) for e,size in zip(entries, sizes) for t in e.annotations
+             if size and t.has_area and not look_relative([t.box]).any()]
+    return max((size_for([b], size, 32) for b,size in boxes), default=None)
+
 # %% ../../nbs/data/45_check.ipynb #0db2404d
 def check_data(
     data, # COCO file; folder in COCO's, VOC's or Pets' layout; or a list of `Record`s
@@ -101,6 +126,7 @@ def check_data(
     format:str='auto', # 'auto', 'coco', 'voc' or 'pets'
     class_map=None, # `ClassMap`: other classes are errors; for records it gives the names
     small:float=4, # a box with a side below is tiny, pixels
+    size=256, # int or (height, width) of training: what is smaller than a pixel there vanishes
     min_iou:float=.5, # a mask whose box overlaps less with the object's box disagrees
     workers:int=None, # threads that decode; None: as many as processors, at most 8
     progress:bool=False, # show a progress bar
@@ -111,11 +137,11 @@ def check_data(
         raise ValueError(f'{title} has no image to check: '
                          'check the path and the format')
     if class_map is not None: _known_only(entries, set(class_map.names[1:]))
-    found = _scan(entries, small, workers, progress)
+    found = _scan(entries, small, size, workers, progress)
     boxed = [t for e in entries for t in e.annotations if t.box is not None]
     boxes = Counter(t.name for t in boxed if t.name is not None)
     problems = [*problems, *(p for ps,*_ in found for p in ps),
                 *_same_content(entries, [d for *_,d in found]), *_spelled_twice([*names, *boxes])]
     classes = {n:boxes[n] for n in dict.fromkeys([*names, *sorted(boxes)])}
     return DataReport(title, len(entries), sum(size is not None for _,size,_ in found),
-                      len(boxed), classes, problems)
+                      len(boxed), classes, problems, _visible_from(entries, [size for _,size,_ in found]))

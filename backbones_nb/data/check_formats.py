@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .coco import coco_box, coco_images, entry_file, entry_id, entry_size, read_coco
+from .coco import (coco_box, coco_images, coco_path, entry_file, entry_id, entry_size,
+                                    placeholders, read_coco, unused_parents)
 from .pets import instances_of, is_pets, mask_boxes, read_list, read_trimap, species
 from .problems import (Annotation, ImageEntry, Problem, box_overlap, mask_problems,
                                         size_text)
 from .records import image_files, natural_key, read_names
 from .run_lengths import decode_mask, polygons
-from .voc import read_instances, read_voc, voc_folders, xml_files
+from .voc import counts_from_zero, read_instances, read_voc, voc_folders, xml_files
 
 # %% ../../nbs/data/140_check_formats.ipynb #fa22bfb3
 def _coco_masks(segs, anns, min_iou, size):
@@ -67,12 +68,13 @@ def _twice(ids, what):
 
 def _category_names(data):
     "Returns id -> name of a COCO file, and problems."
-    names,problems = {},[]
+    names,dead = {},unused_parents(data)
+    problems = [Problem('parent class', o) for o in dead]
     for k,c in enumerate(data['categories']):
         if entry_id(c) is None or not isinstance(c.get('name'), str):
             problems.append(Problem('broken entry', f'categories[{k}]', 'without id or name'))
-        elif c['name'].strip()!='background': # as readers do
-            names.setdefault(c['id'], c['name'].strip())
+        elif c['name'].strip() not in (*placeholders, *dead): # as readers do
+            names.setdefault(entry_id(c), c['name'].strip())
     ids = [i for i in map(entry_id, data['categories']) if i is not None]
     return names,problems + _twice(ids, 'category')
 
@@ -103,7 +105,7 @@ def _coco_entry(img, folder, anns, names, min_iou):
     segs = [a.get('segmentation') for a in anns]
     found = [_coco_annotation(a, file, names) for a in anns]
     masks = partial(_coco_masks, segs, found, min_iou) if any(segs) else None
-    return ImageEntry(file, folder/file, entry_size(img), found, masks),segs
+    return ImageEntry(file, coco_path(folder, file), entry_size(img), found, masks),segs
 
 def _from_coco(json, images, min_iou):
     "Returns (title, entries, class names, problems) of a COCO file."
@@ -156,6 +158,12 @@ def _xml_entry(f, xml, problems):
     return ImageEntry(f.name, f, size, anns)
 
 # %% ../../nbs/data/140_check_formats.ipynb #bc6a62d8
+def _from_zero(entries):
+    "Takes boxes that count from 0 as they stand, as the reader does; returns the hint."
+    zero = [e for e in entries if counts_from_zero([t.box for t in e.annotations])]
+    for t in (t for e in entries if zero for t in e.annotations): t.box = [t.box[0]+1, t.box[1]+1, *t.box[2:]]
+    return [Problem('counts from 0', e.name, 'a box begins at 0') for e in zero]
+
 def _from_voc(path, images, min_iou):
     "Returns (title, entries, class names, problems) of a VOC folder."
     pics,anns = voc_folders(path, images)
@@ -171,6 +179,7 @@ def _from_voc(path, images, min_iou):
             problems.append(Problem('image not annotated', f.name))
         seen.add(f.stem)
     problems += [Problem('annotation without image', o.name) for k,o in xmls.items() if k not in seen]
+    problems += _from_zero(entries)
     for e in entries:
         png = Path(path)/'SegmentationObject'/f'{e.path.stem}.png'
         if png.exists() and e.annotations: e.masks = partial(_voc_masks, png, e.annotations, min_iou)

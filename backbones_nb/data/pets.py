@@ -19,7 +19,8 @@ from scipy import ndimage
 from torchvision.datasets.utils import calculate_md5
 
 from .downloads import cache_dir, download, progress_bar
-from .records import (ClassMap, Record, SkipReport, clean_boxes, image_size,
+from .images import image_size, unreadable
+from .records import (ClassMap, Record, SkipReport, clean_boxes,
                                        natural_key, split_records)
 from .voc import read_voc
 
@@ -35,7 +36,7 @@ def read_list(
     f = Path(path)/'annotations'/f'{name}.txt'
     if not f.exists(): raise FileNotFoundError(f'there is no {f}: give a folder in the layout of Oxford-IIIT Pets')
     res = {}
-    for i,l in enumerate(f.read_text().splitlines(), 1):
+    for i,l in enumerate(f.read_text(encoding='utf-8').splitlines(), 1):
         if not l.strip() or l.startswith('#'): continue
         o = l.split()
         try:
@@ -212,12 +213,12 @@ def pets_records(
         img = path/'images'/f'{name}.jpg'
         try: real = image_size(img)
         except FileNotFoundError: report.skip(name, 'without image'); continue
-        except ValueError: report.skip(name, 'with an unreadable image'); continue
+        except ValueError as e: report.skip(name, unreadable(e)); continue
         if boxes=='head': got = _head(path, name, real, report)
         else: got = _body(path, name, real, report, instances, border, masks)
         if got is None: continue
         label = cm.get_id(species[sid-1] if classes=='species' else breed_of(name))
-        res.append(Record(name, img, real, got[0], [label]*len(got[0]), got[1]))
+        res.append(Record(name, img, real, got[0], [label]*len(got[0]), got[1], class_map=cm))
     if split=='all': _unlisted(path, rows, report)
     if rows and not res: raise ValueError(f'no image of {path} can be used: {report}')
     return res,report

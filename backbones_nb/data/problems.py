@@ -23,6 +23,7 @@ from .records import natural_key
 problem_kinds = {
     'missing image': ('error', 'listed or annotated, but there is no file'),
     'unreadable image': ('error', 'the file is broken, cut off, or no image'),
+    'huge image': ('error', 'more pixels than the limit, which protects from a file that claims billions'),
     'size disagrees': ('error', 'annotated at another size than the upright one: boxes are wrong'),
     'image twice': ('error', 'the same file, name or id again: learned twice, or all but one lost'),
     'broken entry': ('error', 'an annotation or list that cannot be read'),
@@ -31,6 +32,7 @@ problem_kinds = {
     'no box': ('error', 'the object has no box of four numbers'),
     'box not finite': ('error', 'NaN or infinity'),
     'box without area': ('error', 'no width or no height, or corners swapped: left out by readers'),
+    'relative box': ('error', 'from 0 to 1: multiply x by the width of the image, y by its height'),
     'box outside image': ('error', 'wholly or partly: clipped or left out by readers'),
     'box twice': ('error', 'the same box of the same class in the same image'),
     'broken mask': ('error', 'it cannot be read, has another size, or has no pixel'),
@@ -41,6 +43,11 @@ problem_kinds = {
     'image not annotated': ('hint', 'it is in the folder, but no annotation or list names it'),
     'object without mask': ('hint', 'others have one: its image is skipped if masks are needed'),
     'class spelled twice': ('hint', 'names that differ in case, spaces or hyphens only'),
+    'turned image': ('hint', 'its EXIF data turn it and keep its size: look whether the boxes fit'),
+    'dark image': ('hint', 'it uses little of its 16 bits: multiply it, or it is nearly black'),
+    'counts from 0': ('hint', 'VOC counts from 1; the boxes are taken as they stand'),
+    'parent class': ('hint', 'a category without objects above others: left out'),
+    'vanishing object': ('hint', 'smaller than a pixel at the size of training: cannot be learned'),
     'tiny box': ('hint', 'so small that it may be a slip of the mouse'),
 }
 
@@ -66,8 +73,10 @@ class DataReport:
         boxes:int,
         classes:dict, # name -> number of boxes
         problems, # list of `Problem`
+        visible_from=None, # size of training at which every object has a pixel left
     ):
         self.title = title
+        self.visible_from = visible_from
         self.images,self.readable,self.boxes,self.classes = images,readable,boxes,classes
         order = {k:i for i,k in enumerate(problem_kinds)}
         def key(p): return order[p.kind],natural_key(p.where),p.what
@@ -95,7 +104,9 @@ def facts(self:DataReport) -> str:
     most = sorted(self.classes.items(), key=lambda o: (-o[1], o[0]))
     names = ', '.join(f'{n} {c}' for n,c in most[:12]) + (', ...' if len(most)>12 else '')
     images = f"{_count(self.images, 'image')}, {'all' if self.readable==self.images else self.readable} readable"
-    return f'{self.title}: {images}; {_count(self.boxes, "box")}; {_count(len(most), "class")}{": "*bool(names)}{names}'
+    shown = f'; every object keeps a pixel from size {self.visible_from}' if (self.visible_from or 0)>128 else ''
+    return (f'{self.title}: {images}; {_count(self.boxes, "box")}; '
+            f'{_count(len(most), "class")}{": "*bool(names)}{names}{shown}')
 
 @patch
 def table(self:DataReport,

@@ -6,7 +6,7 @@ Docs: https://backbones-nb.github.io/backbones-nb/data/transforms.html.md"""
 
 # %% auto #0
 __all__ = ['pad_fill', 'open_image', 'as_tv', 'hw', 'fit_size', 'Letterbox', 'unletterbox_masks', 'unletterbox', 'RandomZoom',
-           'default_augment', 'box_rows', 'ToBatch']
+           'default_augment', 'box_rows', 'drop_small', 'ToBatch']
 
 # %% ../../nbs/data/99_transforms.ipynb #088a2d42
 from pathlib import Path
@@ -21,17 +21,9 @@ from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from .records import load_image
+from .images import load_image, to_rgb
 
 # %% ../../nbs/data/99_transforms.ipynb #d9fcb5fc
-def _on_white(
-    im, # PIL image of any mode
-) -> Image.Image: # RGB
-    "Returns the image as RGB; transparency is laid on white, as `load_image` does."
-    if im.mode not in ('RGBA','LA','PA') and 'transparency' not in im.info: return im.convert('RGB')
-    im = im.convert('RGBA')
-    return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
-
 def _from_array(a):
     "PIL image of an array (H,W) or (H,W,C); raises ValueError for another shape or range."
     if a.ndim not in (2,3) or a.ndim==3 and a.shape[-1] not in (1,3,4):
@@ -48,13 +40,13 @@ def _pil(item):
     "PIL RGB image of a record, path, array, tensor or PIL image."
     if hasattr(item, 'image'): return item.image()
     if isinstance(item, (str,Path)): return load_image(item)
-    if isinstance(item, Image.Image): return _on_white(item)
+    if isinstance(item, Image.Image): return to_rgb(item)
     if isinstance(item, Tensor):
         if item.dim()!=3 or item.shape[0] not in (1,3):
             raise ValueError(f'got a tensor of shape {tuple(item.shape)}, '
                              'expected one image (3,H,W)')
         item = item.detach().cpu().permute(1,2,0)
-    return _on_white(_from_array(np.asarray(item)))
+    return to_rgb(_from_array(np.asarray(item)))
 
 def open_image(
     item, # a record, path, PIL image, array (H,W,3) or tensor (3,H,W), uint8 or float in [0,1]
@@ -217,7 +209,7 @@ def default_augment(
     return v2.Compose([v2.RandomHorizontalFlip(flip), RandomZoom(scale), Letterbox(size),
                        v2.ColorJitter(color, color, color)])
 
-# %% ../../nbs/data/99_transforms.ipynb #ba8dc4c7
+# %% ../../nbs/data/99_transforms.ipynb #ad720f6a
 def box_rows(
     sample, # (image, target)
 ) -> list:
@@ -225,19 +217,29 @@ def box_rows(
     n = len(sample[1]['boxes'])
     return [v for v in sample[1].values() if type(v) is Tensor and v.dim() and len(v)==n]
 
+def drop_small(
+    target:dict, # boxes (N,4) xyxy px, and whatever has a row per box
+    smallest:float=0., # side in pixels that a box must reach; 0: any that has an area
+) -> dict:
+    "Returns the target without the boxes that are smaller, or empty."
+    sides = target['boxes'][:,2:]-target['boxes'][:,:2]
+    keep = ((sides>0) & (sides>=smallest)).all(1).as_subclass(Tensor)
+    rows = {id(o) for o in box_rows((None, target))} | {id(target.get(k)) for k in ('boxes','masks')}
+    return {k:v[keep] if id(v) in rows and v is not None else v for k,v in target.items()}
+
+# %% ../../nbs/data/99_transforms.ipynb #ba8dc4c7
 class ToBatch(torch.nn.Module):
     "The last step: letterbox, boxes clipped, empty ones removed, areas renewed, floats in [0,1]."
     def __init__(self, size):
         super().__init__()
         self.letterbox = Letterbox(size)
-        self.sane = v2.SanitizeBoundingBoxes(labels_getter=box_rows)
 
-    def forward(self, img, target=None):
+    def forward(self, img, target=None, smallest:float=0.):
         if target is None:
             return F.to_dtype(self.letterbox(img), torch.float32, scale=True).as_subclass(Tensor)
         img,target = self.letterbox(img, target)
         target['boxes'] = F.clamp_bounding_boxes(target['boxes'])
-        img,target = self.sane(img, target)
+        target = drop_small(target, smallest)
         target = {k:v.as_subclass(Tensor) if isinstance(v, tv_tensors.TVTensor) else v
                   for k,v in target.items()}
         if 'filled' in target: target['area'] = target.pop('filled')*_area(target['boxes'])

@@ -12,7 +12,8 @@ __all__ = ['RecordMasks', 'IceVisionMasks', 'to_class_map', 'to_record', 'to_rec
 import numpy as np
 
 from ..data.batches import check_labels
-from ..data.records import ClassMap, Record, image_size
+from ..data.images import image_size
+from ..data.records import ClassMap, Record
 from ..data.run_lengths import run_lengths
 from .compat import icevision_compat
 from .patches import icevision_module
@@ -121,8 +122,13 @@ def to_our_map(
     if cm is None or cm._background is None: raise ValueError(f'record {record.record_id!r} has '
         f"{'no class map' if cm is None else 'a class map without background'}, expected one whose id 0 is the "
         'background: pass ClassMap(names) to its parser')
-    names = cm.get_classes()
-    return ClassMap(names[1:], names[0])
+    return ClassMap([o for o in cm.get_classes()[1:] if o is not None], cm.get_classes()[0])
+
+def _known_labels(record):
+    "Returns a record's labels in `to_our_map`: ids without the holes that a COCO file's ids leave."
+    names = record.detection.class_map.get_classes()
+    ids = {o:i for i,o in enumerate(j for j,n in enumerate(names) if n is not None)}
+    return [ids.get(int(o), len(ids)) for o in record.detection.label_ids]
 
 def to_our_record(
     record, # IceVision's record
@@ -133,7 +139,7 @@ def to_our_record(
     d = record.detection
     boxes = np.array([o.xyxy for o in d.bboxes], np.float32).reshape(-1, 4)
     path = getattr(record, 'filepath', '')
-    return Record(record.record_id, path, size, boxes, d.label_ids, masks, getattr(d, 'iscrowds', None))
+    return Record(record.record_id, path, size, boxes, _known_labels(record), masks, getattr(d, 'iscrowds', None))
 
 # %% ../../nbs/icevision/112_records.ipynb #bc13fd7d
 def _from_parser(r):

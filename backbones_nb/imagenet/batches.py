@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from ..core.features import IMAGENET_MEAN, IMAGENET_STD
-from ..data.records import load_image
+from ..data.images import load_image
 from ..data.transforms import open_image
 from .folders import find_names, imagenet_folders, scan_classes
 

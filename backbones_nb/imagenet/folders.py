@@ -23,7 +23,7 @@ import torch
 from fastprogress.fastprogress import progress_bar
 from timm.data import ImageNetInfo
 
-from ..data.records import load_image
+from ..data.images import load_image
 
 # %% ../../nbs/imagenet/46_folders.ipynb #c9a192d3
 _synset = re.compile(r'n\d{8}')

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 
 from ..core.features import IMAGENET_MEAN, IMAGENET_STD
 from ..data.ranked import RankedDL
-from ..data.records import load_image
+from ..data.images import load_image
 from .batches import ClassDataLoaders, ClassSet, class_dls, plain_tfms, seeded
 from .folders import find_names, synset_names
 from .shards import webdataset

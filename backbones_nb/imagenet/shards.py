@@ -19,7 +19,7 @@ import numpy as np
 from fastprogress.fastprogress import progress_bar
 
 from ..core.contexts import write_whole
-from ..data.records import load_image
+from ..data.images import load_image
 from .folders import scan_classes
 
 # %% ../../nbs/imagenet/47_shards.ipynb #29a8e95d

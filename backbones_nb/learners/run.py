@@ -12,7 +12,6 @@ __all__ = ['cpu_preset', 'detectors', 'presets', 'get_detector', 'RunConfig', 'r
 import os
 import platform
 from dataclasses import dataclass, fields
-from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -53,6 +52,8 @@ class RunConfig:
     size:int=256 # side of the images in a batch, px
     bs:int=8 # images per batch
     workers:int=0 # processes that load images
+    # images that cannot be decoded: an error before training, left out, or read as far as they go
+    broken:Annotated[str, dict(choices=('stop','skip','read'))]='stop'
     cache:bool=False # keep decoded images in memory
     # flip, zoom, shift and recolor training images; False (--no-augment): take them as they are
     augment:bool=True
@@ -81,6 +82,10 @@ class RunConfig:
     out:Annotated[str, dict(metavar='DIR')]='runs/finetune' # folder of the run
     picture:Annotated[str, dict(metavar='NAME')]='predictions.png' # name of the picture
     force:bool=False # overwrite an older run in the same folder
+
+    def __post_init__(self):
+        for k,least in dict(bs=1, workers=0, epochs=1, size=32, toy_images=1).items():
+            if (v := getattr(self, k))<least: raise ValueError(f'got {k}={v}, expected at least {least}')
 
     @property
     def detector_args(self):
@@ -135,18 +140,26 @@ def _open_coco(path, valid, images, masks, cut):
     held,_,more = coco_records(valid, images, cm, masks=masks)
     return train,held,cm,report.add(more)
 
+def _voc_lists(path):
+    "Returns the lists of ImageSets/Main to learn from and to measure on; None for one that is missing."
+    has = {o.stem for o in (path/'ImageSets'/'Main').glob('*.txt')}
+    pairs = [('train','val'), ('train','valid'), ('train','test'), ('trainval','test'), ('train',), ('trainval',)]
+    return *next((o for o in pairs if has>=set(o)), ()),None,None
+
 def _open_voc(path, masks, cut):
-    "Returns the records of a folder with VOC annotations, split by VOC's lists train and val, where it has them."
-    from backbones_nb.data.voc import voc_folders
+    "Returns the records of a folder with VOC annotations, split by VOC's lists, where it has them."
     from backbones_nb.data.records import ClassMap
-    from backbones_nb.data.voc import is_voc, voc_names, voc_records, voc_split
-    if (path/'ImageSets'/'Main'/'val.txt').is_file():
-        cm = ClassMap(voc_names(path/'Annotations'))
-        (train,_,report),(held,_,more) = [voc_split(path, k, cm, masks=masks) for k in ('train','val')]
-        return train,held,cm,report.add(more)
-    if is_voc(path): records,cm,report = voc_split(path, None, masks=masks)
-    else: records,cm,report = voc_records(*voc_folders(path))
-    return *cut(records),cm,report
+    from backbones_nb.data.voc import is_voc, voc_folders, voc_names, voc_records, voc_split
+    if not is_voc(path):
+        records,cm,report = voc_records(*voc_folders(path))
+        return *cut(records),cm,report
+    train_list,valid_list,*_ = _voc_lists(path)
+    cm = ClassMap(voc_names(path/'Annotations'))
+    train,_,report = voc_split(path, train_list, cm, masks=masks)
+    if valid_list not in (None, 'val'): report.note(f'{valid_list}.txt', 'measured on, since there is no val.txt')
+    if valid_list is None: return *cut(train),cm,report
+    held,_,more = voc_split(path, valid_list, cm, masks=masks)
+    return train,held,cm,report.add(more)
 
 # %% ../../nbs/learners/102_run.ipynb #f743a46c
 def open_data(
@@ -164,6 +177,7 @@ def open_data(
     from backbones_nb.data.check_formats import find_format
     from backbones_nb.data.downloads import cache_dir
     from backbones_nb.data.pets import pets_splits, untar_pets
+    from backbones_nb.data.ready import content_groups
     from backbones_nb.data.records import split_records
     from backbones_nb.data.toy import toy_pets
     if data=='toy': path = toy_pets(cache_dir()/f'toy_pets_{toy_images}', n=toy_images, workers=min(8, os.cpu_count()))
@@ -173,7 +187,7 @@ def open_data(
     kind,path = find_format(path)
     if kind!='coco' and (valid or images):
         raise ValueError(f'got valid or images together with {path}, which is not a COCO file: leave them out')
-    cut = partial(split_records, valid_pct=valid_pct, seed=seed)
+    def cut(rs): return split_records(rs, valid_pct, seed, groups=content_groups(rs))
     if kind=='coco': return _open_coco(path, valid, images, masks, cut)
     if kind=='voc': return _open_voc(path, masks, cut)
     return pets_splits(path, boxes=boxes, classes=classes, valid_pct=valid_pct, seed=seed, masks=masks)

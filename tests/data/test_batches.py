@@ -238,7 +238,7 @@ def test_every_row_follows_its_box():
         attr=torch.tensor([[0.1], [0.2], [0.3], [0.4]]),
         note='x',
     )
-    _, o = ToBatch(80)(img, as_tv(t, (40, 40)))
+    _, o = ToBatch(80)(img, as_tv(t, (40, 40)), smallest=1)
     assert (
         o['labels'].tolist() == [1, 3]
         and o['iscrowd'].tolist() == [0, 1]

@@ -260,7 +260,7 @@ def test_voc(voc):
             lambda p: write_xml(p / 'Annotations' / 'a.xml', [(11, 21, 30, 40)] * 2),
             {'box twice': 1, 'broken mask': 1},
         ),  # the second has no mask
-        (lambda p: write_xml(p / 'Annotations' / 'a.xml', [(0, 21, 30, 40)]), {'box outside image': 1}),
+        (lambda p: write_xml(p / 'Annotations' / 'a.xml', [(0, 21, 30, 40)]), {'counts from 0': 1}),
         (lambda p: write_xml(p / 'Annotations' / 'a.xml', [(30, 21, 11, 40)]), {'box without area': 1}),
         (lambda p: write_xml(p / 'Annotations' / 'a.xml', [('nan', 21, 11, 40)]), {'box not finite': 1}),
         (lambda p: write_xml(p / 'Annotations' / 'a.xml', [(61, 21, 80, 40)]), {'mask disagrees with box': 1}),

@@ -668,3 +668,16 @@ def test_without_icevision_the_lines_that_install_it(records, tmp_path, monkeypa
     monkeypatch.setattr(patches, 'has_icevision', lambda: False)
     with pytest.raises(ImportError, match='pip install --no-deps icevision==0.12.0'):
         call(records, dls)
+
+
+def test_holes_in_the_ids_of_a_coco_file(tmp_path):
+    Image.new('RGB', (80, 60)).save(tmp_path / 'a.png')
+    theirs = core.ClassMap(['cat', None, 'dog', None])
+    r = core.ObjectDetectionRecord()
+    r.set_record_id(1)
+    r.set_filepath(tmp_path / 'a.png')
+    r.detection.set_class_map(theirs)
+    r.detection.add_labels_by_id([3, 1])
+    r.detection.add_bboxes([core.BBox.from_xyxy(5, 5, 20, 20), core.BBox.from_xyxy(9, 9, 40, 40)])
+    (ours,), class_map = from_records([r])
+    assert class_map.names == ['background', 'cat', 'dog'] and ours.labels.tolist() == [2, 1]

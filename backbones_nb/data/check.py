@@ -30,7 +30,8 @@ def _pixel_problems(e):
     if (turn := orientation(e.path)) in (2,3,4) and e.annotations:
         res.append(Problem('turned image', e.name, 'by 180 degrees' if turn==3 else 'mirrored'))
     with Image.open(e.path) as im: a,top = gray_range(im)
-    if a is not None and 0<8*a.max()<=top: res.append(Problem('dark image', e.name, f'up to {a.max():g} of {top}'))
+    if a is not None and 0<8*a.max()<=top:
+        res.append(Problem('dark image', e.name, f'up to {a.max():g} of {top}'))
     return res
 
 def _image_problems(e):
@@ -144,4 +145,5 @@ def check_data(
                 *_same_content(entries, [d for *_,d in found]), *_spelled_twice([*names, *boxes])]
     classes = {n:boxes[n] for n in dict.fromkeys([*names, *sorted(boxes)])}
     return DataReport(title, len(entries), sum(size is not None for _,size,_ in found),
-                      len(boxed), classes, problems, _visible_from(entries, [size for _,size,_ in found]))
+                      len(boxed), classes, problems,
+                      _visible_from(entries, [size for _,size,_ in found]))

@@ -23,7 +23,7 @@ from .records import natural_key
 problem_kinds = {
     'missing image': ('error', 'listed or annotated, but there is no file'),
     'unreadable image': ('error', 'the file is broken, cut off, or no image'),
-    'huge image': ('error', 'more pixels than the limit, which protects from a file that claims billions'),
+    'huge image': ('error', 'more pixels than the limit, which BACKBONES_NB_MAX_PIXELS raises'),
     'size disagrees': ('error', 'annotated at another size than the upright one: boxes are wrong'),
     'image twice': ('error', 'the same file, name or id again: learned twice, or all but one lost'),
     'broken entry': ('error', 'an annotation or list that cannot be read'),

@@ -149,9 +149,10 @@ def refuse_relative(
     which = look_relative(boxes)
     if not 2*which.sum()>len(which): return
     first = ', '.join(f'{o:.3g}' for o in np.asarray(boxes, float).reshape(-1, 4)[which][0])
-    raise ValueError(f'{which.sum()} of {len(which)} boxes of {name} look relative to the image (0 to 1), such as '
-        f'the corners {first}, expected pixels: multiply x and width by the width of the image, y and height by its '
-        'height')
+    raise ValueError(
+        f'{which.sum()} of {len(which)} boxes of {name} look relative to the image (0 to 1), '
+        f'such as the corners {first}, expected pixels: multiply x and width by the width of the '
+        'image, y and height by its height')
 
 # %% ../../nbs/data/40_records.ipynb #e96f582a
 def fix_boxes(
@@ -224,13 +225,14 @@ def split_records(
     key=None, # function of a record: what must be alike in both parts; None: chance alone
     groups=None, # function of a record, or a list: records of one group stay together
 ) -> tuple: # train records, valid records, in the order they came
-    "Returns a random split, with the same share of each key; raises ValueError for a bad share or an empty part."
+    "Returns a random split, with the same share of each key; raises ValueError for an empty part."
     records = list(records)
     if not 0<valid_pct<1:
         raise ValueError(f'got valid_pct={valid_pct}, '
                          'expected a share between 0 and 1, such as 0.2')
     of = list(map(groups, records)) if callable(groups) else list(groups or range(len(records)))
-    if len(of)!=len(records): raise ValueError(f'got {len(of)} groups for {len(records)} records: give one for each')
+    if len(of)!=len(records):
+        raise ValueError(f'got {len(of)} groups for {len(records)} records: give one for each')
     members = defaultdict(list)
     for i,g in enumerate(of): members[g].append(i)
     strata = defaultdict(list)
@@ -239,9 +241,11 @@ def split_records(
     out = set()
     for k in sorted(strata): out |= _draw(rng, [members[g] for g in strata[k]], valid_pct)
     parts = tuple([r for i,r in enumerate(records) if (i in out)==held] for held in (False, True))
-    if not all(parts): raise ValueError(f'valid_pct={valid_pct} of {len(records)} images '
-        f"{f'in {len(members)} groups ' if len(members)<len(records) else ''}leaves none to {'measure on' if parts[0] else 'learn from'}: "
-        'give more images, another share, or images to measure on')
+    if not all(parts):
+        grouped = f' in {len(members)} groups' if len(members)<len(records) else ''
+        use = 'measure on' if parts[0] else 'learn from'
+        raise ValueError(f'valid_pct={valid_pct} of {len(records)} images{grouped} leaves none to '
+                         f'{use}: give more images, another share, or images to measure on')
     return parts
 
 # %% ../../nbs/data/40_records.ipynb #665614b6

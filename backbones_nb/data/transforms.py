@@ -224,7 +224,8 @@ def drop_small(
     "Returns the target without the boxes that are smaller, or empty."
     sides = target['boxes'][:,2:]-target['boxes'][:,:2]
     keep = ((sides>0) & (sides>=smallest)).all(1).as_subclass(Tensor)
-    rows = {id(o) for o in box_rows((None, target))} | {id(target.get(k)) for k in ('boxes','masks')}
+    rows = [*box_rows((None, target)), target['boxes'], target.get('masks')]
+    rows = {id(o) for o in rows}
     return {k:v[keep] if id(v) in rows and v is not None else v for k,v in target.items()}
 
 # %% ../../nbs/data/99_transforms.ipynb #ba8dc4c7

@@ -106,7 +106,8 @@ def _from_zero(parsed, report):
     "Takes the boxes of files that count from 0 as they stand there, and notes why."
     for f,_,objs in parsed:
         boxes = [b for _,b,_ in objs]
-        if counts_from_zero(boxes): report.note(f.stem, 'with a box that begins at 0: this set counts from 0, not from 1')
+        if counts_from_zero(boxes):
+            report.note(f.stem, 'with a box that begins at 0: this set counts from 0, not from 1')
         for b in boxes: b[0],b[1] = b[0]+1,b[1]+1
 
 # %% ../../nbs/data/97_voc.ipynb #08c85f4b

@@ -85,7 +85,8 @@ class RunConfig:
 
     def __post_init__(self):
         for k,least in dict(bs=1, workers=0, epochs=1, size=32, toy_images=1).items():
-            if (v := getattr(self, k))<least: raise ValueError(f'got {k}={v}, expected at least {least}')
+            if (v := getattr(self, k))<least:
+                raise ValueError(f'got {k}={v}, expected at least {least}')
 
     @property
     def detector_args(self):

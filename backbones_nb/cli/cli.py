@@ -121,9 +121,9 @@ def predict_command(
 
 # %% ../../nbs/cli/60_cli.ipynb #ce5b022b
 def check_command(
-    data:Annotated[str, dict(metavar='PATH')], # a COCO file, or a folder in the layout of COCO, VOC or Oxford-IIIT Pets
+    data:Annotated[str, dict(metavar='PATH')], # file or folder: COCO, VOC, YOLO, LabelMe, VIA, CVAT, CSV, ...
     images:Annotated[str, dict(metavar='DIR')]=None, # folder of a COCO file's images, where they are not beside it
-    format:Annotated[str, dict(choices=('auto','coco','voc','pets'))]='auto', # how to read it
+    format:str='auto', # how to read it: 'auto', or the name of a format, such as voc
     small:float=4, # a box with a shorter side is called tiny, px
     size:int=256, # side of the images in training: what is smaller than a pixel there vanishes, px
     all:bool=False, # list every problem, not only examples of each kind

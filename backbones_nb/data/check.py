@@ -1,4 +1,4 @@
-"""`check_data`: everything that is wrong with a data set in COCO, VOC or Pets layout, or with a list of records.
+"""`check_data`: everything that is wrong with a data set of any format, or with a list of records.
 
 Docs: https://backbones-nb.github.io/backbones-nb/data/check.html.md"""
 
@@ -122,9 +122,9 @@ def _visible_from(entries, sizes):
 
 # %% ../../nbs/data/45_check.ipynb #0db2404d
 def check_data(
-    data, # COCO file; folder in COCO's, VOC's or Pets' layout; or a list of `Record`s
+    data, # file or folder of any format in `formats`; or a list of `Record`s
     images=None, # folder of images; None: found by convention
-    format:str='auto', # 'auto', 'coco', 'voc' or 'pets'
+    format:str='auto', # 'auto', or a name of `formats`
     class_map=None, # `ClassMap`: other classes are errors; for records it gives the names
     small:float=4, # a box with a side below is tiny, pixels
     size=256, # int or (height, width) of training: what is smaller than a pixel there vanishes

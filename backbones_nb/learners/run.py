@@ -12,6 +12,7 @@ __all__ = ['cpu_preset', 'detectors', 'presets', 'get_detector', 'RunConfig', 'r
 import os
 import platform
 from dataclasses import dataclass, fields
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -40,10 +41,10 @@ def get_detector(
 @dataclass(frozen=True)
 class RunConfig:
     "Every option of a run that trains a detector and evaluates it."
-    # toy pets, Oxford-IIIT Pets, a COCO file, or a folder like VOC or Pets
+    # toy pets, Oxford-IIIT Pets, or a file or folder: COCO, VOC, YOLO, LabelMe, VIA, CVAT, CSV, ...
     data:Annotated[str, dict(metavar='toy|pets|PATH')]='toy'
-    valid:Annotated[str, dict(metavar='FILE')]=None # a second COCO file, to measure on
-    # folder of a COCO file's images, where they are not beside it
+    valid:Annotated[str, dict(metavar='PATH')]=None # other data to measure on, of any format
+    # folder of the images, where they are not beside the annotations
     images:Annotated[str, dict(metavar='DIR')]=None
     boxes:Annotated[str, dict(choices=('body','head'))]='body' # pets: what to find
     classes:Annotated[str, dict(choices=('species','breed'))]='species' # pets: what to call it
@@ -133,65 +134,52 @@ def run_config(
     return RunConfig(**row | {k:over(k, v) for k,v in options.items()})
 
 # %% ../../nbs/learners/102_run.ipynb #55da242e
-def _open_coco(path, valid, images, masks, cut):
-    "Returns the records of a COCO file, and those of a second one, or of a part of the first, to measure on."
-    from backbones_nb.data.coco import coco_records
-    train,cm,report = coco_records(path, images, masks=masks)
-    if not valid: return *cut(train),cm,report
-    held,_,more = coco_records(valid, images, cm, masks=masks)
-    return train,held,cm,report.add(more)
-
-def _voc_lists(path):
-    "Returns the lists of ImageSets/Main to learn from and to measure on; None for one that is missing."
-    has = {o.stem for o in (path/'ImageSets'/'Main').glob('*.txt')}
-    pairs = [('train','val'), ('train','valid'), ('train','test'), ('trainval','test'), ('train',), ('trainval',)]
-    return *next((o for o in pairs if has>=set(o)), ()),None,None
-
-def _open_voc(path, masks, cut):
-    "Returns the records of a folder with VOC annotations, split by VOC's lists, where it has them."
-    from backbones_nb.data.records import ClassMap
-    from backbones_nb.data.voc import is_voc, voc_folders, voc_names, voc_records, voc_split
-    if not is_voc(path):
-        records,cm,report = voc_records(*voc_folders(path))
-        return *cut(records),cm,report
-    train_list,valid_list,*_ = _voc_lists(path)
-    cm = ClassMap(voc_names(path/'Annotations'))
-    train,_,report = voc_split(path, train_list, cm, masks=masks)
-    if valid_list not in (None, 'val'): report.note(f'{valid_list}.txt', 'measured on, since there is no val.txt')
-    if valid_list is None: return *cut(train),cm,report
-    held,_,more = voc_split(path, valid_list, cm, masks=masks)
-    return train,held,cm,report.add(more)
+def _read_any(data, images, toy_images, valid_pct, seed, pets):
+    "Returns (dict: 'train' and 'valid', or 'all' -> records, ClassMap, SkipReport) of a data set by name or path."
+    from backbones_nb.data.downloads import cache_dir
+    from backbones_nb.data.formats import find_format, find_splits, read_data
+    from backbones_nb.data.pets import pets_splits, untar_pets
+    from backbones_nb.data.toy import toy_pets
+    if data=='toy': path = toy_pets(cache_dir()/f'toy_pets_{toy_images}', n=toy_images, workers=min(8, os.cpu_count()))
+    elif data=='pets': path = untar_pets()
+    elif not (path := Path(data)).exists(): raise FileNotFoundError(f"got data={str(data)!r}, which does not exist: "
+        "give 'toy', 'pets', or a file or folder with annotations, such as a COCO file or a YOLO data.yaml")
+    if find_format(path)[0]=='pets':
+        if images: raise ValueError(f'got images={str(images)!r} together with {path}, which has its own: leave it out')
+        train,valid,cm,report = pets_splits(path, valid_pct=valid_pct, seed=seed, **pets)
+        return dict(train=train, valid=valid),cm,report
+    has = find_splits(path)
+    wanted = ('train', 'valid' if 'valid' in has else 'test')
+    parts,cm,report = read_data(path, images, masks=pets['masks'], splits=wanted)
+    if 'test' in parts: parts['valid'] = parts.pop('test')
+    return parts,cm,report
 
 # %% ../../nbs/learners/102_run.ipynb #f743a46c
 def open_data(
-    data, # 'toy', 'pets', a COCO file, or a folder in the layout of VOC or Oxford-IIIT Pets
+    data, # 'toy', 'pets', or a file or folder of any format
     boxes:str='body', # pets: 'body' (from trimaps) or 'head' (from the xml files)
     classes:str='species', # pets: 'species' or 'breed'
     valid_pct:float=0.2, # the part that is held out where the data have no split
     seed:int=42, # of that split
     toy_images:int=800, # how many toy pets to draw
     masks:bool=False, # read masks, too
-    valid=None, # a second COCO file, to measure on
-    images=None, # folder of a COCO file's images; None: found beside it
+    valid=None, # other data to measure on, of any format; of their splits, the one for validation
+    images=None, # folder of the images; None: found beside the annotations
 ) -> tuple: # train records, valid records, ClassMap, SkipReport
     "Returns the records of a data set, drawn or downloaded where needed; raises FileNotFoundError for a missing path."
-    from backbones_nb.data.check_formats import find_format
-    from backbones_nb.data.downloads import cache_dir
-    from backbones_nb.data.pets import pets_splits, untar_pets
+    from backbones_nb.data.formats import relabel
     from backbones_nb.data.ready import content_groups
     from backbones_nb.data.records import split_records
-    from backbones_nb.data.toy import toy_pets
-    if data=='toy': path = toy_pets(cache_dir()/f'toy_pets_{toy_images}', n=toy_images, workers=min(8, os.cpu_count()))
-    elif data=='pets': path = untar_pets()
-    elif not (path := Path(data)).exists(): raise FileNotFoundError(f"got data={str(data)!r}, which does not exist: "
-        "give 'toy', 'pets', a COCO file, or a folder in the layout of VOC or Oxford-IIIT Pets")
-    kind,path = find_format(path)
-    if kind!='coco' and (valid or images):
-        raise ValueError(f'got valid or images together with {path}, which is not a COCO file: leave them out')
-    def cut(rs): return split_records(rs, valid_pct, seed, groups=content_groups(rs))
-    if kind=='coco': return _open_coco(path, valid, images, masks, cut)
-    if kind=='voc': return _open_voc(path, masks, cut)
-    return pets_splits(path, boxes=boxes, classes=classes, valid_pct=valid_pct, seed=seed, masks=masks)
+    read = partial(_read_any, toy_images=toy_images, valid_pct=valid_pct, seed=seed,
+                   pets=dict(boxes=boxes, classes=classes, masks=masks))
+    parts,cm,report = read(data, images)
+    if not valid:
+        if 'valid' in parts: return parts['train'],parts['valid'],cm,report
+        whole = parts.get('all', parts.get('train'))
+        return *split_records(whole, valid_pct, seed, groups=content_groups(whole)),cm,report
+    held,own,more = read(valid, images if images and Path(valid).is_file() else None)
+    held = next(held[k] for k in ('valid','all','train') if k in held)
+    return parts.get('all', parts.get('train')),relabel(held, own, cm),cm,report.add(more)
 
 # %% ../../nbs/learners/102_run.ipynb #59e4001d
 def environment_info(

@@ -64,6 +64,9 @@ def call_subcommand(
 def _find_commands() -> dict: # name -> entry point
     "Returns the commands that installed packages have registered."
     found = {o.name:o for o in entry_points(group='backbones_nb.commands')}
+    if not found: raise RuntimeError(
+        "found no commands in the entry-point group 'backbones_nb.commands': install the package, "
+        "in a checkout with 'pip install -e .'")
     return dict(sorted(found.items()))
 
 # %% ../../nbs/cli/60_cli.ipynb #72284911

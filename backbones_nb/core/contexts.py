@@ -1,4 +1,4 @@
-"""Blocks that leave no trace: a file that is written whole or not at all, models in eval mode, training flags and random seeds that are put back.
+"""Context managers that leave no trace: files written whole or not at all, models in eval mode, and training flags and random seeds that are restored.
 
 Docs: https://backbones-nb.github.io/backbones-nb/core/contexts.html.md"""
 

@@ -103,7 +103,7 @@ def find_weights(
     prefix:str, # of registered names, such as 'timm/'
     find, # called with a name, returns its records
 ):
-    "Lets `find` give the records of all names with a prefix, where they are too many to be added."
+    "Registers a function that looks up the records of all names with a prefix."
     WEIGHTS.finders[prefix] = find
 
 def weight_records(

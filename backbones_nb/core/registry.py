@@ -30,7 +30,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Request:
-    "A row and what was asked of it: what to build, from which weights, with which maps."
+    "A resolved request: what to build, with which weights and which maps."
     entry: Entry
     asked: dict # the caller's arguments, `variant` among them
     config: dict # keyword arguments of the builder: row, variant and caller
@@ -93,7 +93,7 @@ def full_config(self:Entry,
 # %% ../../nbs/core/89_registry.ipynb #c4cafc5e
 @patch(as_prop=True)
 def kind(self:Entry):
-    "The class that is built: the builder itself, or the return annotation of a function; else `object`."
+    "The class of the built model: the builder itself, or the return annotation of a function; else `object`."
     made = self.build if isinstance(self.build, type) else inspect.signature(self.build).return_annotation
     return made if isinstance(made, type) else object
 
@@ -119,7 +119,7 @@ class Registry:
         self.clear()
 
     def clear(self):
-        "Forgets all rows and callbacks; a module that was imported before does not register again."
+        "Removes all rows and callbacks; imported modules do not register again, so use a new `Registry` for isolation."
         self.entries = {} # name -> `Entry`
         self.callbacks = [] # called with each `Entry`
         self._sources = None

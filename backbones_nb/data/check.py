@@ -42,7 +42,7 @@ def _image_problems(e):
         res = _pixel_problems(e)
     except FileNotFoundError: return [Problem('missing image', e.name)],None,None
     except TooManyPixels as err: return [Problem('huge image', e.name, str(err))],None,None
-    except Exception as err: # whatever a broken file makes the decoder do, the check continues
+    except Exception as err: # decoders raise many exception types, the check continues
         return [Problem('unreadable image', e.name, str(err.__cause__ or err))],None,None
     if e.size in (None, size): return res,size,digest
     turned = ': turned by its EXIF data?' if tuple(e.size)==size[::-1] else ''

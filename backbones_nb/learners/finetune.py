@@ -188,7 +188,7 @@ def finetune(
     config:RunConfig=None, # the run's options; None: the defaults
     **kwargs, # options of `RunConfig`; they override those of `config`
 ) -> dict: # what metrics.json holds
-    "Trains a detector, evaluates it on held-out images, and leaves all in the run's folder."
+    "Trains a detector, evaluates it on held-out images, and writes the results to a folder."
     config = replace(config or RunConfig(), **kwargs)
     start = time.time()
     out = check_out_dir(config.out, config.force)

@@ -46,8 +46,8 @@ class RunConfig:
     valid:Annotated[str, dict(metavar='PATH')]=None # other data to measure on, of any format
     # folder of the images, where they are not beside the annotations
     images:Annotated[str, dict(metavar='DIR')]=None
-    boxes:Annotated[str, dict(choices=('body','head'))]='body' # pets: what to find
-    classes:Annotated[str, dict(choices=('species','breed'))]='species' # pets: what to call it
+    boxes:Annotated[str, dict(choices=('body','head'))]='body' # Pets only: what to box
+    classes:Annotated[str, dict(choices=('species','breed'))]='species' # Pets only: the classes
     valid_pct:float=0.2 # share of the images held out, where the data have no split
     toy_images:int=800 # how many toy pets to draw
     size:int=256 # side of the images in a batch, px
@@ -56,7 +56,7 @@ class RunConfig:
     # images that cannot be decoded: an error before training, left out, or read as far as they go
     broken:Annotated[str, dict(choices=('stop','skip','read'))]='stop'
     cache:bool=False # keep decoded images in memory
-    # flip, zoom, shift and recolor training images; False (--no-augment): take them as they are
+    # flip, zoom, shift and recolor training images; --no-augment takes them as they are
     augment:bool=True
     # range of the zoom of training images; 1 1 in short runs
     zoom:Annotated[float, dict(nargs=2, metavar=('LOW','HIGH'))]=(0.7,1.4)
@@ -78,9 +78,9 @@ class RunConfig:
     wd:float=0.01 # weight decay
     loss_weights:dict=None # name of a loss -> factor
     bf16:bool=False # train in bfloat16 mixed precision
-    validate:bool=True # measure after each epoch; False (--no-validate): only after training
-    seed:int=42 # of split, weights, order and augmentation
-    out:Annotated[str, dict(metavar='DIR')]='runs/finetune' # folder of the run
+    validate:bool=True # evaluate after each epoch; --no-validate evaluates only after training
+    seed:int=42 # random seed for the split, weights, order and augmentation
+    out:Annotated[str, dict(metavar='DIR')]='runs/finetune' # output folder
     picture:Annotated[str, dict(metavar='NAME')]='predictions.png' # name of the picture
     force:bool=False # overwrite an older run in the same folder
 

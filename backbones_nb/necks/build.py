@@ -24,7 +24,7 @@ neck_classes = dict(fpn=FPN, pan=PAN, bifpn=BiFPN) # the values of `neck`
 def carries_neck(
     backbone:nn.Module,
 ) -> bool: # whether its maps come from a neck already, ours or torchvision's
-    "Says whether a backbone carries a neck."
+    "Returns whether the backbone already includes a neck."
     if getattr(backbone, 'has_neck', False): return True
     return any(isinstance(m, FeaturePyramidNetwork) for m in backbone.modules())
 
@@ -48,7 +48,7 @@ def _check_neck(neck, backbone):
 # %% ../../nbs/necks/68_build.ipynb #e1e86d38
 def create_neck(
     neck, # 'auto', None, a name, a neck, or a callable taking channels and strides
-    backbone:Backbone, # what it will stand on
+    backbone:Backbone, # backbone that feeds the neck
     **kwargs, # for a neck that is built here, such as channels=256
 ): # a neck, or None
     "Returns the neck for `backbone`; raises ValueError for an unknown name or a wrong fit."

@@ -52,7 +52,9 @@ def test_a_file_is_told_from_a_tag(value, expected):
 @pytest.mark.parametrize('key', [None, 'state_dict', 'model', 'model_state_dict'])
 def test_our_names_under_any_prefix(tmp_path, prefix, key):
     net = randomize_(create_backbone('vovnet19_slim_dw'))
-    sd = {prefix + k: v for k, v in net.state_dict().items()} | {'neck.lateral.weight': torch.ones(3)} * bool(prefix)
+    sd = {prefix + k: v for k, v in net.state_dict().items()}
+    if prefix:
+        sd['neck.lateral.weight'] = torch.ones(3)  # of the model around it
     torch.save({key: sd, 'epoch': 3} if key else sd, tmp_path / 'a.pth')
     got = create_backbone('vovnet19_slim_dw', pretrained=str(tmp_path / 'a.pth'))
     assert same(got, net)

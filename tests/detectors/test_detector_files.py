@@ -4,6 +4,7 @@ from safetensors.torch import load_file
 
 from backbones_nb import create_backbone
 from backbones_nb.analysis.parity import randomize_
+from backbones_nb.core.published import WeightRecord
 from backbones_nb.detectors import efficientdet, faster_rcnn, fcos, mask_rcnn, retinanet
 from backbones_nb.detectors.coco_weights import torchvision_record
 from backbones_nb.detectors.detector_files import change_classes, class_rows, save_detector
@@ -94,9 +95,8 @@ def test_torchvisions_own_file_of_a_detector(tmp_path):
 
 def test_the_normalization_and_the_backbone_come_with_the_file(tmp_path):
     bb = create_backbone('vovnet19_slim_dw', ese=False)
-    bb.record = dict(mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5))
+    bb.record = WeightRecord(bb.name, 'a', 'me', mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5))
     net = retinanet.model(3, bb, neck_channels=16)
-    bb.record = None
     save_detector(net, tmp_path / 'a.safetensors', ['background', 'cat', 'dog'])
     got = retinanet.model(pretrained=tmp_path / 'a.safetensors', neck_channels=16)
     assert got.backbone.body.config['ese'] is False

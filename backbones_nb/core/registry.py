@@ -119,7 +119,7 @@ class Registry:
         self.clear()
 
     def clear(self):
-        "Removes all rows and callbacks; imported modules do not register again, so use a new `Registry` for isolation."
+        "Removes all rows and callbacks; imported modules do not register again."
         self.entries = {} # name -> `Entry`
         self.callbacks = [] # called with each `Entry`
         self._sources = None

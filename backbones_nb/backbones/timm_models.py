@@ -101,7 +101,7 @@ def _in_timms_order(sd, have):
     return {n:sd[o] for o,n in zip(old, new)}
 
 def _from_classifier(model, sd, body):
-    "The tensors of a whole timm model under the names of the backbone, and what timm does not know."
+    "The tensors of a timm model under the backbone's names, and what timm does not know."
     with torch.device('meta'): whole = timm.create_model(model).state_dict()
     if '_conv_stem.weight' in sd and model.startswith('tf_'): sd = _in_timms_order(sd, whole)
     res = {k:sd[n] for k in body if (n := classifier_key(k.removeprefix('body.'), whole)) in sd}
@@ -113,7 +113,8 @@ def file_records(self:TimmBackbone) -> list: # of `WeightRecord`s
     model = self.plan.name
     cfg = timm_config(model)
     convert = partial(_from_classifier, model, body=[*self.state_dict()])
-    return [WeightRecord(f'timm/{model}', '', 'timm', mean=tuple(cfg.mean), std=tuple(cfg.std), convert=convert)]
+    facts = dict(mean=tuple(cfg.mean), std=tuple(cfg.std), convert=convert)
+    return [WeightRecord(f'timm/{model}', '', 'timm', **facts)]
 
 # %% ../../nbs/backbones/16_timm.ipynb #8a86cb58
 for _name in timm.list_models() + timm.list_models(pretrained=True):

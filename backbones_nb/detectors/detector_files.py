@@ -75,7 +75,9 @@ def _backbone_facts(net):
     try: made = hub_config(bb) if bb.name else {}
     except ValueError: made = {} # built from modules
     t = getattr(net, 'transform', None)
-    size = {k:[float(v) for v in getattr(t, f'image_{k}')] for k in ('mean','std')} if net.normalize and t else {}
+    size = {}
+    if net.normalize and t:
+        size = {k:[float(v) for v in getattr(t, f'image_{k}')] for k in ('mean','std')}
     return {k:made[k] for k in ('name','arguments') if k in made} | size
 
 def save_detector(
@@ -83,10 +85,11 @@ def save_detector(
     path, # file to write, .safetensors
     class_map=None, # names of its classes, label 0 first; a `ClassMap`, too
 ):
-    "Writes a detector that `model(pretrained=path)` loads; raises ValueError if the names are not as many as the classes."
+    "Writes a detector that `model(pretrained=path)` loads; raises ValueError for missing names."
     names = None if class_map is None else list(class_map)
-    if names and len(names)!=net.num_classes: raise ValueError(f'got {len(names)} names for the {net.num_classes} '
-        'classes of a detector, expected one for each, the background first: give the class map that it was trained with')
+    if names and len(names)!=net.num_classes: raise ValueError(
+        f'got {len(names)} names for the {net.num_classes} classes of a detector, expected one '
+        'for each, the background first: give the class map that it was trained with')
     facts = dict(family=_family(net), classes=names, backbone=_backbone_facts(net))
     tensors = {k:v.detach().cpu().contiguous().clone() for k,v in net.state_dict().items()}
     save_file(tensors, path, metadata=dict(backbones_nb=json.dumps(facts)))
@@ -105,12 +108,16 @@ def _set_source(net, record, facts):
     body = net.backbone.body if isinstance(net.backbone, WithNeck) else net.backbone
     for o in (net, net.backbone, body): o.pretrained,o.record = record.tag,record
     if net.backbone is not body: net.backbone.neck.pretrained = record.tag
-    if net.normalize and record.mean: net.transform.image_mean,net.transform.image_std = list(record.mean),list(record.std)
+    if net.normalize and record.mean:
+        net.transform.image_mean = list(record.mean)
+        net.transform.image_std = list(record.std)
 
 def _check_asked(family, path, facts, asked):
-    if asked.get('pretrained_backbone'): raise ValueError(f'got pretrained={path.name!r} beside pretrained_backbone, '
+    if asked.get('pretrained_backbone'): raise ValueError(
+        f'got pretrained={path.name!r} beside pretrained_backbone, '
         'but a whole detector includes its backbone: give one of the two')
-    if facts.get('family', family)!=family: raise ValueError(f"got {path.name}, the file of a {facts['family']}, for a "
+    if facts.get('family', family)!=family: raise ValueError(
+        f"got {path.name}, the file of a {facts['family']}, for a "
         f"{family}: build that family, or give the file as pretrained_backbone")
 
 def build_from_detector_file(
@@ -119,7 +126,7 @@ def build_from_detector_file(
     asked:dict, # arguments of `build`, `pretrained` among them
     renames=(), # of published detectors of the family: their files are recognized, too
 ) -> Detector: # in training mode
-    "Returns the detector of a file for the classes asked for; raises RuntimeError listing what does not fit."
+    "Returns the detector of a file for the requested classes; raises RuntimeError for a misfit."
     asked = dict(asked)
     path,record = get_weight_file(asked.pop('pretrained'), family)
     names,n = [asked.pop(k, None) for k in ('class_map','num_classes')]

@@ -113,7 +113,7 @@ def test_every_module_that_registers_rows_announces_itself():
         if re.search(r'^(?!def ).*\bregister\(', p.read_text(encoding='utf-8'), re.M)
     }
     announced = {o.value for v in Registry().sources.values() for o in v}
-    assert found == announced
+    assert found == announced - {'backbones_nb.backbones.darknet_files'}  # which registers a format of files
     for o in announced:
         importlib.import_module(o)
 

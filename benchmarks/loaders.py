@@ -14,7 +14,7 @@ normalize; then once more with TrivialAugment and random erasing. Loader by load
    references/classification), all of them on the image, in the worker.
 
 A pass is timed from the call of `iter` to the end of its last batch, the start of the workers included, as every epoch
-of a training begins with it; nothing is copied to a device. The first pass of each loader is not counted: it fills the
+of a training run begins with it; nothing is copied to a device. The first pass of a loader is not counted: it fills the
 page cache. Which loader begins changes from round to round. Prints the medians of images a second and of the ratio to
 torchvision's pass of the same round; exits with 1 where a ratio of ours is below the target.
 `--clock cpu` counts processor time of the main process and of the workers together, which other processes on a busy

@@ -211,7 +211,7 @@ def cells_of(row):
 
 
 def showcase(nb):
-    "The last row of a training table that a page shows is not a failure: AP above 0.01."
+    "The last row of the table of a training run that a page shows is not a failure: AP above 0.01."
     for c in code_cells(nb):
         for o in shown_outputs(c):
             html = ''.join(o.get('data', {}).get('text/html', ''))

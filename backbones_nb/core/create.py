@@ -59,11 +59,12 @@ def register(
     """Registers a row and returns the function that builds it.
 
     Raises ValueError if another builder has the name."""
+    builder = getattr(build, '__name__', repr(build)) # a partial has no name
     entry = REGISTRY.add(Entry(name, build, config, variants or {}))
     def f(pretrained=False, strides=None, **overrides):
         return build_request(entry.resolve(dict(overrides, pretrained=pretrained, strides=strides)))
     f.__name__ = f.__qualname__ = name
-    f.__doc__ = f'Returns `create_backbone({name!r}, ...)`: {build.__name__} with {config}.'
+    f.__doc__ = f'Returns `create_backbone({name!r}, ...)`: {builder} with {config}.'
     return f
 
 # %% ../../nbs/core/03_create.ipynb #2bb6e397

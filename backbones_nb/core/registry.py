@@ -146,14 +146,24 @@ def discover(self:Registry, prefix:str=''):
     "Imports the modules that register the names with a prefix; without one, our own."
     for o in self.sources[prefix]: o.load()
 
+def _builder_name(f):
+    "The module and name of a builder; its repr where it has none, as a partial."
+    name = getattr(f, '__qualname__', None)
+    return f'{f.__module__}.{name}' if name else repr(f)
+
+def _same_builder(a, b):
+    "Whether two builders are one that is defined again: a reloaded module, or a cell of its notebook."
+    if a is b: return True
+    names = [getattr(o, '__qualname__', None) for o in (a, b)]
+    modules = {o.__module__ for o in (a, b)} - {'__main__'}
+    return None not in names and names[0]==names[1] and len(modules)<2
+
 @patch
 def add(self:Registry, entry:Entry) -> Entry:
     "Stores a row and tells the callbacks; raises ValueError if another builder has the name."
     old = self.entries.get(entry.name)
-    def spelled(o): return getattr(o.build, '__qualname__', o.build)
-    if old and spelled(old)!=spelled(entry): raise ValueError(
-        f'the name {entry.name!r} is taken by {old.build.__module__}.{old.build.__name__}: '
-        'choose another name')
+    if old and not _same_builder(old.build, entry.build): raise ValueError(
+        f'the name {entry.name!r} is taken by {_builder_name(old.build)}: choose another name')
     self.entries[entry.name] = entry
     for callback in self.callbacks: callback(entry)
     return entry

@@ -16,7 +16,7 @@ import numpy as np
 
 from .coco import (coco_box, coco_images, coco_path, entry_file, entry_id, entry_size,
                                     placeholders, read_coco, unused_parents)
-from .formats import drop_root, find_format, find_splits, formats
+from .formats import find_format, find_splits, formats
 from .pets import instances_of, mask_boxes, read_list, read_trimap, species
 from .problems import (Annotation, ImageEntry, Problem, box_overlap, mask_problems,
                                         size_text)
@@ -70,11 +70,11 @@ def _twice(ids, what):
 def _category_names(data):
     "Returns id -> name of a COCO file, and problems."
     names,dead = {},unused_parents(data)
-    problems = [Problem('parent class', o) for o in dead]
+    problems = [Problem('parent class', o) for o in dead.values()]
     for k,c in enumerate(data['categories']):
         if entry_id(c) is None or not isinstance(c.get('name'), str):
             problems.append(Problem('broken entry', f'categories[{k}]', 'without id or name'))
-        elif c['name'].strip() not in (*placeholders, *dead): # as readers do
+        elif c['name'].strip() not in placeholders and entry_id(c) not in dead: # as readers do
             names.setdefault(entry_id(c), c['name'].strip())
     ids = [i for i in map(entry_id, data['categories']) if i is not None]
     return names,problems + _twice(ids, 'category')
@@ -110,7 +110,7 @@ def _coco_entry(img, folder, anns, names, min_iou):
 
 def _from_coco(json, images, min_iou):
     "Returns (title, entries, class names, problems) of a COCO file."
-    data = drop_root(read_coco(json))
+    data = read_coco(json)
     folder = Path(images) if images else coco_images(json, data)
     names,problems = _category_names(data)
     anns,more = _annotations(data, {i for i in map(entry_id, data['images']) if i is not None})

@@ -98,12 +98,12 @@ placeholders = ('background','_background_','__background__','__ignore__') # too
 
 def unused_parents(
     data:Mapping, # content of a COCO file
-) -> list: # names
+) -> dict: # id -> name
     "Returns categories without an object that others name as their supercategory, as Roboflow writes them."
     cats = [c for c in data['categories'] if isinstance(c, Mapping) and isinstance(c.get('name'), str)]
     used = {entry_id(a, 'category_id') for a in data['annotations']}
     above = [c.get('supercategory') for c in cats if c.get('supercategory')!=c['name']]
-    return [c['name'].strip() for c in cats if c['name'] in above and entry_id(c) not in used]
+    return {entry_id(c):c['name'].strip() for c in cats if c['name'] in above and entry_id(c) not in used}
 
 def _names(data):
     "Returns id -> name of all categories but the background."
@@ -112,7 +112,7 @@ def _names(data):
             'expected one with an id and a name: fix the file')
     names = {entry_id(c):c['name'].strip() for c in data['categories']}
     dead = unused_parents(data)
-    return {i:n for i,n in names.items() if n not in placeholders and n not in dead}
+    return {i:n for i,n in names.items() if n not in placeholders and i not in dead}
 
 def coco_categories(
     json, # as for `read_coco`
@@ -212,7 +212,7 @@ def coco_records(
     for a in data['annotations']: anns[entry_id(a, 'image_id')].append(a)
     title = 'the dict' if isinstance(json, Mapping) else json
     refuse_relative(_all_boxes(data), title)
-    for o in unused_parents(data): report.note(o, 'category without objects above others, left out')
+    for o in unused_parents(data).values(): report.note(o, 'category without objects above others, left out')
     res,seen = [],set()
     for img in data['images']:
         got = _coco_file(img, folder, seen, report)

@@ -105,15 +105,15 @@ def test_arguments_without_a_form_are_kept_as_text():
 
 
 def test_every_module_that_registers_rows_announces_itself():
-    "The modules with a call of `register` are those of the entry points."
+    "The modules that register rows, or a format of files, are those of the entry points."
     found = {
         '.'.join(p.relative_to(package.parent).with_suffix('').parts)
         for o in ('backbones', 'necks')
         for p in (package / o).glob('*.py')
-        if re.search(r'^(?!def ).*\bregister\(', p.read_text(encoding='utf-8'), re.M)
+        if re.search(r'^(?!def ).*\b(register|add_native_format)\(', p.read_text(encoding='utf-8'), re.M)
     }
     announced = {o.value for v in Registry().sources.values() for o in v}
-    assert found == announced - {'backbones_nb.backbones.darknet_files'}  # which registers a format of files
+    assert found == announced
     for o in announced:
         importlib.import_module(o)
 

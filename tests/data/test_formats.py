@@ -10,10 +10,10 @@ from PIL import Image
 
 from backbones_nb.cli.cli import main
 from backbones_nb.data.check import check_data
+from backbones_nb.data.coco import coco_categories
 from backbones_nb.data.formats import (
     Format,
     Formats,
-    drop_root,
     find_format,
     find_splits,
     formats,
@@ -266,7 +266,14 @@ def test_roboflow_coco_root_is_no_class(tmp_path):
     assert classes.names[1:] == ['RBC', 'WBC'] and parts['train'][0].labels.tolist() == [1]
     assert list(check_data(tmp_path).classes) == ['RBC', 'WBC']
     ann['category_id'] = 0  # then it is one
-    assert len(drop_root(data)['categories']) == 3
+    assert list(coco_categories(data)) == ['cells', 'RBC', 'WBC']
+    data['categories'] = [
+        dict(id=0, name='cat'),
+        dict(id=1, name='cat', supercategory='cat'),
+        dict(id=2, name='dog', supercategory='cat'),
+    ]
+    ann['category_id'] = 1  # an unused parent has the name of a class that is used
+    assert coco_categories(data) == dict(cat=1, dog=2)
 
 
 def test_voc_of_roboflow_and_devkit(tmp_path, boxed):

@@ -228,3 +228,20 @@ def test_arguments_without_names_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match='got a Many .*register a function'):
         Many(4, 5).save_pretrained(tmp_path / 'm')
     assert not (tmp_path / 'm').exists()
+
+
+def test_a_name_belongs_to_one_builder():
+    "A class of the same name in another module is another builder; the same class defined again replaces the row."
+
+    def named(module):
+        return type('Net', (), dict(__module__=module))
+
+    registry = Registry()
+    registry.add(Entry('net', named('ours.nets'), {}))
+    for same in ('ours.nets', '__main__'):
+        registry.add(Entry('net', named(same), dict(depth=1)))
+    registry.add(Entry('net', named('ours.nets'), {}))
+    with pytest.raises(ValueError, match="the name 'net' is taken by ours.nets.Net: choose another name"):
+        registry.add(Entry('net', named('theirs'), {}))
+    with pytest.raises(ValueError, match="the name 'net' is taken by ours.nets.Net"):
+        registry.add(Entry('net', partial(named('ours.nets')), {}))

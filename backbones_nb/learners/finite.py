@@ -17,6 +17,10 @@ from ..data.ready import file_name
 # %% ../../nbs/learners/154_finite.ipynb #a4c9d035
 class NonFiniteLoss(RuntimeError):
     "The loss or the gradient of a training step is NaN or infinite."
+    def __init__(self, text):
+        super().__init__(text)
+        self.text = text
+    def __str__(self): return self.text # fastai puts the event before it
 
 def batch_files(
     learn, # a `DetectionLearner` within a batch
@@ -34,14 +38,14 @@ class FiniteLoss(Callback):
 
     def before_batch(self):
         if not self.training: return
-        self.buffers = [o for o in get_model(self.learn.model).buffers() if o.is_floating_point()]
-        self.kept = [o.clone() for o in self.buffers]
+        self.stats = [o for o in get_model(self.learn.model).buffers() if o.is_floating_point()]
+        self.before = [o.clone() for o in self.stats]
 
     def after_loss(self):
         if not len(self.yb) or hasattr(self.learn, 'lr_finder') or self.loss.isfinite().all(): return
         parts = self.learn.loss_parts or {}
         odd = [f'{k}={float(v.mean()):g}' for k,v in parts.items() if not v.isfinite().all()]
-        self.stop(f"the loss is {float(self.loss.mean()):g}" + f" ({', '.join(odd)})"*bool(odd))
+        self.stop(f"the loss is {float(self.loss.detach().mean()):g}" + f" ({', '.join(odd)})"*bool(odd))
 
     def before_step(self):
         grads = [p.grad.detach().abs().max() for p in self.learn.model.parameters() if p.grad is not None]
@@ -51,7 +55,7 @@ class FiniteLoss(Callback):
     def stop(self, what):
         "Puts the statistics of batch norm back, and raises NonFiniteLoss."
         if self.training:
-            for o,kept in zip(self.buffers, self.kept): o.copy_(kept)
+            for o,kept in zip(self.stats, self.before): o.copy_(kept)
         where = 'step' if self.training else 'validation after step'
         files = batch_files(self.learn)
         lr = self.learn.opt.hypers[-1]['lr'] if self.learn.opt else None

@@ -27,6 +27,7 @@ from fastai.torch_core import set_seed
 
 from ..analysis.boxes import draw_boxes, show_side_by_side
 from ..core.create import create_backbone
+from ..core.errors import reason
 from ..data.batches import detection_dls
 from ..data.images import load_image
 from ..data.ready import shared_images, small_objects, usable_images
@@ -209,14 +210,16 @@ def finetune(
 def load_run(
     run, # folder of a run, or its learner.pkl
 ): # a `DetectionLearner`, on the CPU
-    "Returns the trained learner of a run; raises FileNotFoundError if there is none."
+    "Returns the trained learner of a run; raises FileNotFoundError or ValueError for a file that is missing or damaged."
     run = Path(run)
     f = run/'learner.pkl' if run.is_dir() else run
     if not f.exists(): raise FileNotFoundError(
         f'got run={str(run)!r}, but {f} does not exist: give the folder of a finished run')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        return load_learner(f)
+        try: return load_learner(f)
+        except Exception as e: raise ValueError(f'got run={str(run)!r}, but {f} is not a learner that this installation '
+            f'can read ({reason(e)}): copy the file again, or train again with the versions installed here') from e
 
 def _print_detections(f, found):
     print(f'{f}:' + (' nothing found' if not found else ''))

@@ -59,6 +59,7 @@ class DetectionDL(DataLoader):
     "fastai's `DataLoader` of a `DetectionDataset`: batches of an image tensor and target dicts."
     n_inp = 1
     rank,world_size,equal = 0,1,False # set by `for_process`
+    start = 0 # batches that the next pass leaves out, set by `set_epoch`
     def __init__(self,
         dataset, # a `DetectionDataset`
         bs:int=16,
@@ -130,13 +131,31 @@ def positions(self:DetectionDL) -> np.ndarray: # ints
 @patch
 def get_idxs(self:DetectionDL):
     idxs = super(DetectionDL, self).get_idxs()
-    return idxs if self.world_size==1 else [idxs[i] for i in self.positions()]
+    if self.world_size>1: idxs = [idxs[i] for i in self.positions()]
+    start,self.start = self.start,0
+    return idxs[start*self.bs:] if start else idxs
 
 @patch
 def __len__(self:DetectionDL):
     if self.world_size==1: return super(DetectionDL, self).__len__()
     n = len(self.positions())
     return n//self.bs if self.drop_last else -(-n//self.bs)
+
+# %% ../../nbs/data/43_batches.ipynb #2f285a6b
+@patch
+def set_epoch(self:DetectionDL,
+    epoch:int, # number of the next pass, from 0
+    start:int=0, # batches to leave out at its beginning
+):
+    "Decides which pass comes next, as if all before it had been read; raises ValueError without a seed."
+    if self.seed is None: raise ValueError('got a loader without a seed, whose passes cannot be '
+        'repeated: make it with detection_dls(..., seed=0)')
+    if epoch!=self.epoch:
+        self.rng.seed(self.seed)
+        for _ in range(epoch):
+            self.randomize()
+            super(DetectionDL, self).get_idxs()
+    self.epoch,self.start = epoch,start
 
 # %% ../../nbs/data/43_batches.ipynb #9dcc3ba5
 @patch

@@ -27,9 +27,9 @@ from ..core.contexts import write_whole
 from ..core.create import create_backbone
 from ..detectors.detector import mean_std
 from .batches import folder_dls
-from .checkpoints import Checkpoint
+from ..learners.checkpoint import Checkpoint
 from .classifier import backbone_learner
-from .ema import ModelEMA, find_ema
+from ..learners.ema import ModelEMA, find_ema
 from .recipe import (Recipe, recipe as find_recipe, recipe_args,
                                           recipe_cbs, recipe_tfms)
 from .shard_batches import ShardDL, shard_dls

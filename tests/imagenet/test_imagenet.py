@@ -29,7 +29,6 @@ from backbones_nb.imagenet.folders import prepare_val, scan_classes, synset_name
 from backbones_nb.imagenet.toy import toy_imagenet
 from backbones_nb.data.records import load_image
 from backbones_nb.imagenet.shards import write_shards
-from backbones_nb.imagenet import checkpoints
 from backbones_nb.imagenet.train import train_imagenet, TrainConfig
 from backbones_nb.imagenet.evaluate import (
     class_numbers,
@@ -39,6 +38,7 @@ from backbones_nb.imagenet.evaluate import (
     interpolation,
     published_classifier,
 )
+from backbones_nb.learners import checkpoint
 from tools.proc import kill_group, run
 
 torch.set_num_threads(1)
@@ -148,7 +148,7 @@ def life(data, out, kw, torn):
             os.killpg(0, signal.SIGKILL)
 
         if torn:
-            checkpoints.torch.save = deadly
+            checkpoint.torch.save = deadly
         train_imagenet(data, out, **kw)
 
     p = multiprocessing.get_context('fork').Process(target=lead)
@@ -231,7 +231,7 @@ def test_results(data, tmp_path):
 script = '''
 import sys, torch, os
 from fastai.callback.core import Callback
-from backbones_nb.imagenet.ema import find_ema
+from backbones_nb.learners.ema import find_ema
 from backbones_nb.imagenet.train import train_imagenet
 torch.set_num_threads(1)
 data,out = sys.argv[1:]

@@ -70,7 +70,7 @@ def _tensorboard(out, config):
 
 # %% ../../nbs/learners/158_logs.ipynb #54021e27
 class TrackerLog(Callback):
-    "Sends the numbers of each epoch to a tracker of accelerate, from the start of a run to its end."
+    "Sends the numbers of each epoch of a run to a tracker of accelerate."
     order = 92 # after the table
     def __init__(self,
         tracker, # one of `accelerate.tracking`
@@ -89,7 +89,7 @@ class TrackerLog(Callback):
         row = zip(list(rec.metric_names)[1:-1], rec.values[-1])
         self.tracker.log({k:float(v) for k,v in row if v is not None}, step=self.epoch)
 
-    def __getstate__(self): return vars(self) | dict(tracker=None) # an exported learner logs nothing
+    def __getstate__(self): return vars(self) | dict(tracker=None) # not exported
 
 # %% ../../nbs/learners/158_logs.ipynb #bc1a7d06
 def _tracker(name, make):

@@ -11,13 +11,18 @@ __all__ = ['cpu_preset', 'detectors', 'log_names', 'presets', 'get_detector', 'R
 # %% ../../nbs/learners/102_run.ipynb #1f2935b7
 import os
 import platform
+import re
+from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple, get_args
 
+from fastcore.docments import ann_parts
 from fastcore.meta import delegates
 
 # %% ../../nbs/learners/102_run.ipynb #9faa4748
@@ -38,10 +43,58 @@ def get_detector(
     if name not in detectors: raise ValueError(f"got detector={name!r}, expected one of {', '.join(detectors)}")
     return import_module(f'backbones_nb.detectors.{name}').model
 
+# %% ../../nbs/learners/102_run.ipynb #e34cdad0
+class _Range(NamedTuple):
+    "Allows the numbers from `low` to `high`; `inner` leaves out both ends."
+    low:float
+    high:float=float('inf')
+    inner:bool=False
+
+    def allows(self, v): return self.low<v<self.high if self.inner else self.low<=v<=self.high
+    def __str__(self):
+        if self.high==float('inf'): return f"a number above {self.low}" if self.inner else f'at least {self.low}'
+        return f"a number {'between' if self.inner else 'from'} {self.low} {'and' if self.inner else 'to'} {self.high}"
+
+class _Match(NamedTuple):
+    "Allows the strings that match a pattern."
+    pattern:str
+    what:str # what it allows, in words
+
+    def allows(self, v): return bool(re.fullmatch(self.pattern, str(v)))
+    def __str__(self): return self.what
+
+_kinds = {bool: (bool, 'True or False'), int: (Integral, 'an integer'), float: (Real, 'a number'),
+          str: ((str, os.PathLike), 'a string'), dict: (Mapping, 'a dict')} # type of an option -> (what is taken, in words)
+
+def _expected(v, kind, rules, extra):
+    "Returns what an option accepts, in words, if it does not accept `v`; otherwise None."
+    taken,words = _kinds[kind]
+    if not isinstance(v, taken) or isinstance(v, bool) and kind is not bool:
+        return f'{words}, True or False' if 'const' in extra else words
+    if v not in extra.get('choices', (v,)): return f"one of {', '.join(map(repr, extra['choices']))}"
+    return next((str(o) for o in rules if not o.allows(v)), None)
+
+def _check_option(name, v, hint, default):
+    "Raises ValueError for a value that the option does not accept."
+    kind,meta = ann_parts(hint)
+    extra = next((o for o in meta if isinstance(o, dict)), {})
+    rules = [o for o in meta if not isinstance(o, dict)]
+    kind,*more = get_args(kind) or (kind,)
+    if v is None and (default is None or more) or isinstance(v, bool) and 'const' in extra: return
+    n = extra.get('nargs') if isinstance(extra.get('nargs'), int) else 0
+    parts = v if n and isinstance(v, (list,tuple)) else [v]
+    bad = next((o for p in parts if (o := _expected(p, kind, rules, extra))), None)
+    if len(parts)!=(n or 1): bad = f'{n} numbers'
+    if n and not bad and list(parts)!=sorted(parts): bad = 'the lower number first'
+    if bad: raise ValueError(f'got {name}={v!r}, expected {bad}')
+
 # %% ../../nbs/learners/102_run.ipynb #7cf043aa
+_picture = _Match(r'[^/\\]+\.(png|jpg|jpeg|svg|pdf)',
+                  'a file name without a folder that ends in .png, .jpg, .svg or .pdf')
+
 @dataclass(frozen=True)
 class RunConfig:
-    "Every option of a run that trains a detector and evaluates it."
+    "Every option of a run that trains a detector; raises ValueError for a wrong value."
     # toy pets, Oxford-IIIT Pets, or a file or folder: COCO, VOC, YOLO, LabelMe, VIA, CVAT, CSV, ...
     data:Annotated[str, dict(metavar='toy|pets|PATH')]='toy'
     valid:Annotated[str, dict(metavar='PATH')]=None # other data to measure on, of any format
@@ -49,24 +102,26 @@ class RunConfig:
     images:Annotated[str, dict(metavar='DIR')]=None
     boxes:Annotated[str, dict(choices=('body','head'))]='body' # Pets only: what to box
     classes:Annotated[str, dict(choices=('species','breed'))]='species' # Pets only: the classes
-    valid_pct:float=0.2 # share of the images held out, where the data have no split
-    toy_images:int=800 # how many toy pets to draw
-    size:int=256 # side of the images in a batch, px
-    bs:int=8 # images per batch
-    workers:int=0 # processes that load images
+    # share of the images held out, where the data have no split
+    valid_pct:Annotated[float, _Range(0, 1, inner=True)]=0.2
+    toy_images:Annotated[int, _Range(1)]=800 # how many toy pets to draw
+    size:Annotated[int, _Range(32)]=256 # side of the images in a batch, px
+    bs:Annotated[int, _Range(1)]=8 # images per batch
+    workers:Annotated[int, _Range(0)]=0 # processes that load images
     # images that cannot be decoded: an error before training, left out, or read as far as they go
     broken:Annotated[str, dict(choices=('stop','skip','read'))]='stop'
     cache:bool=False # keep decoded images in memory
     # flip, zoom, shift and recolor training images; --no-augment takes them as they are
     augment:bool=True
     # range of the zoom of training images; 1 1 in short runs
-    zoom:Annotated[float, dict(nargs=2, metavar=('LOW','HIGH'))]=(0.7,1.4)
-    color:float=0.25 # strength of the changes of brightness, contrast and saturation
+    zoom:Annotated[float, dict(nargs=2, metavar=('LOW','HIGH')), _Range(0, inner=True)]=(0.7,1.4)
+    # strength of the changes of brightness, contrast and saturation
+    color:Annotated[float, _Range(0, 1)]=0.25
     detector:Annotated[str, dict(choices=detectors)]='faster_rcnn' # family of the detector
     # what trains: fastai with our detectors, or another one that is installed, such as icevision
     engine:str='fastai'
     # a name of 'backbones-nb list'; None ('own' on the command line): the detector's own
-    backbone:Annotated[str, dict(metavar='NAME')]='vovnet39'
+    backbone:Annotated[str|None, dict(metavar='NAME')]='vovnet39'
     # weights of the backbone: True is the best with a stated license; or a tag; or a path or URL
     pretrained:Annotated[str, dict(metavar='TAG|FILE', nargs='?', const=True)]=False
     # weights of the whole detector, such as 'coco', or a file such as a run's detector.safetensors
@@ -74,34 +129,40 @@ class RunConfig:
     backbone_args:dict=None # more arguments of the backbone, for `create_backbone`
     model_args:dict=None # more arguments of the detector's `model`
     cpu_preset:bool=False # narrow neck and heads, few samples: for small images on a CPU
-    epochs:int=20 # passes over the training images
-    lr:float=1e-3 # peak learning rate
-    wd:float=0.01 # weight decay
+    epochs:Annotated[int, _Range(1)]=20 # passes over the training images
+    lr:Annotated[float, _Range(0, inner=True)]=1e-3 # peak learning rate
+    wd:Annotated[float, _Range(0)]=0.01 # weight decay
     loss_weights:dict=None # name of a loss -> factor
     bf16:bool=False # train in bfloat16 mixed precision
-    accumulate:int=1 # batches per step of the optimizer
-    ema:float=0 # decay of an average of the weights that is validated and kept instead, such as 0.999; 0: none
+    accumulate:Annotated[int, _Range(1)]=1 # batches per step of the optimizer
+    # decay of an average of the weights that is validated and kept instead, such as 0.999; 0: none
+    ema:Annotated[float, _Range(0, 0.999999)]=0.
     # compute the backbone's maps a second time in the backward pass: slower, with less memory
     checkpoint_backbone:bool=False
-    # show images of classes that fewer than this share of the images have more often; 0: each once
-    repeat_thr:float=0
-    patience:int=0 # stop after so many epochs without a better AP; 0: never
-    device:str=None # where to compute, such as cpu or cuda:1; default: the GPU of this process, if there is one
+    # show images of classes that fewer than this share of the images have more often; 0: once
+    repeat_thr:Annotated[float, _Range(0, 1)]=0.
+    # stop after so many epochs without a better AP; 0: never
+    patience:Annotated[int, _Range(0)]=0
+    # where to compute, such as cpu or cuda:1; default: the GPU of this process, if there is one
+    device:Annotated[str, dict(metavar='NAME')]=None
     validate:bool=True # evaluate after each epoch; --no-validate evaluates only after training
-    seed:int=42 # random seed for the split, weights, order and augmentation
+    # random seed for the split, weights, order and augmentation
+    seed:Annotated[int, _Range(0, 2**32-1)]=42
     out:Annotated[str, dict(metavar='DIR')]='runs/finetune' # output folder
-    picture:Annotated[str, dict(metavar='NAME')]='predictions.png' # name of the picture
+    # name of the picture: a .png, .jpg, .svg or .pdf file in the output folder
+    picture:Annotated[str, dict(metavar='NAME'), _picture]='predictions.png'
     # where losses and metrics are logged, beside history.csv
     log:Annotated[str, dict(choices=log_names)]='csv'
-    checkpoint_every:int=500 # batches between checkpoints, besides the one after each epoch
+    # batches between checkpoints, besides the one after each epoch
+    checkpoint_every:Annotated[int, _Range(1)]=500
     resume:bool=False # continue an interrupted run in the same folder, or begin it
     force:bool=False # overwrite an older run in the same folder
 
     def __post_init__(self):
-        for k,least in dict(bs=1, workers=0, epochs=1, size=32, toy_images=1, accumulate=1, patience=0,
-                            checkpoint_every=1).items():
-            if (v := getattr(self, k))<least:
-                raise ValueError(f'got {k}={v}, expected at least {least}')
+        for f in fields(self):
+            v = getattr(self, f.name)
+            _check_option(f.name, v, f.type, f.default)
+            object.__setattr__(self, f.name, deepcopy(v)) # a change leaves the presets alone
 
     @property
     def detector_args(self):

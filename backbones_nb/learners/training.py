@@ -38,7 +38,7 @@ def save_weights(learn, path):
     m = get_model(learn.model)
     with write_whole(path) as part:
         if isinstance(m, Detector): save_detector(m, part, learn.dls.class_map)
-        else: save_file({k:v.detach().cpu().contiguous().clone() for k,v in m.state_dict().items()}, part)
+        else: save_file({k:v.cpu().contiguous().clone() for k,v in m.state_dict().items()}, part)
 
 def export_run(
     learn, # a `DetectionLearner`
@@ -50,7 +50,7 @@ def export_run(
 
 # %% ../../nbs/learners/159_training.ipynb #55ede04f
 class KeepBest(Callback):
-    "Writes the weights of each epoch, keeps those of the best one, and stops where nothing gets better."
+    "Writes the weights of each epoch, keeps the best ones, and stops where nothing gets better."
     order = 80 # after the recorder, before the checkpoint
     def __init__(self,
         out, # folder for detector.safetensors and best.safetensors
@@ -61,10 +61,11 @@ class KeepBest(Callback):
         self.best,self.at,self.epochs,self.trained = None,None,0,False
 
     def state_dict(self): return dict(best=self.best, at=self.at, epochs=self.epochs)
-    def load_state_dict(self, state): self.best,self.at,self.epochs = (state[k] for k in ('best','at','epochs'))
+    def load_state_dict(self, state): vars(self).update(state)
 
     def before_train(self):
-        if self.patience and self.at is not None and self.epochs-self.at>=self.patience: raise CancelFitException()
+        if self.patience and self.at and self.epochs-self.at>=self.patience:
+            raise CancelFitException()
         self.trained = True
 
     def after_epoch(self):
@@ -142,17 +143,20 @@ def train_run(
     out, # its folder
     facts:dict, # what identifies the run, for its checkpoint
 ) -> dict: # times, in seconds; and the best epoch
-    "Trains, resuming from a checkpoint in the folder; raises KeyboardInterrupt and NonFiniteLoss after a rescue."
+    "Trains, resuming from a checkpoint in the folder; an interruption is raised after a rescue."
     own = isinstance(learn, DetectionLearner)
-    cbs = run_callbacks(config, out, facts) if own else loggers(config.log, out, facts) + no_validation(config)
+    if own: cbs = run_callbacks(config, out, facts)
+    else: cbs = loggers(config.log, out, facts) + no_validation(config)
     start,cpu = time.time(),time.process_time()
     try:
         with learn.distrib_ctx() if own else nullcontext(): _fit(learn, config, cbs)
     except KeyboardInterrupt:
-        if own: print(f'stopped: {_rescue(learn, out)}; continue with\n  {resume_command(out)}', flush=True)
+        if own: print(f'stopped: {_rescue(learn, out)}; continue with', flush=True)
+        if own: print(f'  {resume_command(out)}', flush=True)
         raise
     except NonFiniteLoss as e: raise NonFiniteLoss(f'{e}; {_rescue(learn, out)}') from None
-    res = dict(train_seconds=round(time.time()-start, 1), train_cpu_seconds=round(time.process_time()-cpu, 1))
+    res = dict(train_seconds=round(time.time()-start, 1),
+               train_cpu_seconds=round(time.process_time()-cpu, 1))
     if not own: return res
     saver,best = (next(o for o in cbs if isinstance(o, k)) for k in (Checkpoint, KeepBest))
     res['train_seconds'] = round(saver.seconds, 1) # of all sessions

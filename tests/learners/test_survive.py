@@ -19,7 +19,6 @@ from backbones_nb.data.coco import to_coco
 from backbones_nb.learners import checkpoint, finetune as module, training
 from backbones_nb.learners.finetune import finetune, load_run, predict
 from backbones_nb.learners.finite import NonFiniteLoss
-from backbones_nb.learners.run import RunConfig
 from tools.proc import kill_group
 
 torch.set_num_threads(1)
@@ -34,25 +33,30 @@ def coco(tmp_path_factory):
 
 
 def options(coco, out, **kw):
-    return dict(
-        data=str(coco),
-        images=str(coco.parent),
-        out=str(out),
-        detector='retinanet',
-        backbone='timm/test_resnet',
-        size=64,
-        bs=2,
-        epochs=2,
-        lr=2e-3,
-        checkpoint_every=1,
-        model_args=dict(neck_channels=8, score_thresh=0.0, topk_candidates=20, detections_per_img=5),
-    ) | kw
+    return (
+        dict(
+            data=str(coco),
+            images=str(coco.parent),
+            out=str(out),
+            detector='retinanet',
+            backbone='timm/test_resnet',
+            size=64,
+            bs=2,
+            epochs=2,
+            lr=2e-3,
+            checkpoint_every=1,
+            model_args=dict(neck_channels=8, score_thresh=0.0, topk_candidates=20, detections_per_img=5),
+        )
+        | kw
+    )
 
 
 def results(out):
     res = json.loads((out / 'metrics.json').read_text())
     weights = {k: (out / f'{k}.safetensors').read_bytes() for k in ('detector', 'best')}
-    return weights | {k: res[k] for k in ('metrics', 'mean_box', 'best')} | dict(history=(out / 'history.csv').read_text())
+    return (
+        weights | {k: res[k] for k in ('metrics', 'mean_box', 'best')} | dict(history=(out / 'history.csv').read_text())
+    )
 
 
 def position(out):
@@ -256,11 +260,11 @@ def test_an_error_after_training_costs_no_weights(coco, tmp_path, monkeypatch, c
         raise RuntimeError('no ink')
 
     kw = options(coco, tmp_path / 'run', epochs=1)
-    monkeypatch.setattr(module, 'evaluate_run', broken)
+    monkeypatch.setattr(module, '_evaluate_run', broken)
     assert main(command(kw)) == 1 and 'no ink' in capsys.readouterr().err
     assert load_run(tmp_path / 'run') and (tmp_path / 'run' / 'detector.safetensors').exists()
     monkeypatch.undo()
-    monkeypatch.setattr(module, 'save_picture', broken)
+    monkeypatch.setattr(module, '_save_picture', broken)
     assert main([*command(kw), '--resume']) == 1 and (tmp_path / 'run' / 'metrics.json').exists()
     monkeypatch.undo()
     assert main([*command(kw), '--resume']) == 0

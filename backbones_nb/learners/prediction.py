@@ -98,13 +98,18 @@ class PredictionMixin:
                 raise ValueError(f'got size={size} and a list of batches, whose size is fixed: '
                                  'give a loader')
             return dl
-        kw = dict(shuffle=shuffle, tfm=None) if dl is None else {}
+        given = dl is not None
+        kw = {} if given else dict(shuffle=shuffle, tfm=None)
         if dl is None: dl = self.dls[ds_idx]
         elif dl.shuffle and reorder: kw = dict(shuffle=False)
         if size is not None and hw(size)!=dl.size:
             _check_size(self.model, size)
             kw['size'] = size
-        return dl.new(drop_last=False, **kw) if kw or dl.drop_last or dl.world_size>1 else dl
+        share = (dl.rank,dl.world_size) if given else (0,1)
+        if not (kw or dl.drop_last or dl.world_size>share[1]): return dl
+        res = dl.new(drop_last=False, **kw)
+        if hasattr(res, 'for_process'): res.for_process(*share)
+        return res
 
     def gather_detections(self, dl, finish, with_input=False, with_loss=False, inner=False,
                           cbs=None):

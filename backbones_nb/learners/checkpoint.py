@@ -178,8 +178,8 @@ def _check_values(state):
     "Raises an exception for a state that no run has."
     now = _rng_state()
     try:
-        for o in state['rng']: set_rng_state(o)
-    finally: set_rng_state(now)
+        for o in state['rng']: _set_rng_state(o)
+    finally: _set_rng_state(now)
     if not (0<=state['epoch']<=state['n_epoch'] and 0<=state['batch']<state['n_iter'] and state['fit']>=0
             and state['model'] and all_finite(state['model'])): raise ValueError
 

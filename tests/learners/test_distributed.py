@@ -102,7 +102,13 @@ def measure(folder):
     with learn.distrib_ctx():
         own, train = learn.validate(), learn.validate(0)
         preds, _ = learn.get_preds()
+    shares = []
+    for i in (0, 1):
+        dl = learn.dls.valid.new(bs=3)
+        dl.for_process(i, 2)
+        shares.append([len(learn.get_preds(dl=dl)[0]), learn.evaluate(dl=dl)['AP']])
     return dict(
+        shares=shares,
         valid=[float(o) for o in own],
         train=[float(o) for o in train],
         preds=len(preds),
@@ -268,6 +274,9 @@ def test_every_image_is_measured_once(two):
     assert 0.05 < one['valid'][-1] < 0.95 and 0.05 < one['valid'][-2] < 0.95, 'AP would show nothing'
     for k in ('valid', 'train', 'again'):
         assert a['measured'][k] == pytest.approx(one[k], rel=1e-6), k
+    for o in (one, a['measured']):  # a loader that was given keeps its share
+        (n, ap), (m, other) = o['shares']
+        assert (n, m) == (4, 3) and len({ap, other, one['valid'][-3]}) == 3
 
 
 def test_classes_as_one_process(two):

@@ -17,6 +17,10 @@ from ..data.ready import file_name
 # %% ../../nbs/learners/154_finite.ipynb #a4c9d035
 class NonFiniteLoss(RuntimeError):
     "The loss or the gradient of a training step is NaN or infinite."
+    def __init__(self, text):
+        super().__init__(text)
+        self.text = text
+    def __str__(self): return self.text # fastai puts the event before it
 
 def batch_files(
     learn, # a `DetectionLearner` within a batch
@@ -34,27 +38,31 @@ class FiniteLoss(Callback):
 
     def before_batch(self):
         if not self.training: return
-        self.buffers = [o for o in get_model(self.learn.model).buffers() if o.is_floating_point()]
-        self.kept = [o.clone() for o in self.buffers]
+        self.stats = [o for o in get_model(self.learn.model).buffers() if o.is_floating_point()]
+        self.before = [o.clone() for o in self.stats]
 
     def after_loss(self):
-        if not len(self.yb) or hasattr(self.learn, 'lr_finder') or self.loss.isfinite().all(): return
+        if not len(self.yb) or hasattr(self.learn, 'lr_finder'): return
+        if self.loss.isfinite().all(): return
         parts = self.learn.loss_parts or {}
         odd = [f'{k}={float(v.mean()):g}' for k,v in parts.items() if not v.isfinite().all()]
-        self.stop(f"the loss is {float(self.loss.mean()):g}" + f" ({', '.join(odd)})"*bool(odd))
+        loss = float(self.loss.detach().mean())
+        self.stop(f'the loss is {loss:g}' + f" ({', '.join(odd)})"*bool(odd))
 
     def before_step(self):
-        grads = [p.grad.detach().abs().max() for p in self.learn.model.parameters() if p.grad is not None]
-        if not grads or torch.stack(grads).isfinite().all(): return
+        grads = [p.grad for p in self.learn.model.parameters() if p.grad is not None]
+        if not grads or torch.stack([o.abs().max() for o in grads]).isfinite().all(): return
         self.stop('a gradient is not finite')
 
     def stop(self, what):
         "Puts the statistics of batch norm back, and raises NonFiniteLoss."
         if self.training:
-            for o,kept in zip(self.buffers, self.kept): o.copy_(kept)
+            for o,kept in zip(self.stats, self.before): o.copy_(kept)
         where = 'step' if self.training else 'validation after step'
         files = batch_files(self.learn)
         lr = self.learn.opt.hypers[-1]['lr'] if self.learn.opt else None
-        raise NonFiniteLoss(f'{what} in {where} {self.train_iter+self.training} (epoch {self.epoch}, '
-            f"batch {self.iter+1} of {self.n_iter}), in the images {', '.join(files) or '?'}: look at them with "
-            f'backbones-nb check, or lower the learning rate ({lr:.2g} at this step)')
+        at = f'epoch {self.epoch}, batch {self.iter+1} of {self.n_iter}'
+        raise NonFiniteLoss(
+            f"{what} in {where} {self.train_iter+self.training} ({at}), in the images "
+            f"{', '.join(files) or '?'}: look at them with backbones-nb check, or lower the "
+            f'learning rate ({lr:.2g} at this step)')

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..analysis.boxes import show_side_by_side
 from ..core.contexts import fixed_rng
+from .original import keep_original
 from .ready import small_objects
 from .transforms import ToBatch, as_tv, default_augment, hw, open_image
 
@@ -96,7 +97,8 @@ def create_item(self:DetectionDL,
 ) -> tuple: # image and target, or the image alone
     "Returns one item, augmented; with a seed, the same for the same seed, epoch and item."
     item = self.dataset[i or 0]
-    if self.tfm is None or len(item)==1: return self.to_batch(*item)
+    if len(item)==1: return self.to_batch(*item)
+    if self.tfm is None: return keep_original(self.to_batch, *item)
     if self.seed is None: return self.to_batch(*self.tfm(*item), smallest=1)
     with fixed_rng('cpu', hash((self.seed, self.epoch, i)) & (2**63-1)):
         return self.to_batch(*self.tfm(*item), smallest=1)

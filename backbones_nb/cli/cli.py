@@ -134,8 +134,8 @@ def evaluate_command(
     json:Annotated[str, dict(metavar='FILE')]=None, # file to write; default: evaluation.json in RUN
 ):
     "Measure a trained detector: COCO's numbers, and the AP of each class."
-    from backbones_nb.learners.evaluation import evaluate
-    evaluate(run, data, images, split, boxes, bs, workers, json)
+    from backbones_nb.learners.evaluation import measure
+    measure(run, data, images, split, boxes, bs, workers, json)
 
 # %% ../../nbs/cli/60_cli.ipynb #ce5b022b
 def check_command(

@@ -22,7 +22,7 @@ from backbones_nb.imagenet.folders import prepare_val
 from backbones_nb.imagenet.toy import toy_imagenet
 from backbones_nb.detectors import retinanet
 from backbones_nb.imagenet.classifier import backbone_learner
-from backbones_nb.learners.distributed import Distributed, plain_batchnorm, sync_batchnorm
+from backbones_nb.learners.distributed import Distributed, _plain_batchnorm, _sync_batchnorm
 from backbones_nb.learners.metrics import TopK
 from tools.proc import run
 
@@ -348,7 +348,7 @@ def test_batch_norm_there_and_back():
     with torch.no_grad():
         want = net(x)
     kinds, params = [type(m) for m in net.modules()], list(net.parameters())
-    was = sync_batchnorm(net)
+    was = _sync_batchnorm(net)
     assert not any(type(m) in kinds and isinstance(m, nn.BatchNorm2d) for m in net.modules()) and any(
         isinstance(m, nn.SyncBatchNorm) for m in net.modules()
     )
@@ -358,7 +358,7 @@ def test_batch_norm_there_and_back():
         if isinstance(m, nn.SyncBatchNorm):
             m.running_mean = m.running_mean + 1  # another tensor
     now = {k: v.clone() for k, v in net.state_dict().items()}
-    plain_batchnorm(net, was)
+    _plain_batchnorm(net, was)
     assert [type(m) for m in net.modules()] == kinds and all(
         a is b for a, b in zip(net.parameters(), params, strict=True)
     )

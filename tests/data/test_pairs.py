@@ -9,7 +9,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 from torchvision import tv_tensors
 
 from backbones_nb.data.batches import detection_dls
-from backbones_nb.data.pairs import Pair
+from backbones_nb.data.pairs import DatasetItem
 from backbones_nb.learners.detection import detection_learner
 
 kw = dict(class_map=cm, size=64, seed=0, device='cpu')
@@ -145,5 +145,5 @@ def test_what_is_refused(data, words):
 def test_boxes_of_torchvisions_types():
     for fmt, v in (('XYWH', [1, 2, 10, 10]), ('CXCYWH', [6, 7, 10, 10]), ('XYXY', [1, 2, 11, 12])):
         b = tv_tensors.BoundingBoxes([v], format=fmt, canvas_size=(30, 40))
-        t = Pair(Of((img, dict(boxes=b, labels=torch.tensor([1]), image_id=torch.tensor([9])))), 0).target()
+        t = DatasetItem(Of((img, dict(boxes=b, labels=torch.tensor([1]), image_id=torch.tensor([9])))), 0).target()
         assert t['boxes'].tolist() == box.tolist() and type(t['boxes']) is torch.Tensor and t['image_id'] == 9

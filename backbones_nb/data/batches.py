@@ -21,6 +21,7 @@ from torch import Tensor
 from ..analysis.boxes import show_side_by_side
 from ..core.contexts import fixed_rng
 from .original import keep_original
+from .pairs import dataset_items
 from .ready import small_objects
 from .transforms import ToBatch, as_tv, default_augment, hw, open_image
 
@@ -32,6 +33,12 @@ from .transforms import Letterbox, RandomZoom, box_rows # noqa: F401
 _rows = box_rows # the name in those learners
 
 # %% ../../nbs/data/43_batches.ipynb #31e134cb
+def _read(item, targets):
+    "Returns image and target of an item, or the image alone."
+    pair = getattr(item, 'pair', None) # of a dataset
+    img,t = pair() if pair else (open_image(item), item.target() if targets else None)
+    return (img,as_tv(t, img.shape[-2:])) if targets else (img,)
+
 class DetectionDataset:
     "Records as (image, target) of tv_tensors, before augmentation; or images alone."
     def __init__(self,
@@ -45,8 +52,7 @@ class DetectionDataset:
 
     def __getitem__(self, i):
         if i not in self._kept:
-            img = open_image(self.items[i])
-            res = (img,as_tv(self.items[i].target(), img.shape[-2:])) if self.targets else (img,)
+            res = _read(self.items[i], self.targets)
             if not self.cache: return res
             self._kept[i] = res
         return self._kept[i][0],*map(dict, self._kept[i][1:])
@@ -211,7 +217,7 @@ class DetectionDataLoaders(DataLoaders):
         **kwargs, # for `DetectionDL`
     ) -> DetectionDL:
         "Returns a loader of `items` in order, prepared as in validation."
-        items = list(items)
+        items = dataset_items(items)
         if with_labels: check_labels(items, self.valid.class_map)
         ds = DetectionDataset(items, targets=with_labels)
         return self.valid.new(ds, bs=bs or self.valid.bs, num_workers=num_workers, indexed=True,
@@ -236,8 +242,8 @@ def check_labels(
 
 # %% ../../nbs/data/43_batches.ipynb #69740797
 def detection_dls(
-    train, # records to learn from
-    valid, # records to measure on
+    train, # records to learn from; or a torch `Dataset` of (image, target)
+    valid, # records to measure on; or a `Dataset`
     class_map, # `ClassMap`: names of the classes
     size=256, # int or (height, width) of the batch's images: letterboxed, so nothing is distorted
     bs:int=16,
@@ -251,8 +257,7 @@ def detection_dls(
     **kwargs, # for fastai's DataLoader, such as device (None: fastai's default) or pin_memory
 ) -> DetectionDataLoaders:
     "Returns loaders of training and validation; raises ValueError for labels beyond the class map."
-    train = list(train)
-    valid = list(valid or [])
+    train,valid = dataset_items(train),dataset_items(valid)
     if bs<1 or num_workers<0: raise ValueError(f'got bs={bs} and num_workers={num_workers}, '
         'expected at least one image in a batch, and no worker or more')
     for o in (train, valid): check_labels(o, class_map)

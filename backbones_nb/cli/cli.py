@@ -130,6 +130,21 @@ def predict_command(
     from backbones_nb.learners.finetune import predict
     predict(run, images, out, score_thr, json)
 
+def evaluate_command(
+    run:Annotated[str, dict(metavar='RUN')], # folder of a finished run
+    # toy, pets, or a file or folder of any format; without it: what the run held out
+    data:Annotated[str, dict(opt=False, nargs='?', metavar='DATA')]=None,
+    images:Annotated[str, dict(metavar='DIR')]=None, # folder of the images, where they are not beside the annotations
+    split:Annotated[str, dict(choices=('train','valid','test'))]=None, # of the data; default: valid, else test, else all
+    boxes:bool=False, # measure boxes alone, where the data have no masks
+    bs:int=None, # images at once; the results do not depend on it
+    workers:int=0, # processes that load images
+    json:Annotated[str, dict(metavar='FILE')]=None, # file to write; default: evaluation.json in RUN
+):
+    "Measure a trained detector: COCO's numbers, and the AP of each class."
+    from backbones_nb.learners.evaluation import measure
+    measure(run, data, images, split, boxes, bs, workers, json)
+
 # %% ../../nbs/cli/60_cli.ipynb #ce5b022b
 def check_command(
     data:Annotated[str, dict(metavar='PATH')], # file or folder: COCO, VOC, YOLO, LabelMe, VIA, CVAT, CSV, ...

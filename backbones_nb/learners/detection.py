@@ -26,6 +26,7 @@ from fastcore.meta import delegates
 from torch import Tensor, nn
 
 from ..core.contexts import fixed_rng
+from ..detectors.detector import losses_one_by_one
 from .distributed import DistributedMixin
 from .finite import NonFiniteLoss
 from .metrics import COCOMetric
@@ -147,6 +148,11 @@ def _draws_detections(cb):
     cb.after_epoch = partial(_log_epoch, cb)
 
 # %% ../../nbs/learners/51_fastai.ipynb #de963ac3
+def _losses_per_image(model, images, targets):
+    "Returns the losses of each image, and the detections."
+    own = getattr(get_model(model), 'losses_per_image', None)
+    return own(images, targets) if own else losses_one_by_one(get_model(model), images, targets)
+
 class DetectionLearner(_FreezeMixin, PredictionMixin, PrecisionMixin, DistributedMixin, Learner):
     "fastai's `Learner` for detectors: one pass gives losses and detections of a validation batch."
     loss_parts = None # the losses of the current batch by name
@@ -162,10 +168,6 @@ class DetectionLearner(_FreezeMixin, PredictionMixin, PrecisionMixin, Distribute
         _draws_detections(cb)
         return super().add_cb(cb)
 
-    @property
-    def batch_number(self):
-        return self.iter*getattr(self.dl, 'world_size', 1) + getattr(self.dl, 'rank', 0)
-
     def _split(self, b):
         super()._split(b)
         if len(self.yb): self.yb = (Targets(self.yb[0]),)
@@ -174,11 +176,10 @@ class DetectionLearner(_FreezeMixin, PredictionMixin, PrecisionMixin, Distribute
         self.loss_parts = None
         if not len(self.yb): self.pred = self.model(*self.xb)
         elif self.training: self.pred = parts = self.model(*self.xb, list(self.yb[0]))
-        elif getattr(self.loss_func, 'reduction', 'mean')=='none':
-            parts,self.pred = get_model(self.model).losses_per_image(*self.xb, list(self.yb[0]))
         else:
-            with torch.no_grad(), fixed_rng(self.xb[0].device, self.batch_number):
-                parts,self.pred = self.model(*self.xb, list(self.yb[0]), both=True)
+            parts,self.pred = _losses_per_image(self.model, *self.xb, list(self.yb[0]))
+            if getattr(self.loss_func, 'reduction', 'mean')!='none':
+                parts = {k:v.mean() for k,v in parts.items()}
         self('after_pred')
         if len(self.yb):
             self.loss_parts = {k:v.detach().float() for k,v in parts.items()}

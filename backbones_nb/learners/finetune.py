@@ -126,7 +126,7 @@ def _evaluate_run(
     valid, # records of its validation loader, in order
 ) -> tuple: # COCO's numbers, those of the mean-box baseline, detections, targets
     "Returns the results on validation images, beside those of a baseline that always predicts the mean box."
-    preds,targets = learn.get_preds()
+    preds,targets = learn.get_preds(original=True)
     base = coco_eval(mean_box_detector(train)(valid), [r.target() for r in valid], learn.dls.class_map)
     return coco_eval(preds, targets, learn.dls.class_map, per_class=True),base,preds,targets
 
@@ -137,7 +137,7 @@ def _mask_results(learn, preds, targets):
 
 def _save_picture(
     learn, # a `DetectionLearner`
-    preds, # detections of its validation images
+    preds, # detections of its validation images, in pixels of the originals
     targets, # their ground truth
     path, # file to write
     n:int=8, # images
@@ -147,7 +147,7 @@ def _save_picture(
     n = min(n, len(dl.dataset))
     at = [round(i*(len(dl.dataset)-1)/max(1, n-1)) for i in range(n)] # spread over the classes
     def pick(o): return [o[i] for i in at]
-    images = [dl.create_item(i)[0] for i in at]
+    images = [dl.dataset[i][0] for i in at]
     fig = show_side_by_side(images, pick(targets), pick(preds), learn.dls.class_map)
     fig.savefig(path, dpi=110, bbox_inches='tight')
     plt.close(fig)

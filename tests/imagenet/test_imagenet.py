@@ -132,6 +132,15 @@ def test_shards_are_resumed(data, tmp_path):
     assert results(tmp_path / 'parts') == results(tmp_path / 'whole')
 
 
+def test_every_batch_but_the_last_has_a_checkpoint_of_its_own(data, tmp_path):
+    "The last one's is that of the epoch."
+    n = 33 // 4
+    for at, found in ((n - 1, (0, n - 1)), (n, (1, 0))):
+        with pytest.raises(KeyboardInterrupt):
+            train_imagenet(data, tmp_path / str(at), cbs=[Stop(at)], **small | dict(epochs=2, every=1))
+        assert position(tmp_path / str(at)) == found
+
+
 def life(data, out, kw, torn):
     """Trains in a process that leads a group of its own, so that its loader workers die with it;
     with `torn` it is killed in the middle of its second write."""

@@ -102,7 +102,13 @@ def measure(folder):
     with learn.distrib_ctx():
         own, train = learn.validate(), learn.validate(0)
         preds, _ = learn.get_preds()
+    shares = []
+    for i in (0, 1):
+        dl = learn.dls.valid.new(bs=3)
+        dl.for_process(i, 2)
+        shares.append([len(learn.get_preds(dl=dl)[0]), learn.evaluate(dl=dl)['AP']])
     return dict(
+        shares=shares,
         valid=[float(o) for o in own],
         train=[float(o) for o in train],
         preds=len(preds),
@@ -268,6 +274,9 @@ def test_every_image_is_measured_once(two):
     assert 0.05 < one['valid'][-1] < 0.95 and 0.05 < one['valid'][-2] < 0.95, 'AP would show nothing'
     for k in ('valid', 'train', 'again'):
         assert a['measured'][k] == pytest.approx(one[k], rel=1e-6), k
+    for o in (one, a['measured']):  # a loader that was given keeps its share
+        (n, ap), (m, other) = o['shares']
+        assert (n, m) == (4, 3) and len({ap, other, one['valid'][-3]}) == 3
 
 
 def test_classes_as_one_process(two):
@@ -422,16 +431,3 @@ def test_finetune_on_two_processes_as_on_one_and_resumed(tmp_path):
     assert tables[0].valid_loss.to_numpy() == pytest.approx(tables[1].valid_loss.to_numpy(), rel=1e-3)
     two = json.loads((tmp_path / 'two' / 'metrics.json').read_text())
     assert two['valid_images'] == one['valid_images'] and two['steps'] == one['steps'] * 2
-
-
-def test_evaluation_keeps_the_share_of_a_given_loader(tmp_path):
-    learn = make_learner(records(tmp_path), tmp_path, Wrong())
-    dl = learn.dls.valid.new(bs=2)
-    found = {}
-    for rank in (0, 1):
-        dl.for_process(rank, 2)
-        found[rank] = [t['image_id'] for t in learn.get_preds(dl=dl, with_preds=False)[1]]
-    assert found == {0: ['im16', 'im17', 'im20', 'im21'], 1: ['im18', 'im19', 'im22']}
-    dl = learn.dls.train
-    dl.for_process(1, 2)
-    assert len(learn.get_preds(0, with_preds=False)[1]) == 16  # those of the learner are measured as a whole

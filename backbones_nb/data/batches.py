@@ -185,7 +185,7 @@ def set_epoch(self:DetectionDL,
         self.rng.seed(self.seed)
         for _ in range(epoch):
             self.randomize()
-            super(DetectionDL, self).get_idxs()
+            self.order()
     self.epoch,self.start = epoch,start
 
 # %% ../../nbs/data/43_batches.ipynb #9dcc3ba5

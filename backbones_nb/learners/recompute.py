@@ -24,7 +24,7 @@ from ..necks.neck import WithNeck
 def still_statistics(
     module, # whose batch norms are meant
 ):
-    "Within the block batch norm normalizes as in training, and its running statistics stay as they are."
+    "Within the block batch norm normalizes as ever, and its running statistics stay as they are."
     norms = [o for o in module.modules() if isinstance(o, nn.modules.batchnorm._BatchNorm)]
     was = [(o.momentum,o.num_batches_tracked) for o in norms]
     counts = [None if n is None else n.clone() for _,n in was]
@@ -50,8 +50,9 @@ def trunk_stages(
     if isinstance(body, WithNeck): body = body.body
     parts = [body.get_submodule(k) for v in body.trunk.values() for k in v]
     res = [o for o in parts if any(True for c in o.children() for _ in c.parameters())]
-    if not res: raise ValueError(f'got the backbone {body.name or type(body).__name__}, whose trunk '
-        'is a chain of single layers, and only stages of several layers are worth computing twice')
+    name = body.name or type(body).__name__
+    if not res: raise ValueError(f'got the backbone {name}, whose trunk is a chain of single '
+        'layers, and only stages of several layers are worth computing twice')
     return res
 
 class RecomputeBackbone(Callback):

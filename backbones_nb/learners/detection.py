@@ -6,7 +6,7 @@ Docs: https://backbones-nb.github.io/backbones-nb/learners/fastai.html.md"""
 
 # %% auto #0
 __all__ = ['Targets', 'DetectionLoss', 'LossMeans', 'FreezeMixin', 'DetectionLearner', 'param_groups', 'detection_learner',
-           'NoValidation']
+           'NoValidation', 'ClosingEpochs']
 
 # %% ../../nbs/learners/51_fastai.ipynb #c8d8bb37
 import inspect
@@ -211,6 +211,9 @@ def _check_model(dls, model):
             and 'both' in inspect.signature(model.forward).parameters):
         raise TypeError(f'got a {type(model).__name__}, expected a detector, which gives losses and detections: '
             'build one with faster_rcnn.model(num_classes=len(class_map), ...)')
+    if getattr(dls.train.batch_tfm, 'resizes', False) and model.img_size is not None: raise ValueError(
+        f'got batches of several sizes for a {type(model).__name__}, which resizes them all to one size, {model.img_size}: '
+        'leave MultiScale out, or build the detector without img_size')
     if model.num_classes!=len(cm): raise ValueError(f'the model has num_classes={model.num_classes}, but the class map '
         f'has {len(cm)} classes with background: build the model with num_classes=len(class_map)')
 
@@ -255,3 +258,22 @@ class NoValidation(Callback):
 
     def before_validate(self): raise CancelValidException()
     def after_fit(self): self.recorder.valid_metrics,self.learn.metrics = self.was
+
+# %% ../../nbs/learners/51_fastai.ipynb #1f6f6743
+class ClosingEpochs(Callback):
+    "Trains the last epochs without transforms that mix images, such as `Mosaic`."
+    def __init__(self,
+        last=0.2, # how many epochs: an int, or a share of all of them
+    ): self.last = last
+
+    def before_fit(self):
+        self.augment = self.dls.train.tfm
+        if not getattr(self.augment, 'mixes', False):
+            raise ValueError('got ClosingEpochs, but no training transform mixes images: give one '
+                'to detection_dls(..., item_tfms=[Mosaic(size), ...]), or leave it out')
+
+    def before_epoch(self):
+        n = self.last if isinstance(self.last, int) else round(self.last*self.n_epoch)
+        self.augment.closed = self.epoch>=self.n_epoch-n
+
+    def after_fit(self): self.augment.closed = False

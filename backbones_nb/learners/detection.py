@@ -211,7 +211,7 @@ def _check_model(dls, model):
             and 'both' in inspect.signature(model.forward).parameters):
         raise TypeError(f'got a {type(model).__name__}, expected a detector, which gives losses and detections: '
             'build one with faster_rcnn.model(num_classes=len(class_map), ...)')
-    if getattr(dls.train.batch_tfm, 'resizes', False) and model.img_size is not None: raise ValueError(
+    if getattr(dls.train.batch_tfm, 'resizes', False) and getattr(model, 'img_size', None): raise ValueError(
         f'got batches of several sizes for a {type(model).__name__}, which resizes them all to one size, {model.img_size}: '
         'leave MultiScale out, or build the detector without img_size')
     if model.num_classes!=len(cm): raise ValueError(f'the model has num_classes={model.num_classes}, but the class map '

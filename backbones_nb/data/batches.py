@@ -59,7 +59,7 @@ class DetectionDataset:
 # %% ../../nbs/data/43_batches.ipynb #36698058
 class DetectionDL(DataLoader):
     "fastai's `DataLoader` of a `DetectionDataset`: batches of an image tensor and target dicts."
-    n_inp,batch_tfm = 1,None
+    n_inp,batch_tfm,batch = 1,None,0
     rank,world_size,equal = 0,1,False # set by `for_process`
     def __init__(self,
         dataset, # a `DetectionDataset`
@@ -82,8 +82,8 @@ class DetectionDL(DataLoader):
     def c(self): return len(self.class_map)
 
     def new(self, dataset=None, cls=None, **kwargs):
-        same = dict(size=self.size, class_map=self.class_map, tfm=self.tfm, seed=self.seed,
-                    batch_tfm=self.batch_tfm)
+        same = dict(size=self.size, class_map=self.class_map, tfm=self.tfm, seed=self.seed)
+        if kwargs.get('tfm', 0) is not None: same['batch_tfm'] = self.batch_tfm
         return super().new(dataset, cls, **same|kwargs)
 
     def before_iter(self):

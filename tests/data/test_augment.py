@@ -214,6 +214,7 @@ def test_batches_are_resized_with_their_targets(records):
                 assert t['masks'].shape[-2:] == img.shape[-2:] and t['masks'].dtype == torch.uint8
                 check_masks(img, t, 0.5)
     assert sizes == {32, 64, 96} and {x.shape[-1] for x, _ in dls.valid} == {64}
+    assert {x.shape[-1] for x, _ in dls.train.new(tfm=None)} == {64}
 
 
 def test_albumentations_keep_rows_together(records):

@@ -69,7 +69,7 @@ def test_matrix(module):
     h, w = default_size(net)
     maps = run(net.select([r['reduction'] for r in net.rows]), h, w)
     assert list(net.strides) == sorted(set(net.strides)) and [o.shape[1] for o in maps] == list(net.channels)
-    assert P.maps_fit(maps, net.rows, (h, w))
+    assert P._maps_fit(maps, net.rows, (h, w))
     if net.img_size:
         with pytest.raises(ValueError, match='takes images of'):
             run(net, h + 64, w + 32)
@@ -86,7 +86,7 @@ def test_matrix_groups(module):
 
 @pytest.mark.slow
 def test_rule_of_the_matrix():
-    assert M.first_names() == {m: first(m)[0] for m in modules} and len(modules) > 90
+    assert M._first_names() == {m: first(m)[0] for m in modules} and len(modules) > 90
 
 
 @pytest.mark.slow

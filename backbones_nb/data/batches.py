@@ -9,6 +9,7 @@ __all__ = ['DetectionDataset', 'DetectionDL', 'DetectionDataLoaders', 'detection
 
 # %% ../../nbs/data/43_batches.ipynb #198f5005
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from ..analysis.boxes import show_side_by_side
 from ..core.contexts import fixed_rng
 from .original import keep_original
 from .pairs import dataset_items
+from .pipelines import as_augment, as_batch_tfm
 from .ready import small_objects
 from .transforms import ToBatch, as_tv, default_augment, hw, open_image
 
@@ -64,7 +66,7 @@ class DetectionDataset:
 # %% ../../nbs/data/43_batches.ipynb #36698058
 class DetectionDL(DataLoader):
     "fastai's `DataLoader` of a `DetectionDataset`: batches of an image tensor and target dicts."
-    n_inp = 1
+    n_inp,batch_tfm,batch = 1,None,0
     rank,world_size,equal = 0,1,False # set by `for_process`
     start = 0 # batches that the next pass leaves out, set by `set_epoch`
     def __init__(self,
@@ -74,13 +76,14 @@ class DetectionDL(DataLoader):
         class_map=None, # names of the classes
         tfm=None, # takes and returns (image, target), tv_tensors; None: no augmentation
         seed:int=None, # the same seed gives the same batches, with any number of workers
+        batch_tfm=None, # takes and returns (images, targets) on the device; None: none
         **kwargs, # for fastai's DataLoader
     ):
         super().__init__(dataset, bs=bs, **kwargs)
         self.size = hw(size)
-        self.class_map,self.tfm,self.seed = class_map,tfm,seed
+        self.class_map,self.tfm,self.seed,self.batch_tfm = class_map,tfm,seed,batch_tfm
         self.to_batch = ToBatch(size)
-        self.epoch = 0
+        self.epoch,self.batch = 0,0 # passes so far, batches of this one
         if seed is not None: self.rng.seed(seed)
 
     @property
@@ -88,15 +91,27 @@ class DetectionDL(DataLoader):
 
     def new(self, dataset=None, cls=None, **kwargs):
         same = dict(size=self.size, class_map=self.class_map, tfm=self.tfm, seed=self.seed)
+        if kwargs.get('tfm', 0) is not None: same['batch_tfm'] = self.batch_tfm
         return super().new(dataset, cls, **same|kwargs)
 
     def before_iter(self):
-        self.epoch += 1
+        self.epoch,self.batch = self.epoch+1,self.start
         if self.fake_l.num_workers: self.dataset.fill()
 
     def retain(self, res, b): return res # types are right already
 
 # %% ../../nbs/data/43_batches.ipynb #90f1897f
+@patch
+def chance(self:DetectionDL, *at): # ints
+    "Within the block random numbers depend on the seed and on `at` alone, if there is a seed."
+    if self.seed is None: return nullcontext()
+    return fixed_rng('cpu', hash((self.seed, *at)) & (2**63-1))
+
+@patch
+def random_item(self:DetectionDL) -> tuple: # image and target
+    "Returns any item, for transforms that mix images."
+    return self.dataset[int(torch.randint(len(self.dataset), ()))]
+
 @patch
 def create_item(self:DetectionDL,
     i, # number of the item
@@ -105,9 +120,15 @@ def create_item(self:DetectionDL,
     item = self.dataset[i or 0]
     if len(item)==1: return self.to_batch(*item)
     if self.tfm is None: return keep_original(self.to_batch, *item)
-    if self.seed is None: return self.to_batch(*self.tfm(*item), smallest=1)
-    with fixed_rng('cpu', hash((self.seed, self.epoch, i)) & (2**63-1)):
-        return self.to_batch(*self.tfm(*item), smallest=1)
+    more = (self.random_item,) if getattr(self.tfm, 'mixes', False) else ()
+    with self.chance(self.epoch, i): return self.to_batch(*self.tfm(*item, *more), smallest=1)
+
+@patch
+def after_batch(self:DetectionDL, b):
+    "Transforms a batch on its device; with a seed, the same for the same seed, epoch and batch."
+    self.batch += 1
+    if self.batch_tfm is None or len(b)==1: return b
+    with self.chance(self.epoch, self.batch, 1): return self.batch_tfm(*b)
 
 @patch
 def create_batch(self:DetectionDL,
@@ -247,14 +268,15 @@ def detection_dls(
     class_map, # `ClassMap`: names of the classes
     size=256, # int or (height, width) of the batch's images: letterboxed, so nothing is distorted
     bs:int=16,
-    augment=True, # True: `default_augment(size)`; None, False: none; or takes (image, target)
+    augment=True, # True: `default_augment(size)`; None, False: none; or what `as_augment` takes
     num_workers:int=0,
     seed:int=None, # the same seed gives the same batches, with any number of workers
     cache:bool=False, # keep decoded images in memory (small sets)
     val_bs:int=None, # None: bs
     path='.', # where learners save
     drop_last:bool=None, # drop the last, smaller training batch; None: where a full one exists
-    **kwargs, # for fastai's DataLoader, such as device (None: fastai's default) or pin_memory
+    **kwargs, # item_tfms (fastai's name for augment), batch_tfms (take images and targets on the
+        # device), or for fastai's DataLoader, such as device (None: fastai's default) or pin_memory
 ) -> DetectionDataLoaders:
     "Returns loaders of training and validation; raises ValueError for labels beyond the class map."
     train,valid = dataset_items(train),dataset_items(valid)
@@ -262,13 +284,16 @@ def detection_dls(
         'expected at least one image in a batch, and no worker or more')
     for o in (train, valid): check_labels(o, class_map)
     if lost := small_objects([*train, *valid], size, class_map): warnings.warn(lost, stacklevel=2)
-    if augment is True: augment = default_augment(size)
+    augment = kwargs.pop('item_tfms', augment)
+    augment = default_augment(size) if augment is True else as_augment(augment or None)
+    batch_tfm = as_batch_tfm(kwargs.pop('batch_tfms', None))
     if drop_last is None: drop_last = len(train)>=bs
     device = kwargs.pop('device', None)
     device = torch.device(default_device() if device is None else device)
     kw = dict(size=size, class_map=class_map, seed=seed, num_workers=num_workers, device=device)
     kw |= kwargs
     t,v = [DetectionDataset(o, cache=cache) for o in (train, valid)]
-    t = DetectionDL(t, bs=bs, tfm=augment or None, shuffle=True, drop_last=drop_last, **kw)
+    t = DetectionDL(t, bs=bs, tfm=augment, batch_tfm=batch_tfm, shuffle=True,
+                    drop_last=drop_last, **kw)
     v = DetectionDL(v, bs=val_bs or bs, **kw)
     return DetectionDataLoaders(t, v, path=path, device=device)

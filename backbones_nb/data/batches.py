@@ -24,6 +24,7 @@ from ..core.contexts import fixed_rng
 from .original import keep_original
 from .pairs import dataset_items
 from .pipelines import as_augment, as_batch_tfm
+from .ranked import draw_repeats
 from .ready import small_objects
 from .transforms import ToBatch, as_tv, default_augment, hw, open_image
 
@@ -69,6 +70,7 @@ class DetectionDL(DataLoader):
     n_inp,batch_tfm,batch = 1,None,0
     rank,world_size,equal = 0,1,False # set by `for_process`
     start = 0 # batches that the next pass leaves out, set by `set_epoch`
+    repeats = None # how often each item occurs in a pass, on average, set by `repeat_items`
     def __init__(self,
         dataset, # a `DetectionDataset`
         bs:int=16,
@@ -117,7 +119,7 @@ def create_item(self:DetectionDL,
     i, # number of the item
 ) -> tuple: # image and target, or the image alone
     "Returns one item, augmented; with a seed, the same for the same seed, epoch and item."
-    item = self.dataset[i or 0]
+    item = self.dataset[i or 0] if self.repeats is None else self.dataset[i%len(self.repeats)]
     if len(item)==1: return self.to_batch(*item)
     if self.tfm is None: return keep_original(self.to_batch, *item)
     more = (self.random_item,) if getattr(self.tfm, 'mixes', False) else ()
@@ -137,6 +139,19 @@ def create_batch(self:DetectionDL,
     "Returns a batch: images stacked, targets as they are."
     if not self.dataset.targets: return (TensorImage(torch.stack(b)),)
     return TensorImage(torch.stack([o[0] for o in b])),tuple(o[1] for o in b)
+
+# %% ../../nbs/data/43_batches.ipynb #e06bead5
+@patch
+def repeat_items(self:DetectionDL,
+    factors, # how often each item should occur in a pass, from 1; None: each once
+):
+    "Makes passes longer, with some items more often; raises ValueError for factors that do not fit."
+    f = None if factors is None else np.asarray(factors, float)
+    if f is not None and (len(f)!=len(self.dataset) or not (f>=1).all()): raise ValueError(
+        f'got {len(f)} factors from {f.min(initial=0):g} for {len(self.dataset)} items, expected one '
+        'of at least 1 for each')
+    self.repeats = f
+    self.n = len(self.dataset) if f is None else int(np.ceil(f.sum()-1e-9))
 
 # %% ../../nbs/data/43_batches.ipynb #1e67fbc8
 @patch
@@ -158,8 +173,16 @@ def positions(self:DetectionDL) -> np.ndarray: # ints
     return i[i//self.bs%self.world_size==self.rank]
 
 @patch
-def get_idxs(self:DetectionDL):
+def order(self:DetectionDL):
+    "Draws the order of a pass, of all processes."
     idxs = super(DetectionDL, self).get_idxs()
+    if self.repeats is None: return idxs
+    drawn = draw_repeats(self.repeats, self.rng.random())
+    return [drawn[i] for i in idxs]
+
+@patch
+def get_idxs(self:DetectionDL):
+    idxs = self.order()
     if self.world_size>1: idxs = [idxs[i] for i in self.positions()]
     start,self.start = self.start,0
     return idxs[start*self.bs:] if start else idxs

@@ -110,7 +110,8 @@ def collect(self:Checkpoint,
     scaler = getattr(self.learn, 'scaler', None)
     ema = find_ema(self.learn)
     hypers = [{k:_python_number(v) for k,v in o.items()} for o in opt['hypers']]
-    return dict(config=self.config, n_epoch=self.n_epoch, n_iter=len(self.dls.train), fit=self.fits,
+    return dict(config=self.config, n_epoch=self.n_epoch, fit=self.fits,
+                n_iter=len(self.dls.train), items=self.dls.train.n,
                 epoch=epoch, batch=batch, pct_train=self.pct_train, train_iter=self.train_iter,
                 seconds=time.time()-self.begun,
                 model=(ema and ema.backup) or get_model(self.model).state_dict(),
@@ -211,8 +212,8 @@ def _flat(config, at=''):
 @patch
 def check(self:Checkpoint, state):
     "Raises ValueError if the state is that of another run."
-    now = _flat(self.config) | dict(n_epoch=self.n_epoch, n_iter=len(self.dls.train), processes=num_distrib() or 1)
-    was = _flat(state['config']) | dict(n_epoch=state['n_epoch'], n_iter=state['n_iter'], processes=len(state['rng']))
+    now = _flat(self.config) | dict(n_epoch=self.n_epoch, items=self.dls.train.n, processes=num_distrib() or 1)
+    was = _flat(state['config']) | dict(n_epoch=state['n_epoch'], items=state['items'], processes=len(state['rng']))
     odd = [k for k in {**was, **now} if was.get(k)!=now.get(k)]
     if odd: raise ValueError(f"{self.file} was written by a run with "
         f"{', '.join(f'{k}={was.get(k)!r}' for k in odd)}, and this one has "

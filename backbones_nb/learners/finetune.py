@@ -42,6 +42,7 @@ from .metrics import coco_eval, coco_table
 from .prediction import gives_masks
 from .run import (RunConfig, environment_info,
                                        get_detector, open_data, run_options)
+from .sampling import repeat_factors
 from .training import export_run, run_facts, train_run
 
 # %% ../../nbs/learners/103_finetune.ipynb #0403b35c
@@ -113,6 +114,7 @@ def _learner(config, build, out, device):
         warnings.filterwarnings('ignore', '.*smaller than a pixel') # printed below
         dls = detection_dls(train, valid, class_map, size=c.size, bs=c.bs, num_workers=c.workers, seed=c.seed,
                             cache=c.cache, path=out, augment=augment, device=device)
+    if c.repeat_thr: dls.train.repeat_items(repeat_factors(train, c.repeat_thr))
     learn = detection_learner(dls, model, lr=c.lr, wd=c.wd, loss_weights=c.loss_weights)
     return learn,train,valid,dict(skipped=str(report), small=small_objects([*train, *valid], c.size, class_map),
                                   machine=environment_info(dls.device))

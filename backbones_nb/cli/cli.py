@@ -146,6 +146,20 @@ def evaluate_command(
     measure(run, data, images, split, boxes, bs, workers, json)
 
 # %% ../../nbs/cli/60_cli.ipynb #ce5b022b
+def convert_command(
+    data:Annotated[str, dict(metavar='DATA')], # file or folder: COCO, VOC, YOLO, LabelMe, VIA, CVAT, CSV, ...
+    out:Annotated[str, dict(metavar='OUT')], # folder to write, new or empty
+    to:Annotated[str, dict(metavar='FORMAT')]='coco', # coco, voc, yolo, labelme, via, cvat, csv, jsonl, ...
+    images:Annotated[str, dict(metavar='DIR')]=None, # folder of the images, where they are not beside the annotations
+):
+    """Write a data set in another format.
+
+    Splits and images come along; what the other format cannot hold is left out and named."""
+    from backbones_nb.data.convert import convert
+    path,parts,lost = convert(data, out, to, images)
+    for k,rs in parts.items(): print(f'{k}: {len(rs)} images, {sum(len(r.labels) for r in rs)} objects')
+    print(f'written as {to} to {path}; {lost}')
+
 def check_command(
     data:Annotated[str, dict(metavar='PATH')], # file or folder: COCO, VOC, YOLO, LabelMe, VIA, CVAT, CSV, ...
     images:Annotated[str, dict(metavar='DIR')]=None, # folder of a COCO file's images, where they are not beside it

@@ -209,7 +209,7 @@ def run_config(
     return RunConfig(**row | {k:over(k, v) for k,v in options.items()})
 
 # %% ../../nbs/learners/102_run.ipynb #55da242e
-def _read_any(data, images, toy_images, valid_pct, seed, pets):
+def _read_any(data, images, toy_images, valid_pct, seed, pets, use=('train','valid')):
     "Returns (dict: 'train' and 'valid', or 'all' -> records, ClassMap, SkipReport) of a data set by name or path."
     from backbones_nb.data.downloads import cache_dir
     from backbones_nb.data.formats import find_format, find_splits, read_data
@@ -224,8 +224,8 @@ def _read_any(data, images, toy_images, valid_pct, seed, pets):
         train,valid,cm,report = pets_splits(path, valid_pct=valid_pct, seed=seed, **pets)
         return dict(train=train, valid=valid),cm,report
     has = find_splits(path)
-    wanted = ('train', 'valid' if 'valid' in has else 'test')
-    parts,cm,report = read_data(path, images, masks=pets['masks'], splits=wanted)
+    names = dict(train='train', valid=next((o for o in ('valid','test') if o in has), 'train'))
+    parts,cm,report = read_data(path, images, masks=pets['masks'], splits=[names[o] for o in use])
     if 'test' in parts: parts['valid'] = parts.pop('test')
     return parts,cm,report
 
@@ -247,12 +247,12 @@ def open_data(
     from backbones_nb.data.records import split_records
     read = partial(_read_any, toy_images=toy_images, valid_pct=valid_pct, seed=seed,
                    pets=dict(boxes=boxes, classes=classes, masks=masks))
-    parts,cm,report = read(data, images)
+    parts,cm,report = read(data, images, use=('train',) if valid else ('train','valid'))
     if not valid:
         if 'valid' in parts: return parts['train'],parts['valid'],cm,report
         whole = parts.get('all', parts.get('train'))
         return *split_records(whole, valid_pct, seed, groups=content_groups(whole)),cm,report
-    held,own,more = read(valid, images if images and Path(valid).is_file() else None)
+    held,own,more = read(valid, images if images and Path(valid).is_file() else None, use=('valid',))
     held = next(held[k] for k in ('valid','all','train') if k in held)
     return parts.get('all', parts.get('train')),relabel(held, own, cm),cm,report.add(more)
 

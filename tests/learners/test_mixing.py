@@ -2,9 +2,9 @@ import pytest
 from common import cm, Colors, draw_record
 
 from backbones_nb.data.batches import detection_dls
-from backbones_nb.data.mosaic import Mosaic
+from backbones_nb.data.mosaic import ClosingEpochs, Mosaic
 from backbones_nb.data.multiscale import MultiScale
-from backbones_nb.learners.detection import ClosingEpochs, detection_learner, NoValidation
+from backbones_nb.learners.detection import detection_learner, NoValidation
 
 
 class Fixed(Colors):

@@ -38,12 +38,11 @@ from backbones_nb.core.tables import Table
 from backbones_nb.data.batches import detection_dls
 from backbones_nb.data.copy_paste import CopyPaste
 from backbones_nb.data.jitter import large_scale_jitter
-from backbones_nb.data.mosaic import Mosaic
+from backbones_nb.data.mosaic import ClosingEpochs, Mosaic
 from backbones_nb.data.multiscale import MultiScale
 from backbones_nb.data.pets import breed_of, pets_splits
 from backbones_nb.data.pixels import ColorJitter, Mirror
 from backbones_nb.data.transforms import RandomZoom, default_augment
-from backbones_nb.learners.detection import ClosingEpochs
 from backbones_nb.learners.metrics import coco_eval
 
 arms = 'default', 'none', 'mosaic', 'jitter', 'multiscale', 'copy_paste', 'closing', 'no_filter', 'all'

@@ -30,9 +30,9 @@ from ..core.create import create_backbone
 from ..core.errors import reason
 from ..data.batches import detection_dls
 from ..data.images import load_image
+from ..data.multiscale import named_augment
 from ..data.ready import shared_images, small_objects, usable_images
 from ..data.records import image_files, natural_key
-from ..data.transforms import default_augment
 from .baseline import mean_box_detector
 from .detection import detection_learner
 from .distributed import join_processes
@@ -104,18 +104,19 @@ def _learner(config, build, out, device):
     "Returns the learner of a run, its records, and what is known before training."
     c = config
     train,valid,class_map,report = _first_alone(lambda: open_data(c.data, c.boxes, c.classes, c.valid_pct, c.seed,
-        c.toy_images, c.detector=='mask_rcnn', c.valid, c.images))
+        c.toy_images, c.detector=='mask_rcnn' or 'copy_paste' in (c.mix or ''), c.valid, c.images))
     train,valid = (usable_images(o, report, c.broken) for o in (train, valid))
     _check_parts(train, valid, report)
     names = dict(class_map=class_map) if c.pretrained_detector else {} # rows of classes with equal names are kept
     model = build(num_classes=len(class_map), **names)
-    augment = default_augment(c.size, scale=tuple(c.zoom), color=c.color) if c.augment else None
+    mix = c.mix.split(',') if c.mix and c.augment else []
+    items,batches,cbs = named_augment(mix, c.size, tuple(c.zoom), c.color) if c.augment else (None,None,[])
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*smaller than a pixel') # printed below
         dls = detection_dls(train, valid, class_map, size=c.size, bs=c.bs, num_workers=c.workers, seed=c.seed,
-                            cache=c.cache, path=out, augment=augment, device=device)
+                            cache=c.cache, path=out, device=device, item_tfms=items, batch_tfms=batches)
     if c.repeat_thr: dls.train.repeat_items(repeat_factors(train, c.repeat_thr))
-    learn = detection_learner(dls, model, lr=c.lr, wd=c.wd, loss_weights=c.loss_weights)
+    learn = detection_learner(dls, model, lr=c.lr, wd=c.wd, loss_weights=c.loss_weights, cbs=cbs)
     return learn,train,valid,dict(skipped=str(report), small=small_objects([*train, *valid], c.size, class_map),
                                   machine=environment_info(dls.device))
 

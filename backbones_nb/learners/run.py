@@ -92,6 +92,9 @@ def _check_option(name, v, hint, default):
 _picture = _Match(r'[^/\\]+\.(png|jpg|jpeg|svg|pdf)',
                   'a file name without a folder that ends in .png, .jpg, .svg or .pdf')
 
+_mix = _Match(r'(mosaic|copy_paste|jitter|multiscale)(,(mosaic|copy_paste|jitter|multiscale))*',
+              'mosaic, copy_paste, jitter or multiscale, or several with commas and no spaces')
+
 @dataclass(frozen=True)
 class RunConfig:
     "Every option of a run that trains a detector; raises ValueError for a wrong value."
@@ -117,6 +120,8 @@ class RunConfig:
     zoom:Annotated[float, dict(nargs=2, metavar=('LOW','HIGH')), _Range(0, inner=True)]=(0.7,1.4)
     # strength of the changes of brightness, contrast and saturation
     color:Annotated[float, _Range(0, 1)]=0.25
+    # more augmentation: mosaic, copy_paste, jitter (instead of zoom), multiscale; commas between
+    mix:Annotated[str, dict(metavar='NAME,NAME'), _mix]=None
     detector:Annotated[str, dict(choices=detectors)]='faster_rcnn' # family of the detector
     # what trains: fastai with our detectors, or another one that is installed, such as icevision
     engine:str='fastai'
@@ -163,6 +168,9 @@ class RunConfig:
             v = getattr(self, f.name)
             _check_option(f.name, v, f.type, f.default)
             object.__setattr__(self, f.name, deepcopy(v)) # a change leaves the presets alone
+        if self.mix and not self.augment:
+            raise ValueError(f'got mix={self.mix!r} beside augment=False, which leaves training '
+                             'images as they are: leave one of them out')
 
     @property
     def detector_args(self):

@@ -1,8 +1,10 @@
 import pickle
 
+import albumentations as A
 import numpy as np
 import pytest
 import torch
+from albumentations.pytorch import ToTensorV2
 from drawn import cm, draw, extent, seen
 from PIL import Image
 from torch import Tensor
@@ -178,7 +180,6 @@ def test_mixing_alone_is_explained(records, tfm):
 
 
 def all_of_them():
-    A = pytest.importorskip('albumentations')
     return [Mosaic(64), CopyPaste(), A.RandomRotate90(), default_augment(64)]
 
 
@@ -218,7 +219,6 @@ def test_batches_are_resized_with_their_targets(records):
 
 
 def test_albumentations_keep_rows_together(records):
-    A = pytest.importorskip('albumentations')
     tfm = as_augment([A.HorizontalFlip(p=0.5), A.RandomCrop(40, 40, p=0.5)])
     assert len(tfm.tfms) == 1
     for x, t in drawn_items(records, tfm, 12):
@@ -227,16 +227,12 @@ def test_albumentations_keep_rows_together(records):
 
 
 def test_albumentations_without_objects(records):
-    A = pytest.importorskip('albumentations')
     img, t = item(next(r for r in records if not len(r.labels)))
     x, u = Albumentations(A.HorizontalFlip(p=1))(img, t)
     assert torch.equal(x, img.flip(-1)) and len(u['boxes']) == 0 and u['masks'].shape[-2:] == x.shape[-2:]
 
 
 def test_albumentations_endings_are_left_out_with_a_warning(records):
-    A = pytest.importorskip('albumentations')
-    from albumentations.pytorch import ToTensorV2
-
     with pytest.warns(UserWarning, match='left out Normalize, ToTensorV2'):
         tfm = Albumentations(A.Compose([A.OneOf([A.VerticalFlip(p=1)], p=1), A.Normalize(), ToTensorV2()]))
     img, t = item(records[0])

@@ -2,9 +2,10 @@ import pytest
 from common import cm, Colors, draw_record
 
 from backbones_nb.data.batches import detection_dls
-from backbones_nb.data.mosaic import Mosaic
-from backbones_nb.data.multiscale import MultiScale
-from backbones_nb.learners.detection import ClosingEpochs, detection_learner, NoValidation
+from backbones_nb.data.mosaic import ClosingEpochs, Mosaic
+from backbones_nb.data.multiscale import MultiScale, named_augment
+from backbones_nb.learners.detection import detection_learner, NoValidation
+from backbones_nb.learners.run import RunConfig
 
 
 class Fixed(Colors):
@@ -56,3 +57,16 @@ def test_several_sizes_need_a_detector_that_takes_them(tmp_path):
     make(tmp_path, Colors(), batch_tfms=MultiScale())
     with pytest.raises(ValueError, match=r'resizes them all to one size, \(64, 64\)'):
         make(tmp_path, Fixed(), batch_tfms=[MultiScale()])
+
+
+def test_a_run_mixes_by_name(tmp_path):
+    with pytest.raises(ValueError, match="got mix='mosaik', expected mosaic, copy_paste, jitter or multiscale"):
+        RunConfig(mix='mosaik')
+    with pytest.raises(ValueError, match="got mix='jitter' beside augment=False"):
+        RunConfig(mix='jitter', augment=False)
+    with pytest.raises(ValueError, match="got 'x', expected some of mosaic, copy_paste"):
+        named_augment(['x'], 64)
+    items, batches, cbs = named_augment('copy_paste mosaic jitter'.split(), 64, color=0.1)
+    assert [type(o).__name__ for o in items] == ['Mosaic', 'CopyPaste', 'RandomZoom', 'Mirror', 'ColorJitter']
+    assert items[2].scale == (0.1, 2.0) and items[4].strength == 0.1 and batches == [] and len(cbs) == 1
+    assert [len(o) for o in named_augment(['multiscale'], 64)] == [3, 1, 0]

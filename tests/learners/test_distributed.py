@@ -419,14 +419,18 @@ def test_finetune_on_two_processes_as_on_one_and_resumed(tmp_path):
     (tmp_path / 'run.py').write_text(run_script)
     launch = '-W ignore -m torch.distributed.run --standalone --nproc_per_node=2'.split()
     env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(root))
-    p = run(sys.executable, *launch, tmp_path / 'run.py', tmp_path / 'ann.json', tmp_path, tmp_path, timeout=600, env=env)
+    p = run(
+        sys.executable, *launch, tmp_path / 'run.py', tmp_path / 'ann.json', tmp_path, tmp_path, timeout=600, env=env
+    )
     assert p.returncode == 0, p.stderr[-4000:]
     assert p.stdout.count('images to learn from') == 3 and p.stdout.count('finetune --resume --out') == 1
     for name in ('detector.safetensors', 'best.safetensors', 'history.csv'):
         assert (tmp_path / 'two' / name).read_bytes() == (tmp_path / 'parts' / name).read_bytes(), name
     kw = dict(data=str(tmp_path / 'ann.json'), images=str(tmp_path), detector='retinanet', size=64, bs=2, epochs=2)
     args = dict(neck_channels=8, score_thresh=0.0, topk_candidates=20)
-    one = finetune(**kw, backbone='timm/test_convnext', lr=1e-3, model_args=args, out=str(tmp_path / 'one'), device='cpu')
+    one = finetune(
+        **kw, backbone='timm/test_convnext', lr=1e-3, model_args=args, out=str(tmp_path / 'one'), device='cpu'
+    )
     tables = [pd.read_csv(tmp_path / o / 'history.csv') for o in ('one', 'two')]
     assert tables[0].valid_loss.to_numpy() == pytest.approx(tables[1].valid_loss.to_numpy(), rel=1e-3)
     two = json.loads((tmp_path / 'two' / 'metrics.json').read_text())

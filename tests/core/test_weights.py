@@ -1018,3 +1018,25 @@ def test_damaged_on_the_hub(net, hf):
 def test_an_empty_tag_is_not_random_weights(name):
     with pytest.raises(ValueError, match="got pretrained='' for .*expected True, False, the tag"):
         create_backbone(name, pretrained='')
+
+
+# --- what is cleared is found again
+
+
+def test_a_lookup_after_clear_discovers_again(monkeypatch):
+    reg, index = registry.REGISTRY, published.WEIGHTS
+    for o in (reg, index):  # back to what other tests know
+        for k, v in vars(o).items():
+            monkeypatch.setattr(o, k, v.copy() if isinstance(v, (dict, set, list)) else v)
+    names, timm_names = registry.list_backbones(), registry.list_backbones('timm/resnet*')
+    records = {n: published.weight_records(n) for n in (*names, 'timm/resnet18')}
+    n_callbacks = len(reg.callbacks)
+    register('registered_by_hand', Mini)
+    reg.clear()
+    index.clear()
+    assert not reg.entries and not index.records and not index.finders
+    assert published.weight_records('vovnet39') == records['vovnet39']  # without asking the registry first
+    assert {n: published.weight_records(n) for n in records} == records
+    assert registry.list_backbones() == names and registry.list_backbones('timm/resnet*') == timm_names
+    assert 'registered_by_hand' not in reg and len(reg.callbacks) == n_callbacks
+    assert create_backbone('vovnet19_slim').name == 'vovnet19_slim'

@@ -113,7 +113,7 @@ def _check_equal(split):
     units = list(map(repr, split.children()))
     if len(set(units))>1: raise ValueError(
         f'got two convolutions that differ in a split, {units[0]} and {units[1]}, '
-        'expected equal ones, since they are merged: give both the same settings')
+        'expected equal ones, since they are merged: pass both the same settings')
 
 # %% ../../nbs/backbones/17_csp_convert.ipynb #f41dde75
 @torch.no_grad()

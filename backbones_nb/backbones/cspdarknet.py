@@ -40,7 +40,7 @@ def _cspdark_stage(
 def _check_stages(blocks, outs, first):
     if len(blocks)!=len(outs): raise ValueError(
         f'got {len(blocks)} values in blocks and {len(outs)} in outs, expected one of each per stage: '
-        'give both the same length')
+        'pass both the same length')
     one_of(first, ('full','half'), 'first')
 
 # %% ../../nbs/backbones/12_cspdarknet.ipynb #e4e8ff7a

@@ -60,7 +60,7 @@ def darknet_stage(
 def _check_stages(blocks, outs, down):
     if len(blocks)!=len(outs): raise ValueError(
         f'got {len(blocks)} values in blocks and {len(outs)} in outs, expected one of each per stage: '
-        'give both the same length')
+        'pass both the same length')
     one_of(down, ('conv','pool'), 'down')
 
 # %% ../../nbs/backbones/10_darknet.ipynb #991df7c5

@@ -24,7 +24,7 @@ from .ready import small_objects
 from .transforms import ToBatch, as_tv, default_augment, hw, open_image
 
 # %% ../../nbs/data/43_batches.ipynb #4266dfd5
-# Learners that were exported before these had a module of their own look for them here.
+# Learners exported before these moved to their own module look for them here.
 from .transforms import Letterbox, RandomZoom, box_rows # noqa: F401
 
 # %% ../../nbs/data/43_batches.ipynb #ad6474ce
@@ -32,9 +32,9 @@ _rows = box_rows # the name in those learners
 
 # %% ../../nbs/data/43_batches.ipynb #31e134cb
 class DetectionDataset:
-    "Records as (image, target) of tv_tensors, before augmentation; or images alone."
+    "Records as (image, target) pairs of tv_tensors, before augmentation; or only images."
     def __init__(self,
-        items, # records; or anything that `open_image` takes
+        items, # records, or anything that `open_image` accepts
         targets:bool=True, # False: images only
         cache:bool=False, # keep decoded images and targets in memory
     ): self.items,self.targets,self.cache,self._kept = list(items),targets,cache,{}
@@ -64,7 +64,7 @@ class DetectionDL(DataLoader):
         bs:int=16,
         size=256, # int or (height, width) of the batch's images
         class_map=None, # names of the classes
-        tfm=None, # takes and returns (image, target), tv_tensors; None: no augmentation
+        tfm=None, # function from (image, target) to (image, target), tv_tensors; None: no augmentation
         seed:int=None, # the same seed gives the same batches, with any number of workers
         **kwargs, # for fastai's DataLoader
     ):
@@ -91,8 +91,8 @@ class DetectionDL(DataLoader):
 # %% ../../nbs/data/43_batches.ipynb #90f1897f
 @patch
 def create_item(self:DetectionDL,
-    i, # number of the item
-) -> tuple: # image and target, or the image alone
+    i, # index of the item
+) -> tuple: # image and target, or only the image
     "Returns one item, augmented; with a seed, the same for the same seed, epoch and item."
     item = self.dataset[i or 0]
     if self.tfm is None or len(item)==1: return self.to_batch(*item)
@@ -103,7 +103,7 @@ def create_item(self:DetectionDL,
 @patch
 def create_batch(self:DetectionDL,
     b, # list of items
-) -> tuple: # images (B,3,H,W) and a tuple of B targets, or the images alone
+) -> tuple: # images (B,3,H,W) and a tuple of B targets, or only the images
     "Returns a batch: images stacked, targets as they are."
     if not self.dataset.targets: return (TensorImage(torch.stack(b)),)
     return TensorImage(torch.stack([o[0] for o in b])),tuple(o[1] for o in b)
@@ -111,18 +111,18 @@ def create_batch(self:DetectionDL,
 # %% ../../nbs/data/43_batches.ipynb #1e67fbc8
 @patch
 def for_process(self:DetectionDL,
-    rank:int=0, # number of the process
-    world_size:int=1, # how many there are
-    equal:bool=False, # as many full batches for each, the rest left out; False: every item once
+    rank:int=0, # index of the process
+    world_size:int=1, # number of processes
+    equal:bool=False, # the same number of full batches for each, dropping the rest; False: every item once
 ):
-    "Restricts the loader to the share of one process; without arguments, to everything again."
+    "Restricts the loader to the share of one process; without arguments, lifts the restriction."
     if not 0<=rank<world_size:
         raise ValueError(f'got rank {rank} of {world_size} processes, expected 0 to {world_size-1}')
     self.rank,self.world_size,self.equal = rank,world_size,equal
 
 @patch
 def positions(self:DetectionDL) -> np.ndarray: # ints
-    "Returns which positions of the order belong to the process."
+    "Returns the positions in the order that belong to the process."
     i = np.arange(self.n)
     if self.equal: i = i[:self.n//(self.bs*self.world_size)*self.bs*self.world_size]
     return i[i//self.bs%self.world_size==self.rank]
@@ -154,14 +154,14 @@ def show_batch(self:DetectionDL,
 
 # %% ../../nbs/data/43_batches.ipynb #00a83d0b
 class _Samples(list):
-    "Pairs of image and target that know their class map."
+    "Pairs of image and target with their class map."
 
 @patch
 def show_results(self:DetectionDL,
     b, # a batch (images, targets)
     out, # detections, one dict per image
     max_n:int=8, # images
-    ncols:int=2, # pairs in a row
+    ncols:int=2, # pairs per row
     show:bool=True, # False: return images, targets, samples and outputs, for fastai's loggers
     **kwargs, # for `show_side_by_side`
 ): # matplotlib Figure
@@ -178,13 +178,13 @@ def show_results(self:DetectionDL,
 
 # %% ../../nbs/data/43_batches.ipynb #d97cb5f5
 class DetectionDataLoaders(DataLoaders):
-    "fastai's `DataLoaders` of detection: knows the class map and makes loaders for new images."
+    "fastai's `DataLoaders` for detection, with a class map and loaders for new images."
     @property
     def c(self): return len(self.class_map)
 
     def test_dl(self,
         items, # records, paths, arrays, tensors or PIL images
-        bs:int=None, # None: that of validation
+        bs:int=None, # None: as in validation
         with_labels:bool=False, # True: records with their targets, for `validate`
         num_workers:int=0,
         **kwargs, # for `DetectionDL`
@@ -201,7 +201,7 @@ def check_labels(
     records,
     class_map, # `ClassMap`
 ):
-    "Raises ValueError for labels that the class map does not have, or that another one has given."
+    "Raises ValueError for labels that are not in the class map, or that come from another one."
     for r in records:
         name,own = getattr(r, 'image_id', '?'),getattr(r, 'class_map', None)
         if own is not None and own is not class_map and own.names!=class_map.names[:len(own)]: raise ValueError(
@@ -215,25 +215,25 @@ def check_labels(
 
 # %% ../../nbs/data/43_batches.ipynb #69740797
 def detection_dls(
-    train, # records to learn from
-    valid, # records to measure on
+    train, # records to train on
+    valid, # records to validate on
     class_map, # `ClassMap`: names of the classes
     size=256, # int or (height, width) of the batch's images: letterboxed, so nothing is distorted
     bs:int=16,
-    augment=True, # True: `default_augment(size)`; None, False: none; or takes (image, target)
+    augment=True, # True: `default_augment(size)`; None, False: none; or a function of (image, target)
     num_workers:int=0,
     seed:int=None, # the same seed gives the same batches, with any number of workers
     cache:bool=False, # keep decoded images in memory (small sets)
     val_bs:int=None, # None: bs
     path='.', # where learners save
-    drop_last:bool=None, # drop the last, smaller training batch; None: where a full one exists
+    drop_last:bool=None, # drop the last, smaller training batch; None: if there is a full one
     **kwargs, # for fastai's DataLoader, such as device (None: fastai's default) or pin_memory
 ) -> DetectionDataLoaders:
-    "Returns loaders of training and validation; raises ValueError for labels beyond the class map."
+    "Returns loaders for training and validation; raises ValueError for labels not in the class map."
     train = list(train)
     valid = list(valid or [])
     if bs<1 or num_workers<0: raise ValueError(f'got bs={bs} and num_workers={num_workers}, '
-        'expected at least one image in a batch, and no worker or more')
+        'expected at least one image per batch and zero or more workers')
     for o in (train, valid): check_labels(o, class_map)
     if lost := small_objects([*train, *valid], size, class_map): warnings.warn(lost, stacklevel=2)
     if augment is True: augment = default_augment(size)

@@ -25,7 +25,7 @@ from .images import load_image, to_rgb
 
 # %% ../../nbs/data/99_transforms.ipynb #d9fcb5fc
 def _from_array(a):
-    "PIL image of an array (H,W) or (H,W,C); raises ValueError for another shape or range."
+    "Returns the PIL image of an array (H,W) or (H,W,C); raises ValueError for another shape or range."
     if a.ndim not in (2,3) or a.ndim==3 and a.shape[-1] not in (1,3,4):
         raise ValueError(f'got an array of shape {a.shape}, expected one image (H,W,3)')
     if a.dtype!=np.uint8:
@@ -37,7 +37,7 @@ def _from_array(a):
 
 # %% ../../nbs/data/99_transforms.ipynb #7095e039
 def _pil(item):
-    "PIL RGB image of a record, path, array, tensor or PIL image."
+    "Returns the PIL RGB image of a record, path, array, tensor or PIL image."
     if hasattr(item, 'image'): return item.image()
     if isinstance(item, (str,Path)): return load_image(item)
     if isinstance(item, Image.Image): return to_rgb(item)
@@ -57,10 +57,10 @@ def open_image(
 
 # %% ../../nbs/data/99_transforms.ipynb #9fb78ad4
 def as_tv(
-    target:dict, # boxes (N,4) xyxy px, labels (N,), maybe masks, area, iscrowd, image_id
+    target:dict, # boxes (N,4) xyxy px, labels (N,), optional masks, area, iscrowd, image_id
     size, # (height, width) of its image
 ) -> dict: # boxes and masks as tv_tensors, so that transforms move them; boxes clipped to the image
-    "Returns the target in the form that torchvision.transforms.v2 transforms."
+    "Returns the target in the format of torchvision.transforms.v2."
     t = dict(target)
     boxes = torch.as_tensor(t['boxes']).float().reshape(-1,4)
     boxes = tv_tensors.BoundingBoxes(boxes, format='XYXY', canvas_size=tuple(size))
@@ -77,7 +77,7 @@ def as_tv(
 pad_fill = (124, 116, 104) # ImageNet's mean color, uint8 RGB: zero after normalization
 
 def hw(size):
-    "Returns (height, width) of `size`, an int or a pair; raises ValueError for anything else."
+    "Returns (height, width) for an int or a pair; raises ValueError for anything else."
     if isinstance(size, int): size = (size,size)
     if len(size)!=2 or min(size)<1:
         raise ValueError(f'got size={size!r}, expected pixels: an int or (height, width)')
@@ -85,15 +85,15 @@ def hw(size):
 
 def fit_size(
     size, # (height, width) of the image
-    box, # (height, width) of the box it must fit in
-) -> tuple: # (height, width), aspect kept to the nearest pixel
-    "Returns the largest size with the image's aspect that fits in `box`."
+    box, # (height, width) to fit into
+) -> tuple: # (height, width), keeping the aspect ratio to the nearest pixel
+    "Returns the largest size with the image's aspect ratio that fits into `box`."
     r = min(box[0]/size[0], box[1]/size[1])
     return tuple(max(1, min(b, round(s*r))) for s,b in zip(size, box))
 
 # %% ../../nbs/data/99_transforms.ipynb #56e28e7f
 class Letterbox(v2.Transform):
-    "Resizes to fit in a box, aspect kept, and pads on the right and at the bottom."
+    "Resizes to fit into a box, keeping the aspect ratio, and pads on the right and at the bottom."
     def __init__(self,
         size, # int or (height, width), pixels
         fill=pad_fill, # color of the padding, uint8 RGB
@@ -141,7 +141,7 @@ def unletterbox(
 def _area(b): return (b[:,2:]-b[:,:2]).clamp(min=0).prod(1)
 
 def _tighten(boxes, masks, which):
-    "Boxes, those in `which` cut to the extent of their masks; empty masks give empty boxes."
+    "Returns boxes, those in `which` shrunk to the extent of their masks; empty masks yield empty boxes."
     boxes = boxes.as_subclass(Tensor).clone()
     for i in which.nonzero()[:,0].tolist():
         if not masks[i].any(): boxes[i] = 0; continue
@@ -154,21 +154,20 @@ def _tighten(boxes, masks, which):
 class RandomZoom(torch.nn.Module):
     """Zooms in by a random crop or out by random padding, and shifts.
 
-    Objects of which less than `min_visible` remains are dropped: their boxes become empty, and
-    the last step removes them. Boxes that are cut shrink to what is left of their masks, where
-    there are masks."""
+    Objects with less than `min_visible` remaining are dropped: their boxes become empty, and the
+    last step removes them. If there are masks, clipped boxes shrink to the rest of their masks."""
     def __init__(self,
         scale=(0.7, 1.4), # zoom range: below 1 the image shrinks
-        ratio=(0.9, 1.1), # range of the window's aspect relative to the image's
-        min_visible:float=0.3, # share of a box that must stay inside
-        p:float=0.8, # how often
+        ratio=(0.9, 1.1), # range of the window's aspect ratio relative to the image's
+        min_visible:float=0.3, # fraction of a box that must stay inside
+        p:float=0.8, # probability
         fill=pad_fill, # color of the padding, uint8 RGB
     ):
         super().__init__()
         self.scale,self.ratio,self.min_visible,self.p,self.fill = scale,ratio,min_visible,p,fill
 
     def window(self, h, w):
-        "Returns top, left, height, width of a random window in an h x w image; it may stick out."
+        "Returns top, left, height, width of a random window in an h x w image; it may extend past the edge."
         u = torch.rand(4).tolist()
         between = lambda lo,hi,t: lo*(hi/lo)**t
         s = between(*self.scale, u[0])
@@ -181,7 +180,7 @@ class RandomZoom(torch.nn.Module):
 @patch
 def forward(self:RandomZoom,
     img, # tv_tensors.Image (3,H,W)
-    target:dict, # as `as_tv` makes it
+    target:dict, # the output of `as_tv`
 ) -> tuple: # image and target of the window
     "Returns a random window of image and target, or both unchanged with a probability of 1-p."
     if torch.rand(()) >= self.p: return img,target
@@ -201,11 +200,11 @@ def forward(self:RandomZoom,
 # %% ../../nbs/data/99_transforms.ipynb #b6edc589
 def default_augment(
     size, # int or (height, width) of the batch's images, pixels
-    flip:float=0.5, # how often mirrored
+    flip:float=0.5, # probability of a horizontal flip
     scale=(0.7, 1.4), # zoom range
     color:float=0.25, # strength of brightness, contrast and saturation jitter
-) -> v2.Compose: # takes and returns (image, target)
-    "Returns the augmentation of training: mirror, zoom and shift, letterbox, colors."
+) -> v2.Compose: # of (image, target)
+    "Returns the training augmentation: flip, zoom and shift, letterbox, color jitter."
     return v2.Compose([v2.RandomHorizontalFlip(flip), RandomZoom(scale), Letterbox(size),
                        v2.ColorJitter(color, color, color)])
 
@@ -218,10 +217,10 @@ def box_rows(
     return [v for v in sample[1].values() if type(v) is Tensor and v.dim() and len(v)==n]
 
 def _drop_small(
-    target:dict, # boxes (N,4) xyxy px, and whatever has a row per box
-    smallest:float=0., # side in pixels that a box must reach; 0: any that has an area
+    target:dict, # boxes (N,4) xyxy px, and tensors with a row per box
+    smallest:float=0., # minimum side of a box in pixels; 0: any with an area
 ) -> dict:
-    "Returns the target without the boxes that are smaller, or empty."
+    "Returns the target without boxes that are smaller or empty."
     sides = target['boxes'][:,2:]-target['boxes'][:,:2]
     keep = ((sides>0) & (sides>=smallest)).all(1).as_subclass(Tensor)
     rows = [*box_rows((None, target)), target['boxes'], target.get('masks')]
@@ -230,7 +229,7 @@ def _drop_small(
 
 # %% ../../nbs/data/99_transforms.ipynb #ba8dc4c7
 class ToBatch(torch.nn.Module):
-    "The last step: letterbox, boxes clipped, empty ones removed, areas renewed, floats in [0,1]."
+    "The last step: letterbox, clip boxes, remove empty ones, update areas, convert to floats in [0,1]."
     def __init__(self, size):
         super().__init__()
         self.letterbox = Letterbox(size)

@@ -51,7 +51,7 @@ def model_builder(
     backbone_args:dict=None, # for `create_backbone`
     **kwargs, # for the detector's `model`
 ): # function of the number of classes, background counted, that returns the detector
-    "Returns what builds the detector once the classes are known; raises ValueError for wrong names or options."
+    "Returns a function that builds the detector once the classes are known; raises ValueError for wrong options."
     build = get_detector(detector)
     if detector=='efficientdet': kwargs.setdefault('img_size', size) # its input has one size
     if pretrained_detector:
@@ -65,8 +65,8 @@ def model_builder(
 # %% ../../nbs/learners/103_finetune.ipynb #23a81665
 def fastai_engine(
     config:RunConfig, # the run's options
-) -> tuple: # function of the number of classes that returns the model; function of the learner that returns what trains
-    "Returns the builder of our detector, and the learner as it is."
+) -> tuple: # function of the number of classes that returns the model; function of the learner that returns the trainer
+    "Returns the builder of our detector; our learner is itself the trainer."
     c = config
     build = model_builder(c.detector, c.backbone, c.size, c.pretrained, c.pretrained_detector, c.backbone_args,
                           **c.detector_args)
@@ -85,7 +85,7 @@ def _get_engine(
 def _write(path, o): path.write_text(json.dumps(o, indent=1, default=str) + '\n', encoding='utf-8')
 
 def _train(learn, config):
-    "Trains with history.csv as its record; returns the seconds it took, and the processor's."
+    "Trains and writes history.csv; returns the elapsed seconds and the CPU seconds."
     cbs = [CSVLogger(append=False)] + ([] if config.validate else [NoValidation()])
     if config.bf16: learn.to_bf16()
     fit = learn.fine_tune if config.pretrained or config.pretrained_detector else learn.fit_one_cycle
@@ -94,15 +94,15 @@ def _train(learn, config):
     return dict(train_seconds=round(time.time()-start, 1), train_cpu_seconds=round(time.process_time()-cpu, 1))
 
 def _check_parts(train, valid, report):
-    "Raises ValueError where nothing can be learned or measured; notes images that are on both sides."
-    for part,use in ((train,'learn from'), (valid,'measure on')):
+    "Raises ValueError if a part has no objects; notes images that are in both parts."
+    for part,use in ((train,'train on'), (valid,'validate on')):
         if any(len(r.labels) for r in part): continue
         raise ValueError(f'got {len(part)} images to {use} without a single object: {report}; look at the data with '
                          'backbones-nb check')
-    for o in shared_images(train, valid): report.note(o, 'measured on, though the same file is learned from')
+    for o in shared_images(train, valid): report.note(o, 'used for validation, though the same file is trained on')
 
 def _learner(config, build, out):
-    "Returns the learner of a run, its records, and what is known before training."
+    "Returns the learner of a run, its records, and the facts known before training."
     c = config
     train,valid,class_map,report = open_data(c.data, c.boxes, c.classes, c.valid_pct, c.seed, c.toy_images,
         c.detector=='mask_rcnn', c.valid, c.images)
@@ -122,16 +122,16 @@ def _learner(config, build, out):
 # %% ../../nbs/learners/103_finetune.ipynb #325bbc60
 def _evaluate_run(
     learn, # a `DetectionLearner`
-    train, # records that it learned from
+    train, # records that it was trained on
     valid, # records of its validation loader, in order
 ) -> tuple: # COCO's numbers, those of the mean-box baseline, detections, targets
-    "Returns the results on validation images, beside those of a baseline that always predicts the mean box."
+    "Returns the results on validation images, and those of a baseline that always predicts the mean box."
     preds,targets = learn.get_preds()
     base = coco_eval(mean_box_detector(train)(valid), [r.target() for r in valid], learn.dls.class_map)
     return coco_eval(preds, targets, learn.dls.class_map, per_class=True),base,preds,targets
 
 def _mask_results(learn, preds, targets):
-    "COCO's numbers by masks, if the detector gives masks; otherwise nothing."
+    "Returns COCO's numbers for masks, if the detector predicts masks; otherwise nothing."
     if not gives_masks(learn.model): return {}
     return dict(mask_metrics=coco_eval(preds, targets, learn.dls.class_map, iou_type='segm', per_class=True))
 
@@ -154,7 +154,7 @@ def _save_picture(
 
 # %% ../../nbs/learners/103_finetune.ipynb #040aaf76
 def _save_results(learn, out, train, valid, picture, **facts):
-    "Measures, draws and exports; returns what metrics.json holds."
+    "Evaluates, draws and exports; returns the content of metrics.json."
     res,base,preds,targets = _evaluate_run(learn, train, valid)
     _save_picture(learn, preds, targets, out/picture)
     learn.export('learner.pkl')
@@ -164,13 +164,13 @@ def _save_results(learn, out, train, valid, picture, **facts):
                 parameters=sum(p.numel() for p in learn.model.parameters()), **facts)
 
 def _open_run(out, config, train, valid, **facts):
-    "Makes the run's folder with what is known before training."
+    "Creates the run's folder with the facts known before training."
     out.mkdir(parents=True, exist_ok=True)
     _write(out/'config.json', config | facts)
     for k,rs in (('train',train), ('valid',valid)):
         with open(out/f'{k}.txt', 'w', encoding='utf-8', errors='surrogateescape') as f: # as the folder has them
             f.write('\n'.join(r.image_id for r in rs) + '\n')
-    print(f"{len(train)} images to learn from, {len(valid)} to measure on; {facts['skipped']}", flush=True)
+    print(f"{len(train)} images to train on, {len(valid)} to validate on; {facts['skipped']}", flush=True)
     if facts['small']: print(f"warning: {facts['small']}", flush=True)
 
 def _report(res, out):
@@ -180,14 +180,14 @@ def _report(res, out):
     rows = {name: res['metrics'], f'{name}: masks': res.get('mask_metrics'),
             'mean box, most frequent class': res['mean_box']}
     print(coco_table({k:v for k,v in rows.items() if v}))
-    print(f"{res['train_seconds']:.0f} s of training, {res['seconds']:.0f} s in all; results in {out}/")
+    print(f"{res['train_seconds']:.0f} s of training, {res['seconds']:.0f} s in total; results in {out}/")
 
 # %% ../../nbs/learners/103_finetune.ipynb #6311b59c
 @run_options()
 def finetune(
     config:RunConfig=None, # the run's options; None: the defaults
     **kwargs, # options of `RunConfig`; they override those of `config`
-) -> dict: # what metrics.json holds
+) -> dict: # the content of metrics.json
     "Trains a detector, evaluates it on held-out images, and writes the results to a folder."
     config = replace(config or RunConfig(), **kwargs)
     start = time.time()
@@ -213,7 +213,7 @@ def load_run(
     run = Path(run)
     f = run/'learner.pkl' if run.is_dir() else run
     if not f.exists(): raise FileNotFoundError(
-        f'got run={str(run)!r}, but {f} does not exist: give the folder of a finished run')
+        f'got run={str(run)!r}, but {f} does not exist: pass the folder of a finished run')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try: return load_learner(f)
@@ -233,7 +233,7 @@ def _draw(im, p, class_map, path, score_thr):
 
 # %% ../../nbs/learners/103_finetune.ipynb #41717b26
 def _plain(p):
-    "The detections of an image as dicts that JSON can hold."
+    "Returns the detections of an image as dicts for JSON."
     masks = [dict(o, counts=o['counts'].decode()) for o in p['masks'].rles()] if 'masks' in p else None
     def one(i, n, s, b):
         res = dict(name=n, score=round(float(s), 3), box=[round(v, 1) for v in b.tolist()])
@@ -242,8 +242,8 @@ def _plain(p):
 
 def _find_images(
     names, # files, folders, and patterns such as 'photos/*.jpg'
-) -> tuple: # list of paths, each once; list of sentences on names that lead to nothing
-    "Returns the image files that names stand for, in natural order within a folder or pattern."
+) -> tuple: # list of unique paths; list of messages about names without images
+    "Returns the image files that the names refer to, in natural order within a folder or pattern."
     res,bad = [],[]
     for o in map(str, names):
         if Path(o).is_dir(): found = image_files(o)
@@ -251,11 +251,11 @@ def _find_images(
             found = sorted((p for p in map(Path, glob(o, recursive=True)) if p.is_file()), key=natural_key)
         else: found = [Path(o)]
         res += found
-        if not found: bad.append(f'{o} has no image: check the path')
+        if not found: bad.append(f'{o} contains no image: check the path')
     return list(dict.fromkeys(res)),bad
 
 def _picture_names(paths):
-    "Returns a name of its own for each path's picture: the file's, with its folder before it where that is not enough."
+    "Returns a unique picture name for each path: the file's name, with its folder's in front if needed."
     often,res = Counter(p.stem for p in paths),{}
     for p in paths:
         stem = p.stem if often[p.stem]==1 else f'{p.absolute().parent.name}_{p.name}'
@@ -266,7 +266,7 @@ def _picture_names(paths):
 def predict(
     run, # folder of a run
     images, # image files, folders, and patterns such as 'photos/*.jpg'
-    out=None, # folder for images with the boxes drawn in; None: none are drawn
+    out=None, # folder for copies of the images with the boxes drawn on them; None: do not draw
     score_thr:float=0.5, # drop detections below
     json_file=None, # file to write the detections to
 ) -> dict: # path -> list of dicts: name, score, box [x1,y1,x2,y2] in pixels, and mask in run lengths if it has one

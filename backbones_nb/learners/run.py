@@ -38,13 +38,13 @@ detectors = tuple(cpu_preset)
 def get_detector(
     name:str, # 'faster_rcnn', 'mask_rcnn', 'efficientdet', 'retinanet' or 'fcos'
 ): # its function `model`
-    "Returns the builder of a family of detectors; raises ValueError for an unknown name."
+    "Returns the builder of a detector family; raises ValueError for an unknown name."
     if name not in detectors: raise ValueError(f"got detector={name!r}, expected one of {', '.join(detectors)}")
     return import_module(f'backbones_nb.detectors.{name}').model
 
 # %% ../../nbs/learners/102_run.ipynb #e34cdad0
 class _Range(NamedTuple):
-    "Allows the numbers from `low` to `high`; `inner` leaves out both ends."
+    "Allows the numbers from `low` to `high`; `inner` excludes both ends."
     low:float
     high:float=float('inf')
     inner:bool=False
@@ -255,9 +255,9 @@ def check_out_dir(
     out, # the run's folder
     force:bool=False, # overwrite an earlier run
 ) -> Path:
-    "Returns the folder's path, which need not exist; raises FileExistsError if it holds a run."
+    "Returns the folder's path, which need not exist; raises FileExistsError if it contains a run."
     out = Path(out)
     if (out/'config.json').exists() and not force: raise FileExistsError(
-        f'got out={str(out)!r}, which already holds a run: '
+        f'got out={str(out)!r}, which already contains a run: '
         'choose another folder with --out, or overwrite it with --force')
     return out

@@ -297,8 +297,8 @@ class Evil:
 @pytest.mark.parametrize(
     'what,message',
     [
-        (lambda p: dict(a=Evil(p)), 'asks for the Python object .*touch.*loading objects can run any code'),
-        (lambda p: nn.Conv2d(3, 3, 1), 'asks for the Python object'),
+        (lambda p: dict(a=Evil(p)), 'contains the Python object .*touch.*unpickling objects can run arbitrary code'),
+        (lambda p: nn.Conv2d(3, 3, 1), 'contains the Python object'),
         (lambda p: dict(a=torch.zeros(1), epoch=3), 'holds epoch, expected a state dict'),
         (lambda p: [torch.zeros(1)], 'holds list'),
         (lambda p: {}, 'holds nothing'),
@@ -505,7 +505,7 @@ def test_exact_conversion(rows, record, net, cache):
 @pytest.mark.parametrize(
     'kw,message',
     [
-        (dict(url='a', hub_id='b'), 'got a url and a hub_id'),
+        (dict(url='a', hub_id='b'), 'got both a url and a hub_id'),
         (dict(url='a', sha256='123'), "got sha256='123'"),
         (dict(url='a', sha256='ABCDEF01'), 'lower case'),
         (dict(url='/home/w.pth'), "got url='/home/w.pth' .*as_uri"),
@@ -928,7 +928,7 @@ def test_other_mistakes(tmp_path):
         from_pretrained(tmp_path / 'm', strides=64)
     for f in (tmp_path / 'nothing', 'us/nothing'):
         with pytest.raises(
-            RuntimeError, match='could not load .*nothing.*expected a folder that save_pretrained wrote'
+            RuntimeError, match='could not load .*nothing.*expected a folder written by save_pretrained'
         ) as e:
             from_pretrained(f)
         assert one_sentence(e)
@@ -963,7 +963,7 @@ def test_the_card_says_what_is_known(record, net, cache, tmp_path):
     (tmp_path / 'README.md').write_text('mine')
     create_backbone('mini').save_pretrained(tmp_path)
     assert (tmp_path / 'README.md').read_text() == 'mine'
-    assert 'began with random weights' in hub.card_text(hub.hub_config(create_backbone('mini')))
+    assert 'was initialized with random weights' in hub.card_text(hub.hub_config(create_backbone('mini')))
 
 
 # --- to the hub and back

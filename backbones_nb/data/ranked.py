@@ -19,13 +19,13 @@ class RankedDL(TfmdDL):
     "fastai's `TfmdDL` whose order depends on seed and epoch alone, with a share for each process."
     rank,world_size = 0,1
     def __init__(self,
-        dataset, # gives image and class number, or the image alone
-        bs:int=64, # of one process
+        dataset, # returns image and class index, or only the image
+        bs:int=64, # per process
         shuffle:bool=False,
-        drop_last:bool=False, # as many full batches for every process; False: every sample once
+        drop_last:bool=False, # the same number of full batches for every process; False: every sample once
         seed:int=0,
-        rank:int=None, # number of this process; None: RANK of the environment, or 0
-        world_size:int=None, # how many there are; None: WORLD_SIZE of the environment, or 1
+        rank:int=None, # index of this process; None: the environment variable RANK, or 0
+        world_size:int=None, # number of processes; None: the environment variable WORLD_SIZE, or 1
         **kwargs, # for fastai's `TfmdDL`
     ):
         super().__init__(dataset, bs=bs, drop_last=drop_last, **kwargs)
@@ -48,14 +48,14 @@ class RankedDL(TfmdDL):
 @patch
 def set_epoch(self:RankedDL,
     epoch:int, # of the next pass
-    start:int=0, # batches to leave out at its beginning
+    start:int=0, # batches to skip at its beginning
 ):
-    "Decides which pass comes next, so that an interrupted run resumes where it was."
+    "Sets the next pass, so that an interrupted run resumes where it stopped."
     self.epoch,self.start = epoch-1,start
 
 @patch
-def share(self:RankedDL) -> tuple: # first position and the one after the last
-    "Returns the positions that belong to this process if every sample counts once."
+def share(self:RankedDL) -> tuple: # first position and one past the last
+    "Returns the positions that belong to this process if every sample is used once."
     return tuple(len(self.dataset)*(self.rank+i)//self.world_size for i in (0,1))
 
 @patch
@@ -73,14 +73,14 @@ def __iter__(self:RankedDL):
 # %% ../../nbs/data/49_ranked.ipynb #c5a9be42
 @patch
 def create_batches(self:RankedDL, samps):
-    if self.world_size>1 and not self.running: raise RuntimeError('this loader gives each process its share already: '
+    if self.world_size>1 and not self.running: raise RuntimeError('this loader already gives each process its share: '
         'do not wrap it in DistributedDL')
     yield from self.make_batches(samps)
 
 @patch
 def create_batch(self:RankedDL,
     b, # list of samples
-) -> tuple: # images (B,3,H,W) and classes (B,), or the images alone
+) -> tuple: # images (B,3,H,W) and classes (B,), or only the images
     "Returns a batch."
     x,*y = zip(*b)
     x = torch.utils.data.default_collate(list(x)) # a worker writes them straight into shared memory

@@ -244,7 +244,7 @@ def test_unknown_taps():
 
 
 def test_strides_that_are_not_there():
-    with pytest.raises(ValueError, match='convnext_tiny has no map at stride 2: choose among its strides 4, 8, 16, 32'):
+    with pytest.raises(ValueError, match='convnext_tiny has no map at stride 2: choose from its strides 4, 8, 16, 32'):
         meta('convnext_tiny').select(2)
     assert meta('vgg16').select((1, 32)).channels == (64, 512)
 
@@ -468,14 +468,14 @@ def test_pretrained_families(published, name, w):
 def test_two_different_wishes(kw):
     with pytest.raises(
         ValueError,
-        match='mean IMAGENET1K_V2 and IMAGENET1K_V1 of resnet50, which are different weights: give one of the two',
+        match='mean IMAGENET1K_V2 and IMAGENET1K_V1 of resnet50, which are different weights: pass one of them',
     ):
         create_backbone('resnet50', **kw)
 
 
 def test_a_record_beside_weights():
     with pytest.raises(
-        ValueError, match="got a record as pretrained and weights='DEFAULT' for resnet18: give one of the two"
+        ValueError, match="got a record as pretrained and weights='DEFAULT' for resnet18: pass one of them"
     ):
         create_backbone('resnet18', pretrained=T._classifier_record(v1), weights='DEFAULT')
 
@@ -577,10 +577,10 @@ def test_weights_cannot_run_code(published, capsys):
 @pytest.mark.parametrize(
     'pretrained,text',
     [
-        ('IMAGENET1K_V7', "resnet18 has no weights 'IMAGENET1K_V7': give True or one of IMAGENET1K_V1"),
+        ('IMAGENET1K_V7', "resnet18 has no weights 'IMAGENET1K_V7': pass True or one of IMAGENET1K_V1"),
         ('ResNet34_Weights.IMAGENET1K_V1', "has no weights 'ResNet34_Weights.IMAGENET1K_V1'"),
         ('', "got pretrained='' for resnet18, expected True, False, the tag"),
-        ('coco', "has no weights 'coco': give True or one of IMAGENET1K_V1"),
+        ('coco', "has no weights 'coco': pass True or one of IMAGENET1K_V1"),
         (3, 'has no weights 3'),
         (models.ResNet50_Weights.IMAGENET1K_V2, 'has no weights ResNet50_Weights.IMAGENET1K_V2'),
     ],

@@ -488,7 +488,7 @@ def test_another_training_is_not_mixed_in(data, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             train_imagenet(data, tmp_path, **kw | change)
-    with pytest.raises(ValueError, match='holds a checkpoint: continue it'):
+    with pytest.raises(ValueError, match='contains a checkpoint: continue'):
         train_imagenet(data, tmp_path, resume=False, **kw)
     (tmp_path / 'checkpoint.pt').write_bytes((tmp_path / 'checkpoint.pt').read_bytes()[:1000])
     with pytest.raises(ValueError, match='cannot be read as a checkpoint'):

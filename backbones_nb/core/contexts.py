@@ -82,7 +82,8 @@ def fixed_rng(
     device='cpu', # whose generator is seeded in addition to the CPU's
     seed:int=0,
 ):
-    "Seeds the generators of the CPU and of `device`, and restores their states when the block ends."
+    """Seeds the generators of the CPU and of `device`,
+    and restores their states when the block ends."""
     device = torch.device(device)
     cuda = device.type=='cuda'
     with torch.random.fork_rng(devices=[device] if cuda else []):

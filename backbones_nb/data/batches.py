@@ -64,7 +64,8 @@ class DetectionDL(DataLoader):
         bs:int=16,
         size=256, # int or (height, width) of the batch's images
         class_map=None, # names of the classes
-        tfm=None, # function from (image, target) to (image, target), tv_tensors; None: no augmentation
+        # function from (image, target) to (image, target), tv_tensors; None: no augmentation
+        tfm=None,
         seed:int=None, # the same seed gives the same batches, with any number of workers
         **kwargs, # for fastai's DataLoader
     ):
@@ -113,7 +114,8 @@ def create_batch(self:DetectionDL,
 def for_process(self:DetectionDL,
     rank:int=0, # index of the process
     world_size:int=1, # number of processes
-    equal:bool=False, # the same number of full batches for each, dropping the rest; False: every item once
+    # the same number of full batches for each, dropping the rest; False: every item once
+    equal:bool=False,
 ):
     "Restricts the loader to the share of one process; without arguments, lifts the restriction."
     if not 0<=rank<world_size:
@@ -220,7 +222,8 @@ def detection_dls(
     class_map, # `ClassMap`: names of the classes
     size=256, # int or (height, width) of the batch's images: letterboxed, so nothing is distorted
     bs:int=16,
-    augment=True, # True: `default_augment(size)`; None, False: none; or a function of (image, target)
+    # True: `default_augment(size)`; None, False: none; or a function of (image, target)
+    augment=True,
     num_workers:int=0,
     seed:int=None, # the same seed gives the same batches, with any number of workers
     cache:bool=False, # keep decoded images in memory (small sets)
@@ -229,7 +232,9 @@ def detection_dls(
     drop_last:bool=None, # drop the last, smaller training batch; None: if there is a full one
     **kwargs, # for fastai's DataLoader, such as device (None: fastai's default) or pin_memory
 ) -> DetectionDataLoaders:
-    "Returns loaders for training and validation; raises ValueError for labels not in the class map."
+    """Returns loaders for training and validation.
+
+    Raises ValueError for labels not in the class map."""
     train = list(train)
     valid = list(valid or [])
     if bs<1 or num_workers<0: raise ValueError(f'got bs={bs} and num_workers={num_workers}, '

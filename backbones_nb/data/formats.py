@@ -31,7 +31,8 @@ from .yolo import find_yolo, write_yolo, yolo_parts, yolo_sheet
 # %% ../../nbs/data/131_formats.ipynb #254376c3
 @dataclass(frozen=True)
 class _Format:
-    "One annotation format: its name, how to recognize it, and the functions that find, read and write it."
+    """One annotation format: its name, how to recognize it, and the functions that find,
+    read and write it."""
     name:str
     looks:str # how a person recognizes it
     find:object # function of a file or folder: list of the paths in this format
@@ -211,7 +212,9 @@ def _unknown(path):
 def find_format(
     path, # file or folder
 ) -> tuple: # name in `formats`, and the path of the file or folder itself
-    "Returns the format of a data set; raises FileNotFoundError or ValueError if it is missing, unknown or ambiguous."
+    """Returns the format of a data set.
+
+    Raises FileNotFoundError or ValueError if it is missing, unknown or ambiguous."""
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f'there is no {path}: check the path')
     if found := _direct(path): return found

@@ -25,7 +25,9 @@ from .images import load_image, to_rgb
 
 # %% ../../nbs/data/99_transforms.ipynb #d9fcb5fc
 def _from_array(a):
-    "Returns the PIL image of an array (H,W) or (H,W,C); raises ValueError for another shape or range."
+    """Returns the PIL image of an array (H,W) or (H,W,C).
+
+    Raises ValueError for another shape or range."""
     if a.ndim not in (2,3) or a.ndim==3 and a.shape[-1] not in (1,3,4):
         raise ValueError(f'got an array of shape {a.shape}, expected one image (H,W,3)')
     if a.dtype!=np.uint8:
@@ -141,7 +143,8 @@ def unletterbox(
 def _area(b): return (b[:,2:]-b[:,:2]).clamp(min=0).prod(1)
 
 def _tighten(boxes, masks, which):
-    "Returns boxes, those in `which` shrunk to the extent of their masks; empty masks yield empty boxes."
+    """Returns boxes, those in `which` shrunk to the extent of their masks;
+    empty masks yield empty boxes."""
     boxes = boxes.as_subclass(Tensor).clone()
     for i in which.nonzero()[:,0].tolist():
         if not masks[i].any(): boxes[i] = 0; continue
@@ -167,7 +170,8 @@ class RandomZoom(torch.nn.Module):
         self.scale,self.ratio,self.min_visible,self.p,self.fill = scale,ratio,min_visible,p,fill
 
     def window(self, h, w):
-        "Returns top, left, height, width of a random window in an h x w image; it may extend past the edge."
+        """Returns top, left, height, width of a random window in an h x w image;
+        it may extend past the edge."""
         u = torch.rand(4).tolist()
         between = lambda lo,hi,t: lo*(hi/lo)**t
         s = between(*self.scale, u[0])
@@ -229,7 +233,8 @@ def _drop_small(
 
 # %% ../../nbs/data/99_transforms.ipynb #ba8dc4c7
 class ToBatch(torch.nn.Module):
-    "The last step: letterbox, clip boxes, remove empty ones, update areas, convert to floats in [0,1]."
+    """The last step: letterbox, clip boxes, remove empty ones, update areas,
+    convert to floats in [0,1]."""
     def __init__(self, size):
         super().__init__()
         self.letterbox = Letterbox(size)

@@ -108,10 +108,11 @@ class PredictionMixin:
 
     def gather_detections(self, dl, finish, with_input=False, with_loss=False, inner=False,
                           cbs=None):
-        "Returns the callback that collected the detections of a loader, each passed through `finish`."
+        """Returns the callback that collected the detections of a loader,
+        each passed through `finish`."""
         if with_loss and not getattr(getattr(dl, 'dataset', None), 'targets', True):
-            raise ValueError('losses were requested, but the loader returns images without targets: '
-                             'create it with learn.dls.test_dl(records, with_labels=True), or '
+            raise ValueError('losses were requested, but the loader returns images without '
+                'targets: create it with learn.dls.test_dl(records, with_labels=True), or '
                              'leave losses out')
         cb = _Gather(finish, with_input, with_loss)
         ctx = self.validation_context(cbs=L(cbs)+[cb], inner=inner)

@@ -10,12 +10,14 @@ __all__ = ['write_whole', 'training_flag', 'eval_mode', 'fixed_rng']
 # %% ../../nbs/core/86_contexts.ipynb #2f8d3c70
 import errno
 import os
+import random
 import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -82,11 +84,18 @@ def fixed_rng(
     device='cpu', # whose generator is seeded in addition to the CPU's
     seed:int=0,
 ):
-    """Seeds the generators of the CPU and of `device`,
-    and restores their states when the block ends."""
+    """Seeds the generators of the CPU, `device`, numpy and Python.
+
+    Restores their states when the block ends."""
     device = torch.device(device)
     cuda = device.type=='cuda'
+    was = random.getstate(),np.random.get_state()
     with torch.random.fork_rng(devices=[device] if cuda else []):
         torch.default_generator.manual_seed(seed)
         if cuda: torch.cuda.default_generators[device.index or 0].manual_seed(seed)
-        yield
+        random.seed(seed)
+        np.random.seed(seed%2**32)
+        try: yield
+        finally:
+            random.setstate(was[0])
+            np.random.set_state(was[1])

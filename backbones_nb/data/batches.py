@@ -9,6 +9,7 @@ __all__ = ['DetectionDataset', 'DetectionDL', 'DetectionDataLoaders', 'detection
 
 # %% ../../nbs/data/43_batches.ipynb #198f5005
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -20,6 +21,10 @@ from torch import Tensor
 
 from ..analysis.boxes import show_side_by_side
 from ..core.contexts import fixed_rng
+from .original import keep_original
+from .pairs import dataset_items
+from .pipelines import as_augment, as_batch_tfm
+from .ranked import draw_repeats
 from .ready import small_objects
 from .transforms import ToBatch, as_tv, default_augment, hw, open_image
 
@@ -31,6 +36,12 @@ from .transforms import Letterbox, RandomZoom, box_rows # noqa: F401
 _rows = box_rows # the name in those learners
 
 # %% ../../nbs/data/43_batches.ipynb #31e134cb
+def _read(item, targets):
+    "Returns image and target of an item, or the image alone."
+    pair = getattr(item, 'pair', None) # of a dataset
+    img,t = pair() if pair else (open_image(item), item.target() if targets else None)
+    return (img,as_tv(t, img.shape[-2:])) if targets else (img,)
+
 class DetectionDataset:
     "Records as (image, target) pairs of tv_tensors, before augmentation; or only images."
     def __init__(self,
@@ -44,8 +55,7 @@ class DetectionDataset:
 
     def __getitem__(self, i):
         if i not in self._kept:
-            img = open_image(self.items[i])
-            res = (img,as_tv(self.items[i].target(), img.shape[-2:])) if self.targets else (img,)
+            res = _read(self.items[i], self.targets)
             if not self.cache: return res
             self._kept[i] = res
         return self._kept[i][0],*map(dict, self._kept[i][1:])
@@ -57,8 +67,10 @@ class DetectionDataset:
 # %% ../../nbs/data/43_batches.ipynb #36698058
 class DetectionDL(DataLoader):
     "fastai's `DataLoader` of a `DetectionDataset`: batches of an image tensor and target dicts."
-    n_inp = 1
+    n_inp,batch_tfm,batch = 1,None,0
     rank,world_size,equal = 0,1,False # set by `for_process`
+    start = 0 # batches that the next pass leaves out, set by `set_epoch`
+    repeats = None # how often each item occurs in a pass, on average, set by `repeat_items`
     def __init__(self,
         dataset, # a `DetectionDataset`
         bs:int=16,
@@ -67,13 +79,14 @@ class DetectionDL(DataLoader):
         # function from (image, target) to (image, target), tv_tensors; None: no augmentation
         tfm=None,
         seed:int=None, # the same seed gives the same batches, with any number of workers
+        batch_tfm=None, # takes and returns (images, targets) on the device; None: none
         **kwargs, # for fastai's DataLoader
     ):
         super().__init__(dataset, bs=bs, **kwargs)
         self.size = hw(size)
-        self.class_map,self.tfm,self.seed = class_map,tfm,seed
+        self.class_map,self.tfm,self.seed,self.batch_tfm = class_map,tfm,seed,batch_tfm
         self.to_batch = ToBatch(size)
-        self.epoch = 0
+        self.epoch,self.batch = 0,0 # passes so far, batches of this one
         if seed is not None: self.rng.seed(seed)
 
     @property
@@ -81,25 +94,44 @@ class DetectionDL(DataLoader):
 
     def new(self, dataset=None, cls=None, **kwargs):
         same = dict(size=self.size, class_map=self.class_map, tfm=self.tfm, seed=self.seed)
+        if kwargs.get('tfm', 0) is not None: same['batch_tfm'] = self.batch_tfm
         return super().new(dataset, cls, **same|kwargs)
 
     def before_iter(self):
-        self.epoch += 1
+        self.epoch,self.batch = self.epoch+1,self.start
         if self.fake_l.num_workers: self.dataset.fill()
 
     def retain(self, res, b): return res # types are right already
 
 # %% ../../nbs/data/43_batches.ipynb #90f1897f
 @patch
+def chance(self:DetectionDL, *at): # ints
+    "Within the block random numbers depend on the seed and on `at` alone, if there is a seed."
+    if self.seed is None: return nullcontext()
+    return fixed_rng('cpu', hash((self.seed, *at)) & (2**63-1))
+
+@patch
+def random_item(self:DetectionDL) -> tuple: # image and target
+    "Returns any item, for transforms that mix images."
+    return self.dataset[int(torch.randint(len(self.dataset), ()))]
+
+@patch
 def create_item(self:DetectionDL,
     i, # index of the item
 ) -> tuple: # image and target, or only the image
     "Returns one item, augmented; with a seed, the same for the same seed, epoch and item."
-    item = self.dataset[i or 0]
-    if self.tfm is None or len(item)==1: return self.to_batch(*item)
-    if self.seed is None: return self.to_batch(*self.tfm(*item), smallest=1)
-    with fixed_rng('cpu', hash((self.seed, self.epoch, i)) & (2**63-1)):
-        return self.to_batch(*self.tfm(*item), smallest=1)
+    item = self.dataset[i or 0] if self.repeats is None else self.dataset[i%len(self.repeats)]
+    if len(item)==1: return self.to_batch(*item)
+    if self.tfm is None: return keep_original(self.to_batch, *item)
+    more = (self.random_item,) if getattr(self.tfm, 'mixes', False) else ()
+    with self.chance(self.epoch, i): return self.to_batch(*self.tfm(*item, *more), smallest=1)
+
+@patch
+def after_batch(self:DetectionDL, b):
+    "Transforms a batch on its device; with a seed, the same for the same seed, epoch and batch."
+    self.batch += 1
+    if self.batch_tfm is None or len(b)==1: return b
+    with self.chance(self.epoch, self.batch, 1): return self.batch_tfm(*b)
 
 @patch
 def create_batch(self:DetectionDL,
@@ -108,6 +140,19 @@ def create_batch(self:DetectionDL,
     "Returns a batch: images stacked, targets as they are."
     if not self.dataset.targets: return (TensorImage(torch.stack(b)),)
     return TensorImage(torch.stack([o[0] for o in b])),tuple(o[1] for o in b)
+
+# %% ../../nbs/data/43_batches.ipynb #e06bead5
+@patch
+def repeat_items(self:DetectionDL,
+    factors, # how often each item should occur in a pass, from 1; None: each once
+):
+    "Makes passes longer, with some items more often; raises ValueError for factors that do not fit."
+    f = None if factors is None else np.asarray(factors, float)
+    if f is not None and (len(f)!=len(self.dataset) or not (f>=1).all()): raise ValueError(
+        f'got {len(f)} factors from {f.min(initial=0):g} for {len(self.dataset)} items, expected one '
+        'of at least 1 for each')
+    self.repeats = f
+    self.n = len(self.dataset) if f is None else int(np.ceil(f.sum()-1e-9))
 
 # %% ../../nbs/data/43_batches.ipynb #1e67fbc8
 @patch
@@ -130,15 +175,41 @@ def positions(self:DetectionDL) -> np.ndarray: # ints
     return i[i//self.bs%self.world_size==self.rank]
 
 @patch
-def get_idxs(self:DetectionDL):
+def order(self:DetectionDL):
+    "Draws the order of a pass, of all processes."
     idxs = super(DetectionDL, self).get_idxs()
-    return idxs if self.world_size==1 else [idxs[i] for i in self.positions()]
+    if self.repeats is None: return idxs
+    drawn = draw_repeats(self.repeats, self.rng.random())
+    return [drawn[i] for i in idxs]
+
+@patch
+def get_idxs(self:DetectionDL):
+    idxs = self.order()
+    if self.world_size>1: idxs = [idxs[i] for i in self.positions()]
+    start,self.start = self.start,0
+    return idxs[start*self.bs:] if start else idxs
 
 @patch
 def __len__(self:DetectionDL):
     if self.world_size==1: return super(DetectionDL, self).__len__()
     n = len(self.positions())
     return n//self.bs if self.drop_last else -(-n//self.bs)
+
+# %% ../../nbs/data/43_batches.ipynb #2f285a6b
+@patch
+def set_epoch(self:DetectionDL,
+    epoch:int, # number of the next pass, from 0
+    start:int=0, # batches to leave out at its beginning
+):
+    "Goes to a pass, as if all before it had been read; raises ValueError without a seed."
+    if self.seed is None: raise ValueError('got a loader without a seed, whose passes cannot be '
+        'repeated: make it with detection_dls(..., seed=0)')
+    if epoch!=self.epoch:
+        self.rng.seed(self.seed)
+        for _ in range(epoch):
+            self.randomize()
+            super(DetectionDL, self).get_idxs()
+    self.epoch,self.start = epoch,start
 
 # %% ../../nbs/data/43_batches.ipynb #9dcc3ba5
 @patch
@@ -192,7 +263,7 @@ class DetectionDataLoaders(DataLoaders):
         **kwargs, # for `DetectionDL`
     ) -> DetectionDL:
         "Returns a loader of `items` in order, prepared as in validation."
-        items = list(items)
+        items = dataset_items(items)
         if with_labels: check_labels(items, self.valid.class_map)
         ds = DetectionDataset(items, targets=with_labels)
         return self.valid.new(ds, bs=bs or self.valid.bs, num_workers=num_workers, indexed=True,
@@ -217,37 +288,37 @@ def check_labels(
 
 # %% ../../nbs/data/43_batches.ipynb #69740797
 def detection_dls(
-    train, # records to train on
-    valid, # records to validate on
+    train, # records to learn from; or a torch `Dataset` of (image, target)
+    valid, # records to measure on; or a `Dataset`
     class_map, # `ClassMap`: names of the classes
     size=256, # int or (height, width) of the batch's images: letterboxed, so nothing is distorted
     bs:int=16,
-    # True: `default_augment(size)`; None, False: none; or a function of (image, target)
-    augment=True,
+    augment=True, # True: `default_augment(size)`; None, False: none; or what `as_augment` takes
     num_workers:int=0,
     seed:int=None, # the same seed gives the same batches, with any number of workers
     cache:bool=False, # keep decoded images in memory (small sets)
     val_bs:int=None, # None: bs
     path='.', # where learners save
     drop_last:bool=None, # drop the last, smaller training batch; None: if there is a full one
-    **kwargs, # for fastai's DataLoader, such as device (None: fastai's default) or pin_memory
+    **kwargs, # item_tfms (fastai's name for augment), batch_tfms (take images and targets on the
+        # device), or for fastai's DataLoader, such as device (None: fastai's default) or pin_memory
 ) -> DetectionDataLoaders:
-    """Returns loaders for training and validation.
-
-    Raises ValueError for labels not in the class map."""
-    train = list(train)
-    valid = list(valid or [])
+    "Returns loaders for training and validation; raises ValueError for labels outside the class map."
+    train,valid = dataset_items(train),dataset_items(valid)
     if bs<1 or num_workers<0: raise ValueError(f'got bs={bs} and num_workers={num_workers}, '
         'expected at least one image per batch and zero or more workers')
     for o in (train, valid): check_labels(o, class_map)
     if lost := small_objects([*train, *valid], size, class_map): warnings.warn(lost, stacklevel=2)
-    if augment is True: augment = default_augment(size)
+    augment = kwargs.pop('item_tfms', augment)
+    augment = default_augment(size) if augment is True else as_augment(augment or None)
+    batch_tfm = as_batch_tfm(kwargs.pop('batch_tfms', None))
     if drop_last is None: drop_last = len(train)>=bs
     device = kwargs.pop('device', None)
     device = torch.device(default_device() if device is None else device)
     kw = dict(size=size, class_map=class_map, seed=seed, num_workers=num_workers, device=device)
     kw |= kwargs
     t,v = [DetectionDataset(o, cache=cache) for o in (train, valid)]
-    t = DetectionDL(t, bs=bs, tfm=augment or None, shuffle=True, drop_last=drop_last, **kw)
+    t = DetectionDL(t, bs=bs, tfm=augment, batch_tfm=batch_tfm, shuffle=True,
+                    drop_last=drop_last, **kw)
     v = DetectionDL(v, bs=val_bs or bs, **kw)
     return DetectionDataLoaders(t, v, path=path, device=device)

@@ -9,7 +9,6 @@ __all__ = ['formats', 'rows', 'Formats', 'write_coco', 'write_voc_folder', 'find
            'write_data']
 
 # %% ../../nbs/data/131_formats.ipynb #b59a959d
-import xml.etree.ElementTree as ET
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +24,8 @@ from .servers import (cvat_sheet, find_cvat, find_label_studio, label_studio_she
 from .sheets import copy_images, find_json, sheet_records, write_json
 from .tables import (createml_sheet, csv_sheet, find_createml, find_csv, find_jsonl, jsonl_sheet,
                                       write_createml, write_csv, write_jsonl)
-from .voc import is_voc, voc_folders, voc_names, voc_records, voc_split
+from .voc import (is_voc, voc_folders, voc_names, voc_records, voc_split, voc_xml,
+                                   write_voc_masks)
 from .yolo import find_yolo, write_yolo, yolo_parts, yolo_sheet
 
 # %% ../../nbs/data/131_formats.ipynb #254376c3
@@ -37,10 +37,11 @@ class _Format:
     looks:str # how a person recognizes it
     find:object # function of a file or folder: list of the paths in this format
     sheet:object=None # function (path, images, part) -> `Sheet`
-    read:object=None # instead of `sheet`: (path, images, part, class_map, masks) -> as `records`
-    parts:object=lambda path: {} # function of a path: 'train', 'valid', 'test' -> part
+    read:object=None # instead of it: (path, images, part, class_map, masks) -> as `records`
+    parts:object=lambda path: {} # function of a path: 'train', 'valid', 'test' -> part, or a Path
     write:object=None # function (records, class_map, folder) -> path
     masks:bool=False # whether it can hold masks
+    crowds:bool=False # whether it can mark crowds, or difficult objects
 
     def records(self, path, images=None, part=None, class_map=None, masks=False) -> tuple:
         "Returns records, ClassMap, SkipReport of a path, or of a part of it."
@@ -69,14 +70,34 @@ class Formats:
 formats = Formats()
 
 # %% ../../nbs/data/131_formats.ipynb #756856cf
+_split_folder_names = dict(train=('train','training'), valid=('valid','val','validation'),
+                           test=('test','testing'))
+
 def _read_coco(path, images, part, class_map, masks):
     data = read_coco(path)
     return coco_records(data, images or coco_images(path, data), class_map, masks=masks)
 
-def _find_coco(path):
+def _is_coco(o):
     lists = ('images','annotations','categories')
-    def mine(o): return isinstance(o, dict) and all(isinstance(o.get(k), list) for k in lists)
-    return find_json(path, mine)
+    return isinstance(o, dict) and all(isinstance(o.get(k), list) for k in lists)
+
+def _find_coco(path):
+    found = find_json(path, _is_coco)
+    return [Path(path)] if len(found)>1 and _coco_pair(found) else found
+
+def _coco_pair(files):
+    "Returns files such as instances_train.json and instances_val.json by split; empty for others."
+    res = {}
+    for f in files:
+        stem,_,end = f.stem.rstrip('0123456789').rpartition('_')
+        split = next((k for k,names in _split_folder_names.items() if end in names), None)
+        if split: res.setdefault(stem, {})[split] = f
+    pairs = [v for k,v in res.items() if 'train' in v and (len(res)==1 or k=='instances')]
+    return pairs[0] if pairs and (len(res)>1 or sum(map(len, res.values()))==len(files)) else {}
+
+def _coco_parts(path):
+    "Returns the files of a folder by split."
+    return _coco_pair(find_json(path, _is_coco)) if Path(path).is_dir() else {}
 
 def write_coco(records, class_map, folder) -> Path: # of _annotations.coco.json
     "Writes records in COCO's format, with the images next to the file."
@@ -113,21 +134,13 @@ def _voc_parts(path):
     return dict(zip(('train','valid'), _voc_lists(path))) if is_voc(path) else {}
 
 def write_voc_folder(records, class_map, folder) -> Path: # the folder
-    "Writes the boxes of records in VOC's layout; crowds are marked as difficult."
+    "Writes records in VOC's layout, with masks that do not overlap; crowds are marked difficult."
     folder = Path(folder)
     (folder/'Annotations').mkdir(parents=True, exist_ok=True)
     for r,n in zip(records, copy_images(records, folder/'JPEGImages')):
-        root = ET.Element('annotation')
-        ET.SubElement(root, 'filename').text = n
-        size = ET.SubElement(root, 'size')
-        for k,v in dict(width=r.size[1], height=r.size[0], depth=3).items(): ET.SubElement(size, k).text = str(v)
-        for (x1,y1,x2,y2),l,d in zip(r.boxes.tolist(), r.labels.tolist(), r.iscrowd.tolist()):
-            o = ET.SubElement(root, 'object')
-            ET.SubElement(o, 'name').text = class_map.get_name(l)
-            ET.SubElement(o, 'difficult').text = str(d)
-            box = ET.SubElement(o, 'bndbox') # VOC counts pixels from 1
-            for k,v in dict(xmin=x1+1, ymin=y1+1, xmax=x2, ymax=y2).items(): ET.SubElement(box, k).text = str(v)
-        ET.ElementTree(root).write((folder/'Annotations'/n).with_suffix('.xml'), encoding='utf-8')
+        path = (folder/'Annotations'/n).with_suffix('.xml')
+        voc_xml(r, class_map, n).write(path, encoding='utf-8')
+        write_voc_masks(r, folder, path.stem)
     return folder
 
 def _read_pets(path, images, part, class_map, masks):
@@ -138,7 +151,8 @@ def _whole(sheet): return lambda path, images=None, part=None: sheet(path, image
 
 rows = (
     _Format('coco', 'a JSON file with images, annotations and categories',
-           _find_coco, read=_read_coco, write=write_coco, masks=True),
+           _find_coco, read=_read_coco, parts=_coco_parts, write=write_coco, masks=True,
+           crowds=True),
     _Format('yolo', 'data.yaml, and a .txt per image in labels/', find_yolo, yolo_sheet,
            parts=yolo_parts, write=write_yolo, masks=True),
     _Format('pets', 'images/, annotations/trainval.txt and test.txt, trimaps',
@@ -166,12 +180,9 @@ rows = (
 # %% ../../nbs/data/131_formats.ipynb #973a5341
 for o in rows: formats.add(o)
 formats.add(_Format('voc', 'an .xml per image, beside it or in Annotations/', _find_voc, read=_read_voc,
-                   parts=_voc_parts, write=write_voc_folder, masks=True))
+                   parts=_voc_parts, write=write_voc_folder, masks=True, crowds=True))
 
 # %% ../../nbs/data/131_formats.ipynb #302b8e5d
-_split_folder_names = dict(train=('train','training'), valid=('valid','val','validation'),
-                          test=('test','testing'))
-
 def _split_folders(path) -> dict: # 'train', 'valid', 'test' -> folder; empty without train
     "Returns the split folders in a folder."
     rows = _split_folder_names.items()
@@ -229,7 +240,8 @@ def find_splits(
     name,at = find_format(path)
     inside = _split_folders(at) if Path(at).is_dir() and not _direct(at) else {}
     if not inside:
-        return {k:(name,at,p) for k,p in formats[name].parts(at).items()} or {'all':(name,at,None)}
+        def source(p): return (name,p,None) if isinstance(p, Path) else (name,at,p)
+        return {k:source(p) for k,p in formats[name].parts(at).items()} or {'all':source(None)}
     res = {}
     for k,o in inside.items():
         try: res[k] = (*find_format(o), None)

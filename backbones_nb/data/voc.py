@@ -6,7 +6,7 @@ Docs: https://backbones-nb.github.io/backbones-nb/data/voc.html.md"""
 
 # %% auto #0
 __all__ = ['read_voc', 'read_instances', 'xml_files', 'counts_from_zero', 'voc_records', 'is_voc', 'voc_names', 'voc_folders',
-           'voc_split']
+           'voc_split', 'voc_xml', 'write_voc_masks']
 
 # %% ../../nbs/data/97_voc.ipynb #f046749e
 import xml.etree.ElementTree as ET
@@ -196,3 +196,46 @@ def voc_split(
     if class_map is None: class_map = ClassMap(voc_names(root/'Annotations'))
     return voc_records(root/'JPEGImages', root/'Annotations', class_map, difficult, names,
                        root/'SegmentationObject' if masks else None)
+
+# %% ../../nbs/data/97_voc.ipynb #1be2c532
+def voc_xml(
+    record,
+    class_map, # `ClassMap`
+    file_name, # of the image
+) -> ET.ElementTree:
+    "Returns the annotation of a record in VOC's format; crowds are marked difficult."
+    root = ET.Element('annotation')
+    def add(to, **values):
+        for k,v in values.items(): ET.SubElement(to, k).text = str(v)
+    add(root, filename=file_name)
+    add(ET.SubElement(root, 'size'), width=record.size[1], height=record.size[0], depth=3)
+    add(root, segmented=int(record.masks is not None))
+    rows = zip(*(o.tolist() for o in (record.boxes, record.labels, record.iscrowd)))
+    for (x1,y1,x2,y2),l,d in rows:
+        o = ET.SubElement(root, 'object')
+        add(o, name=class_map.get_name(l), difficult=d)
+        add(ET.SubElement(o, 'bndbox'), xmin=x1+1, ymin=y1+1, xmax=x2, ymax=y2) # counted from 1
+    return ET.ElementTree(root)
+
+def _palette(): # VOC's: the bits of the number, spread over red, green, blue
+    def channel(i, c): return sum((i>>(3*j+c)&1)<<(7-j) for j in range(3))
+    return [channel(i, c) for i in range(256) for c in range(3)]
+
+def write_voc_masks(
+    record,
+    folder, # of the data set
+    stem, # of the image's name
+) -> bool: # False: nothing is written, since the masks overlap or are missing or too many
+    "Writes the masks of a record into SegmentationObject and SegmentationClass."
+    masks = record.target().get('masks') if record.masks is not None else None
+    n = 0 if masks is None else len(masks)
+    if masks is None or n>254 or n and (masks.sum(0)>1).any(): return False
+    which = (masks.numpy()!=0)*np.arange(1, n+1)[:,None,None]
+    numbers = which.sum(0) if n else np.zeros(record.size, int)
+    for name,values in (('SegmentationObject',np.arange(n+1)), ('SegmentationClass',np.r_[0,record.labels])):
+        path = Path(folder)/name/f'{stem}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        im = Image.fromarray(values[numbers].astype(np.uint8))
+        im.putpalette(_palette())
+        im.save(path)
+    return True

@@ -80,13 +80,12 @@ class MaskRCNN(FasterRCNN):
         h = self.roi_heads
         h.mask_roi_pool,h.mask_head,h.mask_predictor = mask_roi_pool,mask_head,mask_predictor
 
-    def forward(self, images, targets=None, both=False):
-        valid = isinstance(targets, (list,tuple)) and isinstance(images, (list,tuple,Tensor))
-        if (self.training or both) and valid:
+    def _encode(self, images, targets):
+        if isinstance(targets, (list,tuple)) and isinstance(images, (list,tuple,Tensor)):
             n = min(len(images), len(targets))
             checked = [_with_masks(t, i, o) for i,(t,o) in enumerate(zip(targets, images))]
             targets = checked+list(targets[n:])
-        return super().forward(images, targets, both)
+        return super()._encode(images, targets)
 
 # %% ../../nbs/detectors/32_mask_rcnn.ipynb #ddc4625b
 @patch

@@ -10,6 +10,8 @@ __all__ = ['icevision_engine']
 # %% ../../nbs/icevision/114_engine.ipynb #a8aa0442
 from functools import partial
 
+from fastai.torch_core import num_distrib
+
 from .patches import need_icevision
 from ..learners.run import RunConfig, cpu_preset
 
@@ -19,6 +21,10 @@ def _check_supported(config):
     given = {'--detector fcos': config.detector=='fcos',
              '--backbone own': config.backbone in (None,'own'),
              '--bf16': config.bf16, '--pretrained-detector': config.pretrained_detector,
+             '--resume': config.resume, '--ema': config.ema, '--patience': config.patience,
+             '--accumulate': config.accumulate>1, '--repeat-thr': config.repeat_thr,
+             '--checkpoint-backbone': config.checkpoint_backbone,
+             'several processes': num_distrib()>1,
              '--loss-weights': config.loss_weights}
     if odd := next((k for k,v in given.items() if v), None): raise ValueError(
         f'got {odd} with --engine icevision, which does not support it: leave one of them out')

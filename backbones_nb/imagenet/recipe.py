@@ -25,8 +25,9 @@ from ..core.errors import did_you_mean
 from ..core.features import IMAGENET_MEAN, IMAGENET_STD
 from .augment import (CutMixUp, RepeatedAugmentation, smooth_loss,
                                            train_tfm, valid_tfm)
-from .ema import ModelEMA, ema_decay
-from .schedule import Accumulate, NoDecay, WarmupCosine, scale_lr, sgd
+from ..learners.checkpoint import Accumulate
+from ..learners.ema import ModelEMA, ema_decay
+from .schedule import NoDecay, WarmupCosine, scale_lr, sgd
 from ..learners.precision import DetectionPrecision
 
 # %% ../../nbs/imagenet/53_recipe.ipynb #5aab2d49

@@ -16,16 +16,19 @@ from functools import partial
 import fastai.callback.progress
 import fastai.callback.schedule # noqa: F401, adds fit_one_cycle
 import torch
-from fastai.callback.core import Callback, CancelValidException
+from fastai.callback.core import Callback, CancelFitException, CancelValidException
 from fastai.learner import Learner, ValueMetric
 from fastai.optimizer import Adam
 from fastai.torch_core import get_model
 from fastcore.basics import patch
 from fastcore.foundation import L
+from fastcore.meta import delegates
 from torch import Tensor, nn
 
 from ..core.contexts import fixed_rng
+from ..detectors.detector import losses_one_by_one
 from .distributed import DistributedMixin
+from .finite import NonFiniteLoss
 from .metrics import COCOMetric
 from .precision import PrecisionMixin
 from .prediction import PredictionMixin, gives_masks
@@ -75,8 +78,20 @@ class LossMeans(Callback):
     def _start(self, phase):
         self.sums[phase] = dict.fromkeys(self.names, 0.)
         self.counts[phase] = 0
-    def before_train(self): self._start('train')
+    def before_train(self):
+        if not self.__dict__.pop('loaded', False): self._start('train')
     def before_validate(self): self._start('valid')
+
+    def state_dict(self):
+        "The sums within an epoch, for a checkpoint."
+        if not self.training: return {}
+        sums = {k:torch.as_tensor(v) for k,v in self.sums['train'].items()}
+        return dict(sums=sums, count=self.counts['train'])
+
+    def load_state_dict(self, state):
+        if not state: return
+        self.sums['train'],self.counts['train'] = dict(state['sums']),state['count']
+        self.loaded = True
 
     def after_batch(self):
         parts = self.learn.loss_parts
@@ -135,10 +150,16 @@ def _draws_detections(cb):
     cb.after_epoch = partial(_log_epoch, cb)
 
 # %% ../../nbs/learners/51_fastai.ipynb #de963ac3
+def _losses_per_image(model, images, targets):
+    "Returns the losses of each image, and the detections."
+    own = getattr(get_model(model), 'losses_per_image', None)
+    return own(images, targets) if own else losses_one_by_one(get_model(model), images, targets)
+
 class DetectionLearner(_FreezeMixin, PredictionMixin, PrecisionMixin, DistributedMixin, Learner):
     """fastai's `Learner` for detectors: one pass computes losses and detections of a validation
     batch."""
     loss_parts = None # the losses of the current batch by name
+    stopped_by = None # what has interrupted the fit
     find_unused_parameters = True # backbones keep the layers after their last map
 
     def _component_attr_filter(self, k):
@@ -150,10 +171,6 @@ class DetectionLearner(_FreezeMixin, PredictionMixin, PrecisionMixin, Distribute
         _draws_detections(cb)
         return super().add_cb(cb)
 
-    @property
-    def batch_number(self):
-        return self.iter*getattr(self.dl, 'world_size', 1) + getattr(self.dl, 'rank', 0)
-
     def _split(self, b):
         super()._split(b)
         if len(self.yb): self.yb = (Targets(self.yb[0]),)
@@ -162,11 +179,10 @@ class DetectionLearner(_FreezeMixin, PredictionMixin, PrecisionMixin, Distribute
         self.loss_parts = None
         if not len(self.yb): self.pred = self.model(*self.xb)
         elif self.training: self.pred = parts = self.model(*self.xb, list(self.yb[0]))
-        elif getattr(self.loss_func, 'reduction', 'mean')=='none':
-            parts,self.pred = get_model(self.model).losses_per_image(*self.xb, list(self.yb[0]))
         else:
-            with torch.no_grad(), fixed_rng(self.xb[0].device, self.batch_number):
-                parts,self.pred = self.model(*self.xb, list(self.yb[0]), both=True)
+            parts,self.pred = _losses_per_image(self.model, *self.xb, list(self.yb[0]))
+            if getattr(self.loss_func, 'reduction', 'mean')!='none':
+                parts = {k:v.mean() for k,v in parts.items()}
         self('after_pred')
         if len(self.yb):
             self.loss_parts = {k:v.detach().float() for k,v in parts.items()}
@@ -175,11 +191,27 @@ class DetectionLearner(_FreezeMixin, PredictionMixin, PrecisionMixin, Distribute
         self('after_loss')
         if self.training and len(self.yb): self._do_grad_opt()
 
+    def _do_fit(self):
+        "As fastai's, but callbacks clean up after Ctrl-C and after a loss that is not finite, too."
+        try: super()._do_fit()
+        except (KeyboardInterrupt, NonFiniteLoss) as e:
+            self.stopped_by = e
+            raise CancelFitException() from e
+
     def _end_cleanup(self):
         super()._end_cleanup()
         self.loss_parts = None
 
 # %% ../../nbs/learners/51_fastai.ipynb #c0c99bd3
+@patch
+@delegates(Learner.fit)
+def fit(self:DetectionLearner, n_epoch, lr=None, **kwargs):
+    "As fastai's; after Ctrl-C the learner is usable, and the interruption is raised at the end."
+    self.stopped_by = None
+    Learner.fit(self, n_epoch, lr, **kwargs)
+    stop,self.stopped_by = self.stopped_by,None
+    if stop: raise stop
+
 @patch
 def validate(self:DetectionLearner, ds_idx=1, dl=None, cbs=None):
     "Returns the validation loss, its parts and the metrics, without the training columns."
@@ -213,6 +245,9 @@ def _check_model(dls, model):
             and 'both' in inspect.signature(model.forward).parameters):
         raise TypeError(f'got a {type(model).__name__}, expected a detector that returns losses and detections: '
             'build one with faster_rcnn.model(num_classes=len(class_map), ...)')
+    if getattr(dls.train.batch_tfm, 'resizes', False) and getattr(model, 'img_size', None): raise ValueError(
+        f'got batches of several sizes for a {type(model).__name__}, which resizes them all to one size, {model.img_size}: '
+        'leave MultiScale out, or build the detector without img_size')
     if model.num_classes!=len(cm): raise ValueError(f'the model has num_classes={model.num_classes}, but the class map '
         f'has {len(cm)} classes with background: build the model with num_classes=len(class_map)')
 

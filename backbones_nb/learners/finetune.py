@@ -20,26 +20,30 @@ from itertools import count
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from fastai.callback.progress import CSVLogger
 from fastai.learner import load_learner
-from fastai.torch_core import set_seed
+from fastai.torch_core import rank_distrib, set_seed
+from torch import distributed as dist
 
 from ..analysis.boxes import draw_boxes, show_side_by_side
+from ..core.contexts import write_whole
 from ..core.create import create_backbone
 from ..core.errors import reason
 from ..data.batches import detection_dls
 from ..data.images import load_image
+from ..data.multiscale import named_augment
 from ..data.ready import shared_images, small_objects, usable_images
 from ..data.records import image_files, natural_key
-from ..data.transforms import default_augment
-from ..detectors.detector import Detector
-from ..detectors.detector_files import save_detector
 from .baseline import mean_box_detector
-from .detection import NoValidation, detection_learner
+from .detection import detection_learner
+from .distributed import join_processes
+from .folder import (check_out_dir, clear_run, finished_run, run_lock,
+                                          save_json, save_text)
 from .metrics import coco_eval, coco_table
 from .prediction import gives_masks
-from .run import (RunConfig, check_out_dir, environment_info,
+from .run import (RunConfig, environment_info,
                                        get_detector, open_data, run_options)
+from .sampling import repeat_factors
+from .training import export_run, run_facts, train_run
 
 # %% ../../nbs/learners/103_finetune.ipynb #0403b35c
 def model_builder(
@@ -82,17 +86,6 @@ def _get_engine(
     return others[name].load()
 
 # %% ../../nbs/learners/103_finetune.ipynb #60eae43f
-def _write(path, o): path.write_text(json.dumps(o, indent=1, default=str) + '\n', encoding='utf-8')
-
-def _train(learn, config):
-    "Trains and writes history.csv; returns the elapsed seconds and the CPU seconds."
-    cbs = [CSVLogger(append=False)] + ([] if config.validate else [NoValidation()])
-    if config.bf16: learn.to_bf16()
-    fit = learn.fine_tune if config.pretrained or config.pretrained_detector else learn.fit_one_cycle
-    start,cpu = time.time(),time.process_time()
-    with learn.added_cbs(cbs): fit(config.epochs, config.lr)
-    return dict(train_seconds=round(time.time()-start, 1), train_cpu_seconds=round(time.process_time()-cpu, 1))
-
 def _check_parts(train, valid, report):
     "Raises ValueError if a part has no objects; notes images that are in both parts."
     for part,use in ((train,'train on'), (valid,'validate on')):
@@ -101,21 +94,29 @@ def _check_parts(train, valid, report):
                          'backbones-nb check')
     for o in shared_images(train, valid): report.note(o, 'used for validation, though the same file is trained on')
 
-def _learner(config, build, out):
-    "Returns the learner of a run, its records, and the facts known before training."
+def _first_alone(f):
+    "Calls a function that may download or draw, first in the first process, then in the others."
+    res = None if rank_distrib() else f()
+    if dist.is_initialized(): dist.barrier()
+    return f() if rank_distrib() else res
+
+def _learner(config, build, out, device):
+    "Returns the learner of a run, its records, and what is known before training."
     c = config
-    train,valid,class_map,report = open_data(c.data, c.boxes, c.classes, c.valid_pct, c.seed, c.toy_images,
-        c.detector=='mask_rcnn', c.valid, c.images)
+    train,valid,class_map,report = _first_alone(lambda: open_data(c.data, c.boxes, c.classes, c.valid_pct, c.seed,
+        c.toy_images, c.detector=='mask_rcnn' or 'copy_paste' in (c.mix or ''), c.valid, c.images))
     train,valid = (usable_images(o, report, c.broken) for o in (train, valid))
     _check_parts(train, valid, report)
     names = dict(class_map=class_map) if c.pretrained_detector else {} # rows of classes with equal names are kept
     model = build(num_classes=len(class_map), **names)
-    augment = default_augment(c.size, scale=tuple(c.zoom), color=c.color) if c.augment else None
+    mix = c.mix.split(',') if c.mix and c.augment else []
+    items,batches,cbs = named_augment(mix, c.size, tuple(c.zoom), c.color) if c.augment else (None,None,[])
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*smaller than a pixel') # printed below
         dls = detection_dls(train, valid, class_map, size=c.size, bs=c.bs, num_workers=c.workers, seed=c.seed,
-                            cache=c.cache, path=out, augment=augment)
-    learn = detection_learner(dls, model, lr=c.lr, wd=c.wd, loss_weights=c.loss_weights)
+                            cache=c.cache, path=out, device=device, item_tfms=items, batch_tfms=batches)
+    if c.repeat_thr: dls.train.repeat_items(repeat_factors(train, c.repeat_thr))
+    learn = detection_learner(dls, model, lr=c.lr, wd=c.wd, loss_weights=c.loss_weights, cbs=cbs)
     return learn,train,valid,dict(skipped=str(report), small=small_objects([*train, *valid], c.size, class_map),
                                   machine=environment_info(dls.device))
 
@@ -125,8 +126,8 @@ def _evaluate_run(
     train, # records that it was trained on
     valid, # records of its validation loader, in order
 ) -> tuple: # COCO's numbers, those of the mean-box baseline, detections, targets
-    "Returns the results on validation images, and those of a baseline that always predicts the mean box."
-    preds,targets = learn.get_preds()
+    "Returns the results on validation images, beside those of a baseline that always predicts the mean box."
+    preds,targets = learn.get_preds(original=True)
     base = coco_eval(mean_box_detector(train)(valid), [r.target() for r in valid], learn.dls.class_map)
     return coco_eval(preds, targets, learn.dls.class_map, per_class=True),base,preds,targets
 
@@ -137,7 +138,7 @@ def _mask_results(learn, preds, targets):
 
 def _save_picture(
     learn, # a `DetectionLearner`
-    preds, # detections of its validation images
+    preds, # detections of its validation images, in pixels of the originals
     targets, # their ground truth
     path, # file to write
     n:int=8, # images
@@ -147,30 +148,27 @@ def _save_picture(
     n = min(n, len(dl.dataset))
     at = [round(i*(len(dl.dataset)-1)/max(1, n-1)) for i in range(n)] # spread over the classes
     def pick(o): return [o[i] for i in at]
-    images = [dl.create_item(i)[0] for i in at]
+    images = [dl.dataset[i][0] for i in at]
     fig = show_side_by_side(images, pick(targets), pick(preds), learn.dls.class_map)
     fig.savefig(path, dpi=110, bbox_inches='tight')
     plt.close(fig)
 
 # %% ../../nbs/learners/103_finetune.ipynb #040aaf76
-def _save_results(learn, out, train, valid, picture, **facts):
-    "Evaluates, draws and exports; returns the content of metrics.json."
+def _save_results(learn, out, train, valid, **facts):
+    "Exports and measures; returns what metrics.json holds, and what is drawn."
+    export_run(learn, out) # before anything that can fail
     res,base,preds,targets = _evaluate_run(learn, train, valid)
-    _save_picture(learn, preds, targets, out/picture)
-    learn.export('learner.pkl')
-    if isinstance(learn.model, Detector): save_detector(learn.model, out/'detector.safetensors', learn.dls.class_map)
     return dict(metrics=res, **_mask_results(learn, preds, targets), mean_box=base,
                 train_images=len(train), valid_images=len(valid),
-                parameters=sum(p.numel() for p in learn.model.parameters()), **facts)
+                parameters=sum(p.numel() for p in learn.model.parameters()), **facts),(preds,targets)
 
 def _open_run(out, config, train, valid, **facts):
-    "Creates the run's folder with the facts known before training."
-    out.mkdir(parents=True, exist_ok=True)
-    _write(out/'config.json', config | facts)
+    "Makes the run's folder with what is known before training; an older run is removed first."
+    if not (config['resume'] and (out/'checkpoint.pt').exists()): clear_run(out)
+    save_json(out/'config.json', config | facts)
     for k,rs in (('train',train), ('valid',valid)):
-        with open(out/f'{k}.txt', 'w', encoding='utf-8', errors='surrogateescape') as f: # as the folder has them
-            f.write('\n'.join(r.image_id for r in rs) + '\n')
-    print(f"{len(train)} images to train on, {len(valid)} to validate on; {facts['skipped']}", flush=True)
+        save_text(out/f'{k}.txt', '\n'.join(r.image_id for r in rs) + '\n')
+    print(f"{len(train)} images to learn from, {len(valid)} to measure on; {facts['skipped']}", flush=True)
     if facts['small']: print(f"warning: {facts['small']}", flush=True)
 
 def _report(res, out):
@@ -187,21 +185,30 @@ def _report(res, out):
 def finetune(
     config:RunConfig=None, # the run's options; None: the defaults
     **kwargs, # options of `RunConfig`; they override those of `config`
-) -> dict: # the content of metrics.json
+) -> dict: # what metrics.json holds; empty in all processes but the first
     "Trains a detector, evaluates it on held-out images, and writes the results to a folder."
     config = replace(config or RunConfig(), **kwargs)
-    start = time.time()
-    out = check_out_dir(config.out, config.force)
-    set_seed(config.seed)
-    build,trainer = _get_engine(config.engine)(config)
-    learn,train,valid,facts = _learner(config, build, out)
     options = asdict(config)
-    _open_run(out, options, train, valid, classes_by_id=list(learn.dls.class_map), **facts)
-    times = _train(trainer(learn), config)
-    steps = config.epochs*len(learn.dls.train)
-    res = _save_results(learn, out, train, valid, config.picture, steps=steps, **times, **facts)
-    res |= dict(seconds=round(time.time()-start, 1), config=options)
-    _write(out/'metrics.json', res)
+    start = time.time()
+    with run_lock(config.out) as out:
+        check_out_dir(out, config.force, config.resume, [config.picture])
+        if config.resume and (done := finished_run(out, options)):
+            _report(done, out)
+            return done
+        device = join_processes(config.device)
+        set_seed(config.seed)
+        build,trainer = _get_engine(config.engine)(config)
+        learn,train,valid,facts = _learner(config, build, out, device)
+        names = list(learn.dls.class_map)
+        if not rank_distrib(): _open_run(out, options, train, valid, classes_by_id=names, **facts)
+        times = train_run(trainer(learn), config, out, run_facts(options, names, train, valid))
+        if rank_distrib(): return {}
+        steps = config.epochs*len(learn.dls.train)
+        res,drawn = _save_results(learn, out, train, valid, steps=steps, **times, **facts)
+        res |= dict(seconds=round(time.time()-start, 1), config=options)
+        save_json(out/'metrics.json', res)
+        with write_whole(out/config.picture) as part: _save_picture(learn, *drawn, part)
+        (out/'checkpoint.pt').unlink(missing_ok=True)
     _report(res, out)
     return res
 
@@ -228,10 +235,9 @@ def _print_detections(f, found):
     for o in found: print(f"  {o['name']} {o['score']:.2f} at {', '.join(f'{v:.0f}' for v in o['box'])}")
 
 def _draw(im, p, class_map, path, score_thr):
-    path.parent.mkdir(parents=True, exist_ok=True)
     fig,ax = plt.subplots(figsize=(im.width/100, im.height/100), dpi=100, layout='constrained')
     draw_boxes(im, p, class_map, ax=ax, score_thr=score_thr)
-    fig.savefig(path)
+    with write_whole(path) as part: fig.savefig(part)
     plt.close(fig)
 
 # %% ../../nbs/learners/103_finetune.ipynb #41717b26
@@ -277,6 +283,10 @@ def predict(
     learn = load_run(run)
     paths,bad = _find_images(images)
     res,names = {},_picture_names(paths)
+    own = {p.resolve() for p in paths}
+    written = [*(Path(out)/o for o in names.values() if out), *([Path(json_file)] if json_file else [])]
+    if odd := next((o for o in written if o.resolve() in own), None): raise ValueError(
+        f'got {odd} as a file to write, which is one of the images: choose another folder or name')
     for f in paths:
         try: im = load_image(f)
         except (FileNotFoundError, ValueError) as e:
@@ -286,6 +296,6 @@ def predict(
         res[str(f)] = _plain(p)
         _print_detections(f, res[str(f)])
         if out: _draw(im, p, learn.dls.class_map, Path(out)/names[f], score_thr)
-    if json_file: _write(Path(json_file), res)
+    if json_file: save_json(json_file, res)
     if bad: raise FileNotFoundError('; '.join(bad))
     return res

@@ -225,6 +225,22 @@ def test_feature_grid():
     assert feature_grid({'a': maps[0]}).axes[0].get_title() == '6×16×24'
 
 
+def test_rows_of_a_feature_grid_are_equally_high():
+    maps = [torch.rand(1, 6, 16, 24)] * 2
+    one, two = (feature_grid(maps, n=n).get_size_inches()[1] for n in (1, 2))
+    assert two - 0.5 == pytest.approx(2 * (one - 0.5))  # half an inch for the titles
+    assert one - 0.5 == pytest.approx(8.4 / 2 * 16 / 24)
+
+
+def test_a_gap_widens_with_the_arrows_that_turn_in_it():
+    nodes = {f'{k}{i}': (i, j, 'box') for j, k in enumerate('st') for i in range(3)}
+    width = []
+    for n in range(4):
+        edges = [(f's{i}', f't{i}', '', 'right' if i < n else 'straight') for i in range(3)]
+        width.append(measure_grid(nodes, route_edges(nodes, edges), 9.5).width)
+    assert np.diff(width) == pytest.approx([0, 9.5 / 72, 9.5 / 72])  # the first turn has room already
+
+
 @pytest.mark.parametrize('size', [64, (48, 96), (50, 70)])
 @pytest.mark.parametrize('strides', [None, 32, (8, 16)])
 def test_backbone_diagram_is_measured(size, strides):

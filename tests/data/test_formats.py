@@ -29,7 +29,7 @@ from backbones_nb.learners.run import open_data
 
 cm = ClassMap(['zebra', 'apple pie', 'Käfer'])
 written = [o.name for o in formats if o.write]
-with_masks = [o.name for o in formats if o.write and o.masks and o.name != 'voc']
+with_masks = [o.name for o in formats if o.write and o.masks]
 
 
 def draw(folder, name='a', size=(61, 83), boxes=((3.25, 4.5, 30.125, 41.0),), labels=(1,), masks=None):

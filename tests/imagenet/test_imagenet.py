@@ -29,7 +29,6 @@ from backbones_nb.imagenet.folders import prepare_val, scan_classes, synset_name
 from backbones_nb.imagenet.toy import toy_imagenet
 from backbones_nb.data.records import load_image
 from backbones_nb.imagenet.shards import write_shards
-from backbones_nb.imagenet import checkpoints
 from backbones_nb.imagenet.train import train_imagenet, TrainConfig
 from backbones_nb.imagenet.evaluate import (
     _class_numbers,
@@ -39,6 +38,7 @@ from backbones_nb.imagenet.evaluate import (
     interpolation,
     published_classifier,
 )
+from backbones_nb.learners import checkpoint
 from tools.proc import kill_group, run
 
 torch.set_num_threads(1)
@@ -132,6 +132,15 @@ def test_shards_are_resumed(data, tmp_path):
     assert results(tmp_path / 'parts') == results(tmp_path / 'whole')
 
 
+def test_every_batch_but_the_last_has_a_checkpoint_of_its_own(data, tmp_path):
+    "The last one's is that of the epoch."
+    n = 33 // 4
+    for at, found in ((n - 1, (0, n - 1)), (n, (1, 0))):
+        with pytest.raises(KeyboardInterrupt):
+            train_imagenet(data, tmp_path / str(at), cbs=[Stop(at)], **small | dict(epochs=2, every=1))
+        assert position(tmp_path / str(at)) == found
+
+
 def life(data, out, kw, torn):
     """Trains in a process that leads a group of its own, so that its loader workers die with it;
     with `torn` it is killed in the middle of its second write."""
@@ -148,7 +157,7 @@ def life(data, out, kw, torn):
             os.killpg(0, signal.SIGKILL)
 
         if torn:
-            checkpoints.torch.save = deadly
+            checkpoint.torch.save = deadly
         train_imagenet(data, out, **kw)
 
     p = multiprocessing.get_context('fork').Process(target=lead)
@@ -231,7 +240,7 @@ def test_results(data, tmp_path):
 script = '''
 import sys, torch, os
 from fastai.callback.core import Callback
-from backbones_nb.imagenet.ema import find_ema
+from backbones_nb.learners.ema import find_ema
 from backbones_nb.imagenet.train import train_imagenet
 torch.set_num_threads(1)
 data,out = sys.argv[1:]

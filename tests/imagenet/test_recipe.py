@@ -33,7 +33,7 @@ from backbones_nb.imagenet.augment import (
     train_tfm,
     valid_tfm,
 )
-from backbones_nb.imagenet.ema import ema_decay, ModelEMA
+from backbones_nb.learners.ema import ema_decay, ModelEMA
 from backbones_nb.imagenet.recipe import (
     apply_recipe,
     recipe,

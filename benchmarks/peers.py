@@ -141,7 +141,7 @@ def train_torchvision(run, data):
     sched = torch.optim.lr_scheduler.LambdaLR(opt, factor)
     for images, targets in batches(Pairs(data.train, True), run):
         loss = sum(net(images, targets).values())
-        if not math.isfinite(loss):
+        if not math.isfinite(loss.item()):
             raise RuntimeError(f"torchvision's loss is {loss.item()}: the run has diverged")
         opt.zero_grad()
         loss.backward()
@@ -247,6 +247,7 @@ def measure_effdet(trained, run, data):
 
     net, record = trained
     bench = DetBenchPredict(net).eval()
+    bench.max_detection_points = min(bench.max_detection_points, len(bench.anchors.boxes) * bench.num_classes)
     mean, std = (torch.tensor(o).view(3, 1, 1) * 255 for o in (record.mean, record.std))
     tfm = transforms_coco_eval(run.size, use_prefetcher=True, mean=record.mean, std=record.std)
     found = []

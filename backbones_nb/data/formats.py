@@ -31,10 +31,10 @@ from .yolo import find_yolo, write_yolo, yolo_parts, yolo_sheet
 # %% ../../nbs/data/131_formats.ipynb #254376c3
 @dataclass(frozen=True)
 class _Format:
-    "One annotation format: its name, its looks, and the functions that find, read and write it."
+    "One annotation format: its name, how to recognize it, and the functions that find, read and write it."
     name:str
     looks:str # how a person recognizes it
-    find:object # function of a file or folder: list of the paths that are of this format
+    find:object # function of a file or folder: list of the paths in this format
     sheet:object=None # function (path, images, part) -> `Sheet`
     read:object=None # instead of it: (path, images, part, class_map, masks) -> as `records`
     parts:object=lambda path: {} # function of a path: 'train', 'valid', 'test' -> part, or a Path
@@ -59,7 +59,7 @@ class Formats:
         raise ValueError(f"got format={name!r}, expected one of {', '.join(self.rows)}."
                          f'{did_you_mean(str(name), self.rows)}')
     def table(self) -> Table:
-        "Returns the table for people."
+        "Returns the formats as a table."
         heads = dict(name='format', looks='you have', masks='masks', writes='written')
         cols = {k:(v,'') for k,v in heads.items()}
         yes = {True:'yes', False:'–'}
@@ -98,7 +98,7 @@ def _coco_parts(path): # files by split
     return _coco_pair(find_json(path, _is_coco)) if Path(path).is_dir() else {}
 
 def write_coco(records, class_map, folder) -> Path: # of _annotations.coco.json
-    "Writes records in COCO's format, with the images beside the file."
+    "Writes records in COCO's format, with the images next to the file."
     names = copy_images(records, folder)
     copies = [replace(r, path=Path(folder)/n) for r,n in zip(records, names)]
     data = to_coco(copies, class_map, images=folder)
@@ -117,18 +117,18 @@ def _read_voc(path, images, part, class_map, masks):
     if part or is_voc(path) and not images:
         cm = class_map or ClassMap(voc_names(path/'Annotations')) # the same in every part
         records,cm,report = voc_split(path, part, cm, masks=masks)
-        if part in ('valid','test'): report.note(f'{part}.txt', 'measured on, since there is no val.txt')
+        if part in ('valid','test'): report.note(f'{part}.txt', 'used for validation, since there is no val.txt')
         return records,cm,report
     return voc_records(*voc_folders(path, images), class_map)
 
 def _voc_lists(path):
-    "Returns the lists of ImageSets/Main to learn from and, where there is one, to measure on."
+    "Returns the lists in ImageSets/Main for training and, if there is one, for validation."
     has = {o.stem for o in (Path(path)/'ImageSets'/'Main').glob('*.txt')}
     pairs = [('train','val'), ('train','valid'), ('train','test'), ('trainval','test'), ('train',), ('trainval',)]
     return next((o for o in pairs if has>=set(o)), ())
 
 def _voc_parts(path):
-    "Returns the lists of a VOC folder by split; empty where it has none to learn from."
+    "Returns the lists of a VOC folder by split; empty if there is none for training."
     return dict(zip(('train','valid'), _voc_lists(path))) if is_voc(path) else {}
 
 def write_voc_folder(records, class_map, folder) -> Path: # the folder
@@ -160,8 +160,8 @@ rows = (
            write=write_cvat, masks=True),
     _Format('labelme', 'a JSON file per image, with shapes', find_labelme, _whole(labelme_sheet),
            write=write_labelme, masks=True),
-    _Format('via', 'via_region_data.json or .csv, or a project of VIA 2 or 3', find_via, _whole(via_sheet),
-           write=write_via, masks=True),
+    _Format('via', 'via_region_data.json or .csv, or a project of VIA 2 or 3', find_via,
+           _whole(via_sheet), write=write_via, masks=True),
     _Format('createml', 'a JSON list of images with coordinates', find_createml,
            _whole(createml_sheet), write=write_createml),
     _Format('label_studio', 'a JSON list of tasks with results', find_label_studio,
@@ -182,13 +182,13 @@ formats.add(_Format('voc', 'an .xml per image, beside it or in Annotations/', _f
 
 # %% ../../nbs/data/131_formats.ipynb #302b8e5d
 def _split_folders(path) -> dict: # 'train', 'valid', 'test' -> folder; empty without train
-    "Returns the folders of splits in a folder."
+    "Returns the split folders in a folder."
     rows = _split_folder_names.items()
     found = {k:[o for o in (Path(path)/n for n in names) if o.is_dir()] for k,names in rows}
     return {k:v[0] for k,v in found.items() if v} if found['train'] else {}
 
 def _direct(path):
-    "Returns the name and path of a data set that is no root of splits, or None."
+    "Returns the format and path of a data set without split folders, or None."
     for row in formats:
         found = row.find(path)
         if len(found)>1: raise ValueError(_several(path, found))
@@ -197,14 +197,14 @@ def _direct(path):
 def _several(path, files):
     names = ', '.join(o.name for o in files[:5])
     kind = files[0].suffix.lstrip('.')
-    return f'{path} has {len(files)} {kind} files ({names}): give one of them'
+    return f'{path} has {len(files)} {kind} files ({names}): pass one of them'
 
 # %% ../../nbs/data/131_formats.ipynb #bcb5ad61
 _likely = {'.json':'coco', '.csv':'csv', '.yaml':'yolo', '.yml':'yolo', '.jsonl':'jsonl'}
 _packed = ('.zip','.tar','.gz','.tgz','.rar','.7z')
 
 def _unknown(path):
-    "Returns what a file was probably meant to be; its reader says what is wrong."
+    "Returns the likely format of a file; its reader reports what is wrong."
     files = [path] if path.is_file() else sorted([*path.glob('*'), *path.glob('annotations/*')])
     for suffix,name in _likely.items():
         mine = [o for o in files if o.suffix.lower()==suffix and o.is_file()]
@@ -214,14 +214,14 @@ def _unknown(path):
     if packed:
         raise ValueError(f'got the archive {packed[0]}, expected a folder or an annotation file: '
                          'unpack it')
-    what = 'is no annotation file that is known' if path.is_file() else 'looks like no data set'
+    what = 'is not a known annotation file' if path.is_file() else 'does not look like a data set'
     names = ', '.join(formats.rows)
-    raise ValueError(f'{path} {what}: give a file or folder of one of the formats {names}')
+    raise ValueError(f'{path} {what}: pass a file or folder of one of the formats {names}')
 
 def find_format(
     path, # file or folder
-) -> tuple: # name of a row of `formats`, and the path of the file or folder itself
-    "Returns the format of a data set; raises an error for an unknown one, or for several files."
+) -> tuple: # name in `formats`, and the path of the file or folder itself
+    "Returns the format of a data set; raises FileNotFoundError or ValueError if it is missing, unknown or ambiguous."
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f'there is no {path}: check the path')
     if found := _direct(path): return found
@@ -231,8 +231,8 @@ def find_format(
 # %% ../../nbs/data/131_formats.ipynb #3250d5ad
 def find_splits(
     path, # file or folder
-) -> dict: # 'train', 'valid', 'test', or 'all' alone -> (name, path, part), for `_read_source`
-    "Returns the splits of a data set. Raises what `find_format` raises."
+) -> dict: # 'train', 'valid', 'test', or just 'all' -> (name, path, part), for `_read_source`
+    "Returns the splits of a data set; raises the errors of `find_format`."
     name,at = find_format(path)
     inside = _split_folders(at) if Path(at).is_dir() and not _direct(at) else {}
     if not inside:
@@ -241,7 +241,7 @@ def find_splits(
     res = {}
     for k,o in inside.items():
         try: res[k] = (*find_format(o), None)
-        except ValueError: # images of a test may have no annotations
+        except ValueError: # test images may have no annotations
             if k!='test': raise
     return res
 
@@ -253,22 +253,22 @@ def _read_source(source, images=None, class_map=None, masks=False) -> tuple:
 # %% ../../nbs/data/131_formats.ipynb #f653d5d6
 def relabel(
     records,
-    class_map, # `ClassMap` that their labels count in
-    to, # the one that they should count in
+    class_map, # the current `ClassMap` of their labels
+    to, # the new one
 ) -> list:
-    "Returns records with labels of another class map; raises ValueError for a missing class."
+    "Returns records with the labels of another class map; raises ValueError for a missing class."
     if class_map==to: return list(records)
     def label(o): return to.get_id(class_map.get_name(o))
     return [replace(r, labels=list(map(label, r.labels.tolist())), class_map=to) for r in records]
 
 def read_data(
-    path, # file or folder of any format in `formats`
+    path, # file or folder in any format in `formats`
     images=None, # folder of the images; None: found by convention
     class_map=None, # `ClassMap`; None: the classes of all splits
-    masks:bool=False, # read masks, too
+    masks:bool=False, # also read masks
     splits:tuple=('train','valid','test'), # which to read
 ) -> tuple: # dict: split (or 'all') -> records; ClassMap; SkipReport
-    "Returns all records of a data set by split; raises an error for an unknown format."
+    "Returns all records of a data set by split; raises ValueError for an unknown format."
     wanted = {k:v for k,v in find_splits(path).items() if k in splits or k=='all'}
     got = {k:_read_source(v, images, None, masks) for k,v in wanted.items()}
     names = dict.fromkeys(n for _,cm,_ in got.values() for n in list(cm)[1:])
@@ -288,12 +288,12 @@ def write_data(
     records, # or a dict: 'train', 'valid', 'test' -> records
     class_map, # `ClassMap`
     folder, # of the data set
-    format:str='coco', # name of a row of `formats`
-) -> Path: # what `read_data` takes
+    format:str='coco', # name in `formats`
+) -> Path: # argument for `read_data`
     "Writes records with copies of their images; a dict becomes a folder per split."
     row = formats[format]
     if row.write is None:
-        raise ValueError(f'got format={format!r}, which cannot be written: choose another')
+        raise ValueError(f'got format={format!r}, which cannot be written: choose another format')
     if not isinstance(records, dict): return row.write(records, class_map, folder)
     if row.name=='yolo': return row.write(records, class_map, folder) # one data.yaml for all
     for k,rs in records.items(): row.write(rs, class_map, Path(folder)/k)

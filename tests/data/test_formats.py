@@ -204,7 +204,7 @@ def test_yolo_of_roboflow(tmp_path):
 @pytest.mark.parametrize(
     'yaml,match',
     [
-        ('names: {0: a, 2: b}\ntrain: images', 'without holes'),
+        ('names: {0: a, 2: b}\ntrain: images', 'consecutively'),
         ('train: images', 'no names'),
         ('names: []\ntrain: images', 'no names'),
         ('a: [', 'cannot be read as YAML'),
@@ -525,12 +525,12 @@ def test_unknown_things(tmp_path, capsys):
     for path in (tmp_path / 'd', tmp_path / 'd' / 'data.zip'):
         with pytest.raises(ValueError, match='unpack it'):
             find_format(path)
-    with pytest.raises(ValueError, match='no annotation file'):
+    with pytest.raises(ValueError, match='not a known annotation file'):
         find_format(put(tmp_path / 'a.docx', ''))
     with pytest.raises(FileNotFoundError, match='there is no'):
         find_format(tmp_path / 'none')
     put(tmp_path / 't' / 'train' / 'a.txt', '')
-    with pytest.raises(ValueError, match='no data set'):
+    with pytest.raises(ValueError, match='not look like a data set'):
         find_format(tmp_path / 't')
     assert main(['check', str(tmp_path / 'd')]) == 1 and 'unpack it' in capsys.readouterr().err
 
@@ -611,11 +611,12 @@ def test_via_3(tmp_path):
 
 # made by `encode_rle` of label-studio-sdk 2.1.2 from 7x9 pixels of red, green, blue and alpha
 stroke = [
-    0, 0, 0, 252, 57, 27, 254, 43, 0, 3, 254, 16, 8, 127, 225, 0, 135, 254, 16, 8, 127, 225, 0, 135, 254, 16, 8, 127,
-    225, 0, 3, 254, 216, 0, 31, 240, 128, 1, 255, 24, 0, 31, 240, 128, 67, 255, 8, 0, 31, 224, 3, 128, 18, 0, 88, 25, 0, 127,
-    194, 0, 7, 253, 176, 0, 63, 225, 0, 135, 254, 16, 8, 127, 225, 0, 135, 254, 16, 8, 127, 225, 0, 135, 254, 16, 0, 63,
-    237, 128, 1, 255, 8, 4, 63, 240, 128, 67, 255, 8, 4, 63, 240, 128, 67, 255, 8, 4, 63, 240, 128, 1, 255, 132, 192, 0,
-    130, 132, 0, 8, 44, 94, 0, 3, 36, 32, 0, 50, 0,
+    0, 0, 0, 252, 57, 27, 254, 43, 0, 3, 254, 16, 8, 127, 225, 0, 135, 254, 16, 8, 127, 225, 0, 135,
+    254, 16, 8, 127, 225, 0, 3, 254, 216, 0, 31, 240, 128, 1, 255, 24, 0, 31, 240, 128, 67, 255, 8, 0,
+    31, 224, 3, 128, 18, 0, 88, 25, 0, 127, 194, 0, 7, 253, 176, 0, 63, 225, 0, 135, 254, 16, 8, 127,
+    225, 0, 135, 254, 16, 8, 127, 225, 0, 135, 254, 16, 0, 63, 237, 128, 1, 255, 8, 4, 63, 240, 128, 67,
+    255, 8, 4, 63, 240, 128, 67, 255, 8, 4, 63, 240, 128, 1, 255, 132, 192, 0, 130, 132, 0, 8, 44, 94,
+    0, 3, 36, 32, 0, 50, 0,
 ]  # fmt: skip
 alpha = np.array(
     [

@@ -26,8 +26,7 @@ from ..learners.run import RunConfig, presets, run_config, run_options
 _not_given = object()
 
 def call_command(
-    # a function with docments, or one whose only parameter is `argv` and that parses it itself
-    func,
+    func, # a function with docments, or one whose only parameter is `argv` and that parses it itself
     argv:list, # the arguments on the command line
     prog:str, # program name in the usage message
 ):
@@ -122,8 +121,7 @@ def list_command(
 
 def predict_command(
     run:Annotated[str, dict(metavar='RUN')], # folder of a finished run
-    # image files, folders of them, and patterns such as 'photos/*.jpg'
-    images:Annotated[str, dict(nargs='+', metavar='IMAGE')],
+    images:Annotated[str, dict(nargs='+', metavar='IMAGE')], # image files, folders of them, and patterns such as 'photos/*.jpg'
     out:Annotated[str, dict(metavar='DIR')]=None, # folder for copies of the images with the boxes drawn on them
     score_thr:float=0.5, # score threshold: drop detections below it
     json:Annotated[str, dict(metavar='FILE')]=None, # write the detections to this JSON file

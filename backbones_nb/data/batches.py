@@ -76,8 +76,7 @@ class DetectionDL(DataLoader):
         bs:int=16,
         size=256, # int or (height, width) of the batch's images
         class_map=None, # names of the classes
-        # function from (image, target) to (image, target), tv_tensors; None: no augmentation
-        tfm=None,
+        tfm=None, # function from (image, target) to (image, target), tv_tensors; None: no augmentation
         seed:int=None, # the same seed gives the same batches, with any number of workers
         batch_tfm=None, # takes and returns (images, targets) on the device; None: none
         **kwargs, # for fastai's DataLoader
@@ -146,11 +145,11 @@ def create_batch(self:DetectionDL,
 def repeat_items(self:DetectionDL,
     factors, # how often each item should occur in a pass, from 1; None: each once
 ):
-    "Makes passes longer, with some items more often; raises ValueError for wrong factors."
+    "Makes passes longer, with some items more often; raises ValueError for factors that do not fit."
     f = None if factors is None else np.asarray(factors, float)
     if f is not None and (len(f)!=len(self.dataset) or not (f>=1).all()): raise ValueError(
-        f'got {len(f)} factors from {f.min(initial=0):g} for {len(self.dataset)} items, '
-        'expected one of at least 1 for each')
+        f'got {len(f)} factors from {f.min(initial=0):g} for {len(self.dataset)} items, expected one '
+        'of at least 1 for each')
     self.repeats = f
     self.n = len(self.dataset) if f is None else int(np.ceil(f.sum()-1e-9))
 
@@ -159,8 +158,7 @@ def repeat_items(self:DetectionDL,
 def for_process(self:DetectionDL,
     rank:int=0, # index of the process
     world_size:int=1, # number of processes
-    # the same number of full batches for each, dropping the rest; False: every item once
-    equal:bool=False,
+    equal:bool=False, # the same number of full batches for each, dropping the rest; False: every item once
 ):
     "Restricts the loader to the share of one process; without arguments, lifts the restriction."
     if not 0<=rank<world_size:
@@ -208,7 +206,7 @@ def set_epoch(self:DetectionDL,
         self.rng.seed(self.seed)
         for _ in range(epoch):
             self.randomize()
-            self.order()
+            super(DetectionDL, self).get_idxs()
     self.epoch,self.start = epoch,start
 
 # %% ../../nbs/data/43_batches.ipynb #9dcc3ba5
@@ -299,11 +297,11 @@ def detection_dls(
     cache:bool=False, # keep decoded images in memory (small sets)
     val_bs:int=None, # None: bs
     path='.', # where learners save
-    drop_last:bool=None, # drop the last, smaller training batch; None: if there is a full one
+    drop_last:bool=None, # drop the last, smaller training batch; None: where a full one exists
     **kwargs, # item_tfms (fastai's name for augment), batch_tfms (take images and targets on the
         # device), or for fastai's DataLoader, such as device (None: fastai's default) or pin_memory
 ) -> DetectionDataLoaders:
-    "Returns loaders for training and validation; raises ValueError for labels outside the class map."
+    "Returns loaders of training and validation; raises ValueError for labels beyond the class map."
     train,valid = dataset_items(train),dataset_items(valid)
     if bs<1 or num_workers<0: raise ValueError(f'got bs={bs} and num_workers={num_workers}, '
         'expected at least one image per batch and zero or more workers')

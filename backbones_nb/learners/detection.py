@@ -30,6 +30,7 @@ from .distributed import DistributedMixin
 from .metrics import COCOMetric
 from .precision import PrecisionMixin
 from .prediction import PredictionMixin, gives_masks
+from .tiled import TiledMixin
 
 # %% ../../nbs/learners/51_fastai.ipynb #0be35524
 class Targets(Sequence):
@@ -134,7 +135,8 @@ def _draws_detections(cb):
     cb.after_epoch = partial(_log_epoch, cb)
 
 # %% ../../nbs/learners/51_fastai.ipynb #de963ac3
-class DetectionLearner(FreezeMixin, PredictionMixin, PrecisionMixin, DistributedMixin, Learner):
+class DetectionLearner(FreezeMixin, TiledMixin, PredictionMixin, PrecisionMixin, DistributedMixin,
+                       Learner):
     "fastai's `Learner` for detectors: one pass gives losses and detections of a validation batch."
     loss_parts = None # the losses of the current batch by name
     find_unused_parameters = True # backbones keep the layers after their last map

@@ -56,16 +56,19 @@ class _Gather(Callback):
         return torch.cat([o[name] for o in self.per_image]) if self.per_image else torch.zeros(0)
 
 # %% ../../nbs/learners/104_prediction.ipynb #5de22498
+def _only(det, k):
+    "Returns the detections where `k`, (N,) bools, is true."
+    def some(v):
+        if isinstance(v, (Tensor,RunLengths)) and len(v)==len(k): return v[k]
+        return [o for o,ok in zip(v, k) if ok] if isinstance(v, list) else v
+    return {n:some(v) for n,v in det.items()}
+
 def filter_by_score(
     det:dict, # one image's detections
     score_thr:float, # lowest score
 ) -> dict: # the detections that reach it
     "Returns the detections whose score is at least `score_thr`."
-    k = det['scores']>=score_thr
-    def some(v):
-        if isinstance(v, (Tensor,RunLengths)) and len(v)==len(k): return v[k]
-        return [o for o,ok in zip(v, k) if ok] if isinstance(v, list) else v
-    return {n:some(v) for n,v in det.items()}
+    return _only(det, det['scores']>=score_thr)
 
 def add_class_names(
     det:dict, # one image's detections
@@ -179,7 +182,9 @@ def evaluate(self:PredictionMixin,
 
 # %% ../../nbs/learners/104_prediction.ipynb #f3435fa7
 def _native(det, size, box):
-    "Returns detections in pixels of an image of that size, out of a letterbox."
+    "Returns detections in pixels of an image of that size, out of a letterbox, without those in its padding."
+    boxes = unletterbox(dict(boxes=det['boxes']), size, box)['boxes']
+    det = _only(det, (boxes[:,2:]>boxes[:,:2]).all(1))
     res = unletterbox({k:v for k,v in det.items() if k!='masks'}, size, box)
     if 'masks' in det:
         one = [run_lengths(unletterbox_masks(m[None], size, box)) for m in det['masks']]

@@ -20,7 +20,7 @@ from typing import Annotated
 
 from fastcore.script import anno_parser
 
-from ..learners.run import presets, run_config, run_options
+from ..learners.run import RunConfig, presets, run_config, run_options
 
 # %% ../../nbs/cli/60_cli.ipynb #739366c8
 _not_given = object()
@@ -82,6 +82,12 @@ def _pairs(option, xs):
         except ValueError: res[k] = v
     return res
 
+def _saved_options(given):
+    "The options of the run that is to be resumed, if there is one."
+    from backbones_nb.learners.folder import read_run
+    old = read_run(given.get('out', RunConfig.out)) or {}
+    return {k:v for k,v in old.items() if k in RunConfig.__dataclass_fields__} | dict(force=False)
+
 @run_options(but=('model_args','backbone_args','loss_weights'))
 def finetune_command(
     preset:Annotated[str, dict(choices=[*presets])]=None, # start from a named run; the other options override it
@@ -97,7 +103,9 @@ def finetune_command(
     pairs = dict(model_args=_pairs('--set', set), backbone_args=_pairs('--backbone-set', backbone_set),
                  loss_weights=_pairs('--loss-weights', loss_weights))
     if kwargs.get('backbone')=='own': kwargs['backbone'] = None
-    config = run_config(preset, **kwargs, **{k:v for k,v in pairs.items() if v})
+    given = kwargs | {k:v for k,v in pairs.items() if v}
+    if given.get('resume'): given = _saved_options(given) | given
+    config = run_config(preset, **given)
     from backbones_nb.learners.finetune import finetune
     finetune(config)
 
@@ -122,6 +130,21 @@ def predict_command(
     from backbones_nb.learners.finetune import predict
     predict(run, images, out, score_thr, json)
 
+def evaluate_command(
+    run:Annotated[str, dict(metavar='RUN')], # folder of a finished run
+    # toy, pets, or a file or folder of any format; without it: what the run held out
+    data:Annotated[str, dict(opt=False, nargs='?', metavar='DATA')]=None,
+    images:Annotated[str, dict(metavar='DIR')]=None, # folder of the images, where they are not beside the annotations
+    split:Annotated[str, dict(choices=('train','valid','test'))]=None, # of the data; default: valid, else test, else all
+    boxes:bool=False, # measure boxes alone, where the data have no masks
+    bs:int=None, # images at once; the results do not depend on it
+    workers:int=0, # processes that load images
+    json:Annotated[str, dict(metavar='FILE')]=None, # file to write; default: evaluation.json in RUN
+):
+    "Measure a trained detector: COCO's numbers, and the AP of each class."
+    from backbones_nb.learners.evaluation import measure
+    measure(run, data, images, split, boxes, bs, workers, json)
+
 # %% ../../nbs/cli/60_cli.ipynb #ce5b022b
 def check_command(
     data:Annotated[str, dict(metavar='PATH')], # file or folder: COCO, VOC, YOLO, LabelMe, VIA, CVAT, CSV, ...
@@ -142,8 +165,8 @@ def check_command(
 
 # %% ../../nbs/cli/60_cli.ipynb #65b0c2fe
 def _sentence(e):
-    "Returns what an error says, without the traceback that a worker process puts before it."
-    text = str(e)
+    "Returns what an error says, without what fastai and a worker process put before it."
+    text = re.sub(r'^Exception occured in `\w+` when calling event `\w+`:\n\t', '', str(e))
     return re.split(r'\n\w+: ', text)[-1].strip() if 'Original Traceback' in text else text
 
 def main(

@@ -88,8 +88,7 @@ def coco_images(
     places = [o/n for o in above for n in (split, f'images/{split}', 'images', json.stem, '.')]
     names = [n for n in map(entry_file, data['images'][:100]) if n]
     for found in (lambda o, n: o/n, coco_path): # exactly; by the ends of the names
-        for o in places:
-            if any(found(o, n).is_file() for n in names): return o
+        if o := next((o for o in places if any(found(o, n).is_file() for n in names)), None): return o
     raise FileNotFoundError(f"the images of {json}, such as {names[0] if names else 'nothing'}, are in none of "
         f"{', '.join(str(o) for o in dict.fromkeys(places))}: give their folder")
 
@@ -133,7 +132,7 @@ def coco_box(
     return [x, y, x+w, y+h]
 
 def _coco_object(a, names, size, crowd):
-    "Returns (box, name, crowd flag, segmentation) of an annotation, or why it is left out."
+    "Returns (box, name, crowd flag, segmentation, area) of an annotation, or why it is left out."
     name = names.get(entry_id(a, 'category_id'))
     flag = int(bool(a.get('iscrowd')))
     if name is None: return 'with an object of an unknown category, left out'
@@ -143,7 +142,8 @@ def _coco_object(a, names, size, crowd):
         try: x,y,w,h = mask_api.toBbox(read_segmentation(a.get('segmentation'), size)).tolist()
         except ValueError: return 'with an object without a box, left out'
         box = [x, y, x+w, y+h]
-    return box,name,flag if crowd=='crowd' else 0,a.get('segmentation')
+    area = a['area'] if isinstance(a.get('area'), (int,float)) and a['area']>0 else np.nan
+    return box,name,flag if crowd=='crowd' else 0,a.get('segmentation'),area
 
 # %% ../../nbs/data/44_coco.ipynb #e16e47a6
 _no_masks = 'with an object without a usable mask'
@@ -177,8 +177,8 @@ def _coco_record(img, path, size, anns, names, class_map, crowd, masks, report):
         try: [polygons(o[3]) or read_segmentation(o[3], size) for o in objs]
         except ValueError: return report.skip(file, _no_masks)
         segs = CocoMasks([o[3] for o in objs], size)
-    labels = [class_map.get_id(o[1]) for o in objs]
-    return Record(str(img['id']), path, size, boxes[ok], labels, segs, [o[2] for o in objs], class_map)
+    return Record(str(img['id']), path, size, boxes[ok], [class_map.get_id(o[1]) for o in objs], segs,
+                  [o[2] for o in objs], class_map, area=[o[4] for o in objs])
 
 # %% ../../nbs/data/44_coco.ipynb #d3cf13ef
 def _all_boxes(data):

@@ -71,6 +71,7 @@ class Record:
     iscrowd: np.ndarray = None # (N,) int64
     class_map: ClassMap = None # that the labels belong to; None: not known
     truncated: bool = False # read what is there of an image file that was cut off
+    area: np.ndarray = None # (N,) px, as the file states them; None or NaN: of the mask or the box
 
     def __post_init__(self):
         self.path = Path(self.path)
@@ -78,10 +79,13 @@ class Record:
         self.labels = np.asarray(self.labels, np.int64).reshape(-1)
         crowd = np.zeros(len(self.labels)) if self.iscrowd is None else self.iscrowd
         self.iscrowd = np.asarray(crowd, np.int64).reshape(-1)
+        if self.area is not None: self.area = np.asarray(self.area, float).reshape(-1)
+        if self.area is not None and np.isnan(self.area).all(): self.area = None
         b,l,c = map(len, (self.boxes, self.labels, self.iscrowd))
-        if not b==l==c:
-            raise ValueError(f'record {self.image_id!r} has {b} boxes, {l} labels '
-                             f'and {c} crowd flags, expected equal numbers')
+        a = b if self.area is None else len(self.area)
+        if not a==b==l==c:
+            raise ValueError(f'record {self.image_id!r} has {b} boxes, {l} labels, {c} crowd flags '
+                             f'and {a} areas, expected equal numbers')
 
     def image(self) -> Image.Image: return load_image(self.path, self.truncated)
 
@@ -96,6 +100,9 @@ def target(self:Record) -> dict:
         masks = self.masks() if callable(self.masks) else self.masks
         t['masks'] = torch.from_numpy(np.array(masks, np.uint8))
         t['area'] = t['masks'].flatten(1).sum(1).float()
+    if self.area is not None:
+        stated = torch.from_numpy(self.area.copy())
+        t['area'] = torch.where(stated.isnan(), t['area'].double(), stated)
     return t
 
 # %% ../../nbs/data/40_records.ipynb #c7d06444

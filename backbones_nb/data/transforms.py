@@ -6,7 +6,7 @@ Docs: https://backbones-nb.github.io/backbones-nb/data/transforms.html.md"""
 
 # %% auto #0
 __all__ = ['pad_fill', 'open_image', 'as_tv', 'hw', 'fit_size', 'Letterbox', 'unletterbox_masks', 'unletterbox', 'RandomZoom',
-           'default_augment', 'box_rows', 'drop_small', 'ToBatch']
+           'default_augment', 'box_rows', 'ToBatch']
 
 # %% ../../nbs/data/99_transforms.ipynb #088a2d42
 from pathlib import Path
@@ -217,7 +217,7 @@ def box_rows(
     n = len(sample[1]['boxes'])
     return [v for v in sample[1].values() if type(v) is Tensor and v.dim() and len(v)==n]
 
-def drop_small(
+def _drop_small(
     target:dict, # boxes (N,4) xyxy px, and whatever has a row per box
     smallest:float=0., # side in pixels that a box must reach; 0: any that has an area
 ) -> dict:
@@ -240,7 +240,7 @@ class ToBatch(torch.nn.Module):
             return F.to_dtype(self.letterbox(img), torch.float32, scale=True).as_subclass(Tensor)
         img,target = self.letterbox(img, target)
         target['boxes'] = F.clamp_bounding_boxes(target['boxes'])
-        target = drop_small(target, smallest)
+        target = _drop_small(target, smallest)
         target = {k:v.as_subclass(Tensor) if isinstance(v, tv_tensors.TVTensor) else v
                   for k,v in target.items()}
         if 'filled' in target: target['area'] = target.pop('filled')*_area(target['boxes'])

@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as F
 
 from ..core.errors import did_you_mean
 from ..data.transforms import hw
-from ..detectors.detector import Detector, mean_std
+from ..detectors.detector import losses_one_by_one, mean_std
 from ..detectors.effdet_levels import (check_size,
                                                   consecutive_levels as pick_effdet_levels)
 from ..detectors.targets import check_images, check_targets
@@ -123,8 +123,7 @@ class IceVisionDetector(nn.Module):
     def neck(self): # `freeze` leaves it trainable
         return getattr(getattr(self.backbone, 'body', None), 'neck', None)
     def param_groups(self): return self.net.param_groups()
-    def losses_per_image(self, images, targets): # the loop of our detectors
-        return Detector.losses_per_image(self, images, targets)
+    def losses_per_image(self, images, targets): return losses_one_by_one(self, images, targets)
     def __reduce__(self): return _unpickle,(),self.__dict__
 
 # %% ../../nbs/icevision/57_learner.ipynb #1afd2045

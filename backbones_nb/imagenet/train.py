@@ -14,9 +14,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import pandas as pd
 import torch
-from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib, rank_distrib, set_seed
 from fastcore.meta import delegates
@@ -27,15 +25,17 @@ from ..core.contexts import write_whole
 from ..core.create import create_backbone
 from ..detectors.detector import mean_std
 from .batches import folder_dls
-from .checkpoints import Checkpoint
+from ..learners.checkpoint import Checkpoint
 from .classifier import backbone_learner
-from .ema import ModelEMA, find_ema
+from ..learners.ema import ModelEMA, find_ema
 from .recipe import (Recipe, recipe as find_recipe, recipe_args,
                                           recipe_cbs, recipe_tfms)
 from .shard_batches import ShardDL, shard_dls
 from .streams import as_url_or_path, has_shards, join_url
 from ..learners.distributed import join_processes
+from ..learners.logs import loggers
 from ..learners.metrics import TopK
+from ..learners.run import log_names
 
 # %% ../../nbs/imagenet/58_train.ipynb #f312c3e5
 def plan(
@@ -69,57 +69,6 @@ def _open_imagenet(
         raise FileNotFoundError(f'there is no folder {data}: give one that contains train and val')
     make = shard_dls if has_shards(join_url(data, 'train')) else folder_dls
     return make(data, bs=bs, tfms=tfms, normalized=True, num_workers=workers, **kwargs)
-
-# %% ../../nbs/imagenet/58_train.ipynb #b5c2a500
-class _HistoryCSV(Callback):
-    "Writes a line for each epoch."
-    order = 91 # after the checkpoint, so that a resumed history is whole
-    def __init__(self, file): self.file = file
-
-    def after_epoch(self):
-        rec = self.recorder
-        table = pd.DataFrame([list(o) for o in rec.values], columns=list(rec.metric_names)[1:-1])
-        with write_whole(self.file) as part: table.to_csv(part, index_label='epoch')
-
-# %% ../../nbs/imagenet/58_train.ipynb #e6db5279
-def _wandb(out, config):
-    try: import wandb
-    except ImportError as e: raise ImportError(f"log='wandb' needs Weights & Biases, which cannot be imported ({e}): "
-        'pip install wandb') from e
-    from fastai.callback.wandb import WandbCallback
-    class WandbRun(WandbCallback):
-        def before_fit(self):
-            self.learn.gather_args = dict # fastai 2.8.12 fails where an argument is a number; ours are in `config`
-            super().before_fit()
-    run = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16] # the same folder continues the same run
-    if wandb.run is None:
-        wandb.init(project='backbones-nb', name=out.name, id=run, resume='allow', dir=out, config=config)
-    return WandbRun(log_preds=False)
-
-def _tensorboard(out):
-    try: from fastai.callback.tensorboard import SummaryWriter, TensorBoardCallback
-    except ImportError as e: raise ImportError(f"log='tensorboard' needs TensorBoard, which cannot be imported ({e}): "
-        'pip install tensorboard') from e
-    class TensorBoardRun(TensorBoardCallback):
-        purged = False
-        def before_batch(self):
-            "Purges, at the first batch, what an interrupted run has logged for later steps."
-            if not (self.run and self.training) or self.purged: return
-            self.purged = True
-            self.writer.close()
-            self.writer = SummaryWriter(self.log_dir, purge_step=self.train_iter+1)
-        def after_batch(self):
-            if not (self.run and self.training): return
-            super().after_batch()
-            self.writer.flush() # a run that is killed has logged every step up to then
-    return TensorBoardRun(out/'tensorboard', trace_model=False, log_preds=False)
-
-def _loggers(log, out, config):
-    "The loggers of the first process; none for the others."
-    if rank_distrib(): return []
-    out.mkdir(parents=True, exist_ok=True)
-    more = dict(csv=list, tensorboard=lambda: [_tensorboard(out)], wandb=lambda: [_wandb(out, config)])[log]()
-    return [_HistoryCSV(out/'history.csv'), *more]
 
 # %% ../../nbs/imagenet/58_train.ipynb #9f22a81f
 def _measure(learn):
@@ -167,13 +116,13 @@ class TrainConfig:
     resume:bool = True # continue from a checkpoint in `out` (if not, such a folder is refused)
     every:int = 1000 # batches between checkpoints, besides the one at the end of each epoch
     sync_bn:bool = False # batch norm over the images of all processes, on CUDA
-    log:str = 'csv' # 'csv', 'tensorboard' or 'wandb'
+    log:str = 'csv' # 'csv', 'tensorboard', 'wandb', 'mlflow' or 'trackio'
     weights:str = 'safetensors' # file format of the weights, 'safetensors' or 'pth'
     device:str = None # where to compute, such as cpu or cuda:1; default: the GPU of this process, or fastai's default
 
     def __post_init__(self):
-        if self.log not in ('csv','tensorboard','wandb'): raise ValueError(f"got log={self.log!r}, expected 'csv', "
-            "'tensorboard', or 'wandb' (history.csv is always written)")
+        if self.log not in log_names: raise ValueError(f"got log={self.log!r}, expected one of {', '.join(log_names)} "
+            '(history.csv is always written)')
         if self.weights not in ('safetensors','pth'): raise ValueError(f"got weights={self.weights!r}, expected "
             "'safetensors' or 'pth'")
 
@@ -240,7 +189,7 @@ def train_imagenet(
     out = _open_run(out, config.resume)
     learn = _make_learner(data, backbone, r, config, join_processes(config.device), cbs)
     about = _run_facts(backbone, r, config, _data_facts(learn.dls))
-    logs = _loggers(config.log, out, about)
+    logs = loggers(config.log, out, about)
     saver = Checkpoint(out/'checkpoint.pt', config.every, about)
     with learn.distrib_ctx(config.sync_bn):
         _fit(learn, r, config, logs + [saver])

@@ -19,6 +19,8 @@ from torch import Tensor
 from torchvision.ops import box_area, box_iou
 
 from ..core.tables import Table
+from ..data.original import original_pair
+from ..data.records import natural_key
 from ..data.run_lengths import run_lengths, to_cpu_rle
 
 # %% ../../nbs/learners/50_metrics.ipynb #a29700e5
@@ -53,7 +55,8 @@ def _coco_anns(
     dicts:list, # one per image: boxes, labels, scores of predictions; maybe masks, area, iscrowd
     what:str='target', # 'target' or 'prediction'
     masks:bool=False, # also masks: (N,H,W), (N,1,H,W) or `RunLengths`
-) -> list: # dicts as in COCO's annotation files; `image_id` is the position in `dicts`, from 1
+    ids=None, # of the images; None: the positions in `dicts`, from 1
+) -> list: # dicts as in COCO's annotation files
     "Returns annotations in COCO's form; raises ValueError for missing keys or wrong values."
     anns = []
     need = ('boxes', 'labels') + (('scores',) if what=='prediction' else ())
@@ -67,7 +70,7 @@ def _coco_anns(
         score = _numpy(d['scores'], float) if what=='prediction' else None
         rles,pixels = _masks(i, d, n, what) if masks and n else ((),())
         for j in range(n):
-            a = dict(id=len(anns)+1, image_id=i+1, category_id=int(l[j]),
+            a = dict(id=len(anns)+1, image_id=ids[i] if ids else i+1, category_id=int(l[j]),
                      iscrowd=int(crowd[j]), area=float(area[j]),
                      bbox=[float(b[j,0]), float(b[j,1]), float(wh[j,0]), float(wh[j,1])])
             if score is not None: a['score'] = float(score[j])
@@ -81,6 +84,13 @@ def _names(preds, targets, class_map):
     if class_map is not None: return {i:class_map.get_name(i) for i in range(1, len(class_map))}
     ids = {int(o) for d in [*targets,*preds] for o in d['labels']}
     return {i:str(i) for i in sorted(ids)}
+
+def _image_numbers(targets):
+    "Numbers of the images from 1: in the order of their ids where these differ, else of the list."
+    ids = [str(t.get('image_id', '')) for t in targets]
+    if len(set(ids))<len(ids): return list(range(1, len(ids)+1))
+    rank = {o:i for i,o in enumerate(sorted(ids, key=natural_key), 1)}
+    return [rank[o] for o in ids]
 
 def _coco(anns, n, names):
     res = COCO()
@@ -125,7 +135,8 @@ def coco_eval(
         raise ValueError(f"got iou_type={iou_type!r}, expected 'bbox', 'segm' or 'both'")
     segm = iou_type=='segm'
     _check_pairs(preds, targets, segm)
-    gt,dt = _coco_anns(targets, 'target', segm),_coco_anns(preds, 'prediction', segm)
+    ids = _image_numbers(targets)
+    gt,dt = _coco_anns(targets, 'target', segm, ids),_coco_anns(preds, 'prediction', segm, ids)
     names = _names(preds, targets, class_map)
     res = dict.fromkeys(coco_keys, -1.)
     aps = dict.fromkeys(names.values(), -1.)
@@ -165,8 +176,11 @@ class DetectionMetric(Metric):
         if not isinstance(learn.pred, (list,tuple)): return
         masks = any(m.iou_type=='segm' for m in self.elect_leader(learn))
         if self.leader is not self: return
-        self.preds += [to_cpu_rle(o, masks) for o in learn.pred]
-        self.targets += [to_cpu_rle(o, masks) for o in learn.yb[0]]
+        for det,target in zip(learn.pred, learn.yb[0]):
+            if not masks: det = {k:v for k,v in det.items() if k!='masks'}
+            det,target = original_pair(det, target, learn.xb[0].shape[-2:])
+            self.preds.append(to_cpu_rle(det, masks))
+            self.targets.append(to_cpu_rle(target, masks))
 
     @property
     def results(self):

@@ -19,8 +19,9 @@ from fastcore.foundation import L
 from torch import Tensor
 
 from ..core.errors import did_you_mean
-from ..data.run_lengths import run_lengths, RunLengths, to_cpu_rle
-from ..data.transforms import hw, open_image, unletterbox, unletterbox_masks
+from ..data.original import original_pair, to_original
+from ..data.run_lengths import RunLengths, to_cpu_rle
+from ..data.transforms import hw, open_image
 from .metrics import coco_eval
 
 # %% ../../nbs/learners/104_prediction.ipynb #1d2bcfb2
@@ -31,13 +32,14 @@ class _Gather(Callback):
         finish, # function of an image's detections and its position: what is kept of them
         with_input=False,
         with_loss=False,
+        original=False, # in pixels of the original images
     ):
         self.finish = finish
-        self.with_input,self.with_loss = with_input,with_loss
+        self.with_input,self.with_loss,self.original = with_input,with_loss,original
         self.preds,self.targets,self.inputs,self.per_image = [],[],[],[]
 
     def before_batch(self):
-        self.targets += [to_cpu_rle(o) for o in self.yb[0]] if len(self.yb) else []
+        self.now = list(self.yb[0]) if len(self.yb) else []
         if self.with_input: self.inputs += list(self.xb[0].as_subclass(Tensor).detach().cpu())
         if not self.with_loss: self.learn.yb = ()
 
@@ -48,27 +50,28 @@ class _Gather(Callback):
         self.learn.yb,self.learn.loss_parts = (),None # not for the table
 
     def after_batch(self):
-        n = len(self.preds)
-        self.preds += [self.finish(o, n+i) for i,o in enumerate(self.pred)]
+        pairs = [(p, self.now[i] if self.now else {}) for i,p in enumerate(self.pred)]
+        if self.original: pairs = [original_pair(*o, self.xb[0].shape[-2:]) for o in pairs]
+        for p,t in pairs:
+            self.preds.append(self.finish(p, len(self.preds)))
+            t = {k:v for k,v in t.items() if k!='original'}
+            if self.now: self.targets.append(to_cpu_rle(t))
 
     def losses_of(self, name='loss'):
         "One number per image, (N,)."
         return torch.cat([o[name] for o in self.per_image]) if self.per_image else torch.zeros(0)
 
 # %% ../../nbs/learners/104_prediction.ipynb #5de22498
-def _only(det, k):
-    "Returns the detections where `k`, (N,) bools, is true."
-    def some(v):
-        if isinstance(v, (Tensor,RunLengths)) and len(v)==len(k): return v[k]
-        return [o for o,ok in zip(v, k) if ok] if isinstance(v, list) else v
-    return {n:some(v) for n,v in det.items()}
-
 def filter_by_score(
     det:dict, # one image's detections
     score_thr:float, # lowest score
 ) -> dict: # the detections that reach it
     "Returns the detections whose score is at least `score_thr`."
-    return _only(det, det['scores']>=score_thr)
+    k = det['scores']>=score_thr
+    def some(v):
+        if isinstance(v, (Tensor,RunLengths)) and len(v)==len(k): return v[k]
+        return [o for o,ok in zip(v, k) if ok] if isinstance(v, list) else v
+    return {n:some(v) for n,v in det.items()}
 
 def add_class_names(
     det:dict, # one image's detections
@@ -95,28 +98,32 @@ def _check_size(model, size):
 class PredictionMixin:
     "Gives a learner of detectors `get_preds`, `evaluate`, `predict` and `show_results`."
     def eval_loader(self, ds_idx, dl, size=None, reorder=True, shuffle=False):
-        "Returns a loader of all items: that of `ds_idx`, not augmented, or the given one."
+        "Returns the given loader, with its share, or that of `ds_idx`: all items, not augmented."
         if dl is not None and not isinstance(dl, DataLoader): # batches that are made already
             if size is not None:
                 raise ValueError(f'got size={size} and a list of batches, whose size is fixed: '
                                  'give a loader')
             return dl
         kw = dict(shuffle=shuffle, tfm=None) if dl is None else {}
+        share = (dl.rank,dl.world_size) if dl is not None else (0,1)
         if dl is None: dl = self.dls[ds_idx]
         elif dl.shuffle and reorder: kw = dict(shuffle=False)
         if size is not None and hw(size)!=dl.size:
             _check_size(self.model, size)
             kw['size'] = size
-        return dl.new(drop_last=False, **kw) if kw or dl.drop_last or dl.world_size>1 else dl
+        if not (kw or dl.drop_last or dl.equal): return dl
+        res = dl.new(drop_last=False, **kw)
+        res.for_process(*share)
+        return res
 
     def gather_detections(self, dl, finish, with_input=False, with_loss=False, inner=False,
-                          cbs=None):
+                          cbs=None, original=False):
         "Returns the callback that has collected the detections of a loader, each through `finish`."
         if with_loss and not getattr(getattr(dl, 'dataset', None), 'targets', True):
             raise ValueError('losses were asked for, but the loader gives images without targets: '
                              'make it with learn.dls.test_dl(records, with_labels=True), or '
                              'leave losses out')
-        cb = _Gather(finish, with_input, with_loss)
+        cb = _Gather(finish, with_input, with_loss, original)
         ctx = self.validation_context(cbs=L(cbs)+[cb], inner=inner)
         if with_loss: ctx.append(self.loss_not_reduced())
         with ctx: self._do_epoch_validate(dl=dl)
@@ -148,6 +155,7 @@ def get_preds(self:PredictionMixin,
     cbs=None, # callbacks for this call
     score_thr:float=0., # drop detections below
     size=None, # int or (height, width): letterbox images to this instead of the loader's size, px
+    original:bool=False, # in pixels of the original images, not of the letterbox
     **kwargs, # fastai's `with_preds` and `with_targs` (False: None instead); others are refused
 ) -> tuple: # ([images,] detections, targets[, decoded][, losses (N,)]): lists on the CPU
     """Returns detections and targets of a whole loader, in pixels of its images.
@@ -158,7 +166,7 @@ def get_preds(self:PredictionMixin,
     _check_options(kwargs)
     dl = self.eval_loader(ds_idx, dl, size, reorder)
     def finish(d, i): return to_cpu_rle(filter_by_score(d, score_thr))
-    cb = self.gather_detections(dl, finish, with_input, with_loss, inner, cbs)
+    cb = self.gather_detections(dl, finish, with_input, with_loss, inner, cbs, original)
     res = [cb.preds if with_preds else None,cb.targets if with_targs else None]
     if with_input: res.insert(0, cb.inputs)
     if with_decoded: res.append([add_class_names(o, self.dls.class_map) for o in cb.preds])
@@ -175,22 +183,12 @@ def evaluate(self:PredictionMixin,
     iou_type:str=None, # 'bbox', 'segm' or 'both'; None: both where the detector gives masks
     **kwargs, # for `coco_eval`, such as `per_class`
 ) -> dict: # COCO's twelve numbers by name, and those of masks, such as 'mask_AP'
-    "Returns `coco_eval` of a whole loader."
-    preds,targets = self.get_preds(ds_idx, dl, score_thr=score_thr, size=size)
+    "Returns `coco_eval` of a whole loader, in pixels of the original images."
+    preds,targets = self.get_preds(ds_idx, dl, score_thr=score_thr, size=size, original=True)
     iou_type = iou_type or ('both' if gives_masks(self.model) else 'bbox')
     return coco_eval(preds, targets, self.dls.class_map, iou_type, **kwargs)
 
 # %% ../../nbs/learners/104_prediction.ipynb #f3435fa7
-def _native(det, size, box):
-    "Returns detections in pixels of an image of that size, out of a letterbox, without those in its padding."
-    boxes = unletterbox(dict(boxes=det['boxes']), size, box)['boxes']
-    det = _only(det, (boxes[:,2:]>boxes[:,:2]).all(1))
-    res = unletterbox({k:v for k,v in det.items() if k!='masks'}, size, box)
-    if 'masks' in det:
-        one = [run_lengths(unletterbox_masks(m[None], size, box)) for m in det['masks']]
-        res['masks'] = RunLengths([c for o in one for c in o.counts], size)
-    return res
-
 @patch
 def predict(self:PredictionMixin,
     item, # a path, PIL image, array (H,W,3), tensor (3,H,W) or record; or a list of them
@@ -203,7 +201,7 @@ def predict(self:PredictionMixin,
     dl = self.dls.test_dl(items, bs=min(bs or self.dls.valid.bs, max(1, len(items))))
     dl = self.eval_loader(None, dl, size)
     def finish(d, i):
-        native = _native(filter_by_score(d, score_thr), tuple(items[i].shape[-2:]), dl.size)
+        native = to_original(filter_by_score(d, score_thr), tuple(items[i].shape[-2:]), dl.size)
         return to_cpu_rle(add_class_names(native, self.dls.class_map))
     with self.no_bar(): res = self.gather_detections(dl, finish).preds
     return res if isinstance(item, (list,tuple,L)) else res[0]

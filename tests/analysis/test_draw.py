@@ -12,15 +12,15 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
 from backbones_nb.analysis.boxes import (
-    InsideText,
+    _InsideText,
     draw_boxes,
     feature_grid,
-    image_array,
+    _image_array,
     image_tensor,
     show_side_by_side,
 )
 from backbones_nb.analysis.diagram import draw_blocks, draw_module_graph, module_graph
-from backbones_nb.analysis.draw import draw_backbone, stages_of
+from backbones_nb.analysis.draw import draw_backbone, _stages_of
 from backbones_nb.analysis.layout import layered, measure_grid, polyline, route_edges
 from backbones_nb.analysis.palette import class_color
 from backbones_nb.analysis.sample import sample_image, sample_target
@@ -90,7 +90,7 @@ forms = dict(
 @pytest.mark.parametrize('form', forms)
 def test_image_forms(form):
     a = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    assert np.abs(image_array(forms[form](a)) - a / 255).max() < 1e-6
+    assert np.abs(_image_array(forms[form](a)) - a / 255).max() < 1e-6
     assert image_tensor(forms[form](a)).shape == (1, 3, 5, 7)
 
 
@@ -106,7 +106,7 @@ def test_image_forms(form):
 )
 def test_bad_images_are_refused_in_one_sentence(bad):
     with pytest.raises(ValueError, match='^got .*, expected .*: ') as e:
-        image_array(bad)
+        _image_array(bad)
     assert '\n' not in str(e.value)
 
 
@@ -120,7 +120,7 @@ def test_labels_stay_inside(box, figsize):
         np.zeros((96, 128, 3)), dict(boxes=torch.tensor([box]).float(), labels=[1], scores=[0.5]), ['', 'cat'], ax
     )
     fig.canvas.draw()
-    (t,), room = ax.findobj(InsideText), ax.bbox
+    (t,), room = ax.findobj(_InsideText), ax.bbox
     b = t.get_window_extent()
     assert corners_of(ax) == [list(box)] and t.get_text() == 'cat 0.50'
     assert room.x0 <= b.x0 and b.x1 <= room.x1 and room.y0 <= b.y0 and b.y1 <= room.y1
@@ -130,7 +130,7 @@ def test_labels_do_not_overlap():
     boxes = torch.tensor([[10, 20, 60, 80], [12, 21, 62, 82], [11, 22, 58, 78.0]])
     ax = draw_boxes(np.zeros((100, 100, 3)), dict(boxes=boxes, labels=[1, 2, 3], scores=[0.9, 0.8, 0.7]))
     ax.figure.canvas.draw()
-    bs = [t.get_window_extent() for t in ax.findobj(InsideText)]
+    bs = [t.get_window_extent() for t in ax.findobj(_InsideText)]
     assert len(bs) == 3 and not any(a.overlaps(b) for i, a in enumerate(bs) for b in bs[:i])
 
 
@@ -225,6 +225,22 @@ def test_feature_grid():
     assert feature_grid({'a': maps[0]}).axes[0].get_title() == '6×16×24'
 
 
+def test_rows_of_a_feature_grid_are_equally_high():
+    maps = [torch.rand(1, 6, 16, 24)] * 2
+    one, two = (feature_grid(maps, n=n).get_size_inches()[1] for n in (1, 2))
+    assert two - 0.5 == pytest.approx(2 * (one - 0.5))  # half an inch for the titles
+    assert one - 0.5 == pytest.approx(8.4 / 2 * 16 / 24)
+
+
+def test_a_gap_widens_with_the_arrows_that_turn_in_it():
+    nodes = {f'{k}{i}': (i, j, 'box') for j, k in enumerate('st') for i in range(3)}
+    width = []
+    for n in range(4):
+        edges = [(f's{i}', f't{i}', '', 'right' if i < n else 'straight') for i in range(3)]
+        width.append(measure_grid(nodes, route_edges(nodes, edges), 9.5).width)
+    assert np.diff(width) == pytest.approx([0, 9.5 / 72, 9.5 / 72])  # the first turn has room already
+
+
 @pytest.mark.parametrize('size', [64, (48, 96), (50, 70)])
 @pytest.mark.parametrize('strides', [None, 32, (8, 16)])
 def test_backbone_diagram_is_measured(size, strides):
@@ -245,7 +261,7 @@ def test_backbone_diagram_is_measured(size, strides):
 
 def test_backbone_diagram_of_others():
     body = nn.Sequential(ConvNormAct(3, 4, stride=2), ConvNormAct(4, 4, stride=2))
-    stages, maps = stages_of(as_backbone(body), (32, 32))
+    stages, maps = _stages_of(as_backbone(body), (32, 32))
     assert [(o['shape'], o['stride'], o['tag']) for o in stages] == [((4, 8, 8), 4, 'C2')] and maps[0].shape == (
         1,
         4,

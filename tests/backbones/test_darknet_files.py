@@ -5,7 +5,7 @@ from torch import nn
 
 from backbones_nb import create_backbone
 from backbones_nb.analysis.parity import randomize_
-from backbones_nb.backbones.darknet_files import darknet_rows, read_darknet, write_darknet
+from backbones_nb.backbones.darknet_files import _darknet_rows, read_darknet, write_darknet
 
 torch.set_num_threads(1)
 
@@ -56,7 +56,7 @@ def test_yolov3_begins_with_darknet53(tmp_path):
         f.truncate(20 + 4 * 62_001_757)
     assert (tmp_path / 'yolov3.weights').stat().st_size == 248_007_048
     sd = read_darknet(tmp_path / 'yolov3.weights', net)
-    assert sd['stem.norm.bias'].tolist() == numbers[:32].tolist() and len(sd) == len(darknet_rows(net))
+    assert sd['stem.norm.bias'].tolist() == numbers[:32].tolist() and len(sd) == len(_darknet_rows(net))
 
 
 @pytest.mark.parametrize(

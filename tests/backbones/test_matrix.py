@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import shutil
 
 import pytest
@@ -60,13 +61,15 @@ repeated = {n for n in names if n.endswith('_fpn')} - {
     'resnet18_fpn',
     'resnet50_fpn',
 }  # the bodies are rows of their own
+# other sizes of a family: the same modules, more often or wider; their shapes, parameters, and groups are in every run
+sizes = re.compile(r'efficientnet_b[1-7]|regnet_[xy]_(?!400mf).*|(vgg13|vgg19)(_bn)?|vgg11_bn|vgg16|resnet34|resnext.*')
 
 
 def slow_if(cond, n):
     return pytest.param(n, marks=pytest.mark.slow) if cond else n
 
 
-every = [slow_if(size_of[n] > huge or n in repeated, n) for n in names]
+every = [slow_if(size_of[n] > huge or n in repeated or sizes.fullmatch(n), n) for n in names]
 
 
 def noise(*hw, n=1):

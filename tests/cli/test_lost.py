@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from backbones_nb.cli.cli import main
-from backbones_nb.learners.finetune import find_images
+from backbones_nb.learners.finetune import _find_images
 from backbones_nb.learners.run import RunConfig, open_data
 
 tiny = '--backbone vovnet19_slim_dw --size 64 --epochs 1 --bs 2 --cpu-preset --no-validate --no-augment'
@@ -207,7 +207,7 @@ def test_folders_and_patterns(tmp_path):
     for o in ('x/2.jpg', 'x/10.jpg', 'x/y/3.png', 'x/[1].jpg'):
         picture(tmp_path / o)
     (tmp_path / 'none').mkdir()
-    look = lambda *names: [o.relative_to(tmp_path).as_posix() for o in find_images([tmp_path / n for n in names])[0]]
+    look = lambda *names: [o.relative_to(tmp_path).as_posix() for o in _find_images([tmp_path / n for n in names])[0]]
     assert look('x') == ['x/2.jpg', 'x/10.jpg', 'x/[1].jpg'] or sorted(look('x')) == [
         'x/10.jpg',
         'x/2.jpg',
@@ -215,7 +215,7 @@ def test_folders_and_patterns(tmp_path):
     ]
     assert look('x/[0-9]*.jpg') == ['x/2.jpg', 'x/10.jpg'] and look('x/**/*.png') == ['x/y/3.png']
     assert look('x/[1].jpg') == ['x/[1].jpg'] and look('gone.jpg') == ['gone.jpg']
-    assert find_images([tmp_path / 'none', tmp_path / '*.gif'])[1] == [
+    assert _find_images([tmp_path / 'none', tmp_path / '*.gif'])[1] == [
         f'{tmp_path}/none has no image: check the path',
         f'{tmp_path}/*.gif has no image: check the path',
     ]

@@ -10,7 +10,7 @@ import torch
 from backbones_nb.analysis import pairs as pairs_module
 from backbones_nb.analysis.compare import compare_pair, parity_facts
 from backbones_nb.analysis.costs import count_params
-from backbones_nb.analysis.pairs import cspdarknet_pairs, darknet_pairs, find_pairs, pairs, vovnet_pairs
+from backbones_nb.analysis.pairs import _cspdarknet_pairs, _darknet_pairs, find_pairs, pairs, _vovnet_pairs
 from backbones_nb.analysis.references import build_reference, csp_weights, weights_for
 from backbones_nb.backbones.cspdarknet import cspdarknet_variants
 from backbones_nb.backbones.darknet import darknet_variants
@@ -132,7 +132,7 @@ def test_labels_tell_rows_apart():
 
 own = [
     p
-    for o in (darknet_pairs, cspdarknet_pairs, vovnet_pairs)
+    for o in (_darknet_pairs, _cspdarknet_pairs, _vovnet_pairs)
     for p in o
     if p.config.get('split') != 'slice' and not p.double
 ]

@@ -12,7 +12,7 @@ from backbones_nb.cli.cli import main
 from backbones_nb.data.check import check_data
 from backbones_nb.data.coco import coco_categories
 from backbones_nb.data.formats import (
-    Format,
+    _Format,
     Formats,
     find_format,
     find_splits,
@@ -21,7 +21,7 @@ from backbones_nb.data.formats import (
     write_data,
 )
 from backbones_nb.data.records import ClassMap, Record
-from backbones_nb.data.sheets import Sheet, mask_polygon, sheet_records
+from backbones_nb.data.sheets import Sheet, _mask_polygon, sheet_records
 from backbones_nb.data.run_lengths import decode_mask
 from backbones_nb.data.outlines import write_via_csv
 from backbones_nb.data.tables import write_retinanet
@@ -159,9 +159,9 @@ def test_mask_polygon_is_exact():
     for _ in range(60):
         m = (rng.random((rng.integers(1, 14), rng.integers(1, 14))) < rng.random()).astype(np.uint8)
         if m.any():
-            assert (decode_mask([mask_polygon(m)], m.shape) == m).all()
+            assert (decode_mask([_mask_polygon(m)], m.shape) == m).all()
     with pytest.raises(ValueError, match='without a pixel'):
-        mask_polygon(np.zeros((3, 3)))
+        _mask_polygon(np.zeros((3, 3)))
 
 
 # --- files as other tools write them
@@ -536,7 +536,7 @@ def test_unknown_things(tmp_path, capsys):
 
 def test_table_is_a_registry(tmp_path):
     own = Formats()
-    own.add(Format('x', 'x.x', lambda p: [p], lambda p, i, k: Sheet(p)))
+    own.add(_Format('x', 'x.x', lambda p: [p], lambda p, i, k: Sheet(p)))
     assert len(own) == 1 and own['x'].parts('any') == {} and 'x.x' in str(own.table())
     own.clear()
     with pytest.raises(ValueError, match="got format='x'"):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from backbones_nb.icevision.patches import has_icevision, icevision_module, PATCHES
+from backbones_nb.icevision.patches import _patch_font, has_icevision, icevision_module, PATCHES
 
 if not has_icevision():
     pytest.skip('IceVision absent', allow_module_level=True)
@@ -361,6 +361,11 @@ def test_statistics_of_top_losses_start_again(work):
 def test_patches_are_applied_once():
     assert {o['done'] for o in icevision_compat()} == {'nothing to do'}
     assert {o['name'] for o in icevision_compat()} == set(PATCHES)
+
+
+def test_a_new_machine_gets_the_font_once(tmp_path):
+    assert [_patch_font(tmp_path / '.icevision') for _ in range(2)] == [True, False]
+    assert list((tmp_path / '.icevision' / 'fonts').glob('*.ttf'))
 
 
 @pytest.mark.parametrize('bad', ['fonts', '', 3])

@@ -41,7 +41,7 @@ from backbones_nb.imagenet.folders import (
     find_names,
     imagenet_folders,
     prepare_val,
-    read_solution,
+    _read_solution,
     scan_classes,
     synset_names,
 )
@@ -300,10 +300,10 @@ def test_the_toy_has_the_layout_of_kaggle(fresh):
     data = fresh / inner
     classes, files, labels = scan_classes(data / 'train')
     assert classes == sorted(toy_synsets)[:4] and np.bincount(labels).tolist() == [13] * 4
-    assert read_solution(fresh / 'LOC_train_solution.csv') == {
+    assert _read_solution(fresh / 'LOC_train_solution.csv') == {
         Path(f.decode()).stem: classes[y] for f, y in zip(files, labels)
     }
-    solution = read_solution(fresh / 'LOC_val_solution.csv')
+    solution = _read_solution(fresh / 'LOC_val_solution.csv')
     assert (
         sorted(solution)
         == sorted(o.stem for o in (data / 'val').iterdir())

@@ -22,7 +22,7 @@ from backbones_nb.imagenet.folders import prepare_val
 from backbones_nb.imagenet.toy import toy_imagenet
 from backbones_nb.detectors import retinanet
 from backbones_nb.imagenet.classifier import backbone_learner
-from backbones_nb.learners.distributed import Distributed, plain_batchnorm, sync_batchnorm
+from backbones_nb.learners.distributed import Distributed, _plain_batchnorm, _sync_batchnorm
 from backbones_nb.learners.metrics import TopK
 from tools.proc import run
 
@@ -102,7 +102,13 @@ def measure(folder):
     with learn.distrib_ctx():
         own, train = learn.validate(), learn.validate(0)
         preds, _ = learn.get_preds()
+    shares = []
+    for i in (0, 1):
+        dl = learn.dls.valid.new(bs=3)
+        dl.for_process(i, 2)
+        shares.append([len(learn.get_preds(dl=dl)[0]), learn.evaluate(dl=dl)['AP']])
     return dict(
+        shares=shares,
         valid=[float(o) for o in own],
         train=[float(o) for o in train],
         preds=len(preds),
@@ -268,6 +274,9 @@ def test_every_image_is_measured_once(two):
     assert 0.05 < one['valid'][-1] < 0.95 and 0.05 < one['valid'][-2] < 0.95, 'AP would show nothing'
     for k in ('valid', 'train', 'again'):
         assert a['measured'][k] == pytest.approx(one[k], rel=1e-6), k
+    for o in (one, a['measured']):  # a loader that was given keeps its share
+        (n, ap), (m, other) = o['shares']
+        assert (n, m) == (4, 3) and len({ap, other, one['valid'][-3]}) == 3
 
 
 def test_classes_as_one_process(two):
@@ -339,7 +348,7 @@ def test_batch_norm_there_and_back():
     with torch.no_grad():
         want = net(x)
     kinds, params = [type(m) for m in net.modules()], list(net.parameters())
-    was = sync_batchnorm(net)
+    was = _sync_batchnorm(net)
     assert not any(type(m) in kinds and isinstance(m, nn.BatchNorm2d) for m in net.modules()) and any(
         isinstance(m, nn.SyncBatchNorm) for m in net.modules()
     )
@@ -349,7 +358,7 @@ def test_batch_norm_there_and_back():
         if isinstance(m, nn.SyncBatchNorm):
             m.running_mean = m.running_mean + 1  # another tensor
     now = {k: v.clone() for k, v in net.state_dict().items()}
-    plain_batchnorm(net, was)
+    _plain_batchnorm(net, was)
     assert [type(m) for m in net.modules()] == kinds and all(
         a is b for a, b in zip(net.parameters(), params, strict=True)
     )

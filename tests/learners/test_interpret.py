@@ -81,3 +81,11 @@ def test_who_is_taken_for_whom(colors):
         and n == interp.confusion_matrix()[1, 2] > 0
         and interp.confusion_matrix(score_thr=0.95)[1, 0] == n
     )
+
+
+def test_counts_are_readable_on_light_and_dark_cells(colors, monkeypatch):
+    interp = DetectionInterpretation.from_learner(colors)
+    counts = torch.tensor([[0, 1, 0], [0, 9, 4], [1, 0, 10]])
+    monkeypatch.setattr(interp, 'confusion_matrix', lambda *_: counts)
+    inks = {int(t.get_text()): t.get_color() for t in interp.plot_confusion_matrix().texts}
+    assert inks == {0: 'black', 1: 'black', 4: 'black', 9: 'white', 10: 'white'}

@@ -125,10 +125,12 @@ def predict_command(
     out:Annotated[str, dict(metavar='DIR')]=None, # folder for images with the boxes drawn in
     score_thr:float=0.5, # drop detections with a lower score
     json:Annotated[str, dict(metavar='FILE')]=None, # write the detections to a file
+    tiles:int=None, # look at tiles of this side, px, besides the whole image; default: as in training; 0: no tiles
+    overlap:float=None, # share of a tile that it has in common with its neighbor; default: as in training
 ):
     "Use a trained detector on images."
     from backbones_nb.learners.finetune import predict
-    predict(run, images, out, score_thr, json)
+    predict(run, images, out, score_thr, json, tiles, overlap)
 
 def evaluate_command(
     run:Annotated[str, dict(metavar='RUN')], # folder of a finished run

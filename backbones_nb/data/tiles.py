@@ -90,9 +90,9 @@ class TileMasks:
         x1,y1,x2,y2 = self.window
         return np.asarray(masks)[self.which,y1:y2,x1:x2]
 
-# %% ../../nbs/data/142_tiles.ipynb #ccdab262
+# %% ../../nbs/data/142_tiles.ipynb #c8cc08a2
 def _shown(record, masks, window, min_visibility):
-    "Returns which objects a tile shows, and their boxes in its pixels."
+    "Returns which objects a tile shows, their boxes in its pixels, and the share of each."
     boxes,share = visible_part(record.boxes, window)
     if masks is not None and len(masks):
         around,pixels = visible_mask(masks, window)
@@ -101,17 +101,20 @@ def _shown(record, masks, window, min_visibility):
         boxes[cut,2:] = np.minimum(boxes, around)[cut,2:]
         share = pixels
     enough = (share>=min_visibility) | (record.iscrowd==1)
-    return np.flatnonzero(enough & (share>0) & (boxes[:,2:]>boxes[:,:2]).all(1)),boxes
+    which = np.flatnonzero(enough & (share>0) & (boxes[:,2:]>boxes[:,:2]).all(1))
+    return which,boxes[which],share[which]
 
 def _tile(record, masks, window, min_visibility):
     "Returns the record of a tile, and which of the image's objects it has."
-    window = tuple(map(int, window))
-    which,boxes = _shown(record, masks, window, min_visibility)
-    part = None if masks is None else TileMasks(record.masks, which, window)
-    x1,y1,x2,y2 = window
+    x1,y1,x2,y2 = window = tuple(map(int, window))
+    which,boxes,share = _shown(record, masks, window, min_visibility)
     name = f"{record.image_id}_{'_'.join(map(str, window))}"
-    return TileRecord(name, record.path, (y2-y1, x2-x1), boxes[which], record.labels[which], part,
-                      record.iscrowd[which], record.class_map, record.truncated, window),which
+    return TileRecord(
+        name, record.path, (y2-y1, x2-x1), boxes, record.labels[which],
+        masks=None if masks is None else TileMasks(record.masks, which, window),
+        area=None if record.area is None else record.area[which]*share,
+        iscrowd=record.iscrowd[which], class_map=record.class_map, truncated=record.truncated,
+        window=window),which
 
 # %% ../../nbs/data/142_tiles.ipynb #ed6a2b9b
 def _warn_lost(lost, total, size, min_visibility):

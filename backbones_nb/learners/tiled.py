@@ -7,15 +7,16 @@ Docs: https://backbones-nb.github.io/backbones-nb/learners/tiled_predict.html.md
 # %% auto #0
 __all__ = ['overlap_with', 'group_detections', 'merge_detections', 'shift_detections', 'TiledMixin']
 
-# %% ../../nbs/learners/143_tiled_predict.ipynb #c62a49b7
+# %% ../../nbs/learners/143_tiled_predict.ipynb #c410356c
 import numpy as np
 import torch
+from fastcore.basics import patch
 from fastcore.foundation import L
 from faster_coco_eval import mask as mask_api
 from torch.nn.functional import pad
 from torchvision import tv_tensors
 
-from ..data.run_lengths import RunLengths, run_lengths
+from ..data.run_lengths import RunLengths, run_lengths, to_cpu_rle
 from ..data.tiles import tile_boxes
 from ..data.transforms import open_image
 
@@ -119,13 +120,15 @@ def _cat(dets):
     counts = [c for o in dets for c in o['masks'].counts]
     return res | dict(masks=RunLengths(counts, dets[0]['masks'].size))
 
-# %% ../../nbs/learners/143_tiled_predict.ipynb #c2028422
+# %% ../../nbs/learners/143_tiled_predict.ipynb #cc8f2a6f
 class TiledMixin:
     "Gives a learner that has `predict` the method `predict_tiled`."
+    tiles = None,0.2 # size, overlap: how it was trained; None: on whole images
+
     def predict_tiled(self,
         item, # a path, PIL image, array (H,W,3), tensor (3,H,W) or record; or a list of them
-        tiles, # int or (height, width) of a tile, pixels of the image
-        overlap:float=0.2, # share of a tile that it has in common with its neighbor
+        tiles=None, # int or (height, width) of a tile, px; None: that of `self.tiles`; 0: no tiles
+        overlap:float=None, # share of a tile in common with its neighbor; None: that of `self.tiles`
         whole:bool=True, # the whole image as one more tile
         score_thr:float=0.5, # drop detections below
         how:str=None, # 'nmm' or 'nms'; None: 'nms' for a `score_thr` under 0.1
@@ -136,17 +139,29 @@ class TiledMixin:
         size=None, # int or (height, width), px: letterbox tiles to this, as in `predict`
     ) -> dict: # boxes (N,4) xyxy px of the image, labels, scores, names, masks; or a list
         "Returns the detections of an image of any size, found tile by tile and merged."
-        many = isinstance(item, (list,tuple,L))
+        tiles = self.tiles[0] if tiles is None else tiles
+        if not tiles: return self.predict(item, score_thr, bs, size)
         how = how or ('nms' if score_thr<.1 else 'nmm')
-        metric = metric or dict(nms='iou', nmm='ios')[how]
+        rule = how,metric or dict(nms='iou', nmm='ios').get(how),thr,class_agnostic
+        plan = tiles,self.tiles[1] if overlap is None else overlap,whole
+        many = isinstance(item, (list,tuple,L))
         res = []
-        for o in (item if many else [item]):
-            image = open_image(o)
-            windows,crops = _tiles_of(image, tiles, overlap, whole)
+        for image in map(open_image, item if many else [item]):
+            windows,crops = _tiles_of(image, *plan)
             dets = self.predict(crops, score_thr, bs, size)
             where = tuple(image.shape[-2:])
-            dets = [shift_detections(d, w, where) for d,w in zip(dets, windows)]
-            det = merge_detections(_cat(dets), how, metric, thr, class_agnostic)
+            det = _cat([shift_detections(d, w, where) for d,w in zip(dets, windows)])
+            det = merge_detections(det, *rule)
             names = [self.dls.class_map.get_name(i) for i in det['labels'].tolist()]
             res.append(det | dict(names=names))
         return res if many else res[0]
+
+# %% ../../nbs/learners/143_tiled_predict.ipynb #cac9ff84
+@patch
+def get_results(self:TiledMixin,
+    records, # to measure on
+    **kwargs, # for `predict_tiled`
+) -> tuple: # detections and targets, a dict per record, in pixels of its image
+    "Returns all detections of records, from a score of 0 on, and their ground truth."
+    preds = self.predict_tiled(list(records), **dict(score_thr=0.)|kwargs)
+    return preds,[to_cpu_rle(o.target()) for o in records]

@@ -242,6 +242,13 @@ def test_crowds_stay_as_long_as_they_are_visible(picture):
     assert all(t.iscrowd.tolist() == [1] for t in tiles)
 
 
+def test_areas_of_the_file_shrink_with_what_is_visible(picture):
+    r = record(picture, [[0, 0, 40, 40], [60, 0, 100, 30]], area=[800, 600])
+    shown = {t.window[:2]: t for t in tile_records([r], (90, 80), 0.0)}
+    assert shown[0, 0].target()['area'].tolist() == [800, 300]
+    assert shown[50, 0].target()['area'].tolist() == [600]
+
+
 def test_a_tile_travels_and_can_be_relabeled(picture):
     tile = tile_records([record(picture, [[3, 4, 30, 35]], masks=np.ones((1, 90, 130), np.uint8))], 40, 0.1, 0.1)[0]
     for other in (pickle.loads(pickle.dumps(tile)), replace(tile, labels=[2])):

@@ -6,9 +6,11 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
-from common import Colors, draw_record, make_learner
+from common import Colors, cm, draw_record, make_learner
 
 from backbones_nb.data.run_lengths import run_lengths
+from backbones_nb.data.tiles import tile_boxes
+from backbones_nb.learners.metrics import coco_eval, coco_keys
 from backbones_nb.learners.tiled import merge_detections, shift_detections
 
 rules = [(how, metric, agnostic) for how in ('nms', 'nmm') for metric in ('iou', 'ios') for agnostic in (False, True)]
@@ -276,3 +278,73 @@ def test_the_order_of_the_tiles_does_not_matter():
     for how, metric, _ in rules:
         a, b = (merge_detections(o, how, metric) for o in (det, {k: v[p] for k, v in det.items()}))
         assert np.array_equal(of_ours(a), of_ours(b))
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    "A run with tiles on eight drawn images; most of them are larger than a tile."
+    from backbones_nb.data.formats import write_data
+    from backbones_nb.learners.finetune import finetune
+
+    folder = tmp_path_factory.mktemp('tiled')
+    records = [draw_record(i, folder, masks=False) for i in range(8)]
+    write_data(dict(train=records[:5], valid=records[5:]), cm, folder / 'data')
+    res = finetune(
+        data=str(folder / 'data'),
+        out=str(folder / 'run'),
+        size=32,
+        tiles=48,
+        overlap=0.25,
+        epochs=1,
+        bs=2,
+        detector='retinanet',
+        backbone='vovnet19_slim_dw',
+        cpu_preset=True,
+        model_args=dict(score_thresh=0.0, detections_per_img=10),
+        validate=False,
+        device='cpu',
+    )
+    return folder / 'run', records[5:], res
+
+
+def test_a_run_learns_from_tiles_and_is_measured_on_whole_images(run):
+    from backbones_nb.learners.finetune import load_run
+
+    path, held_out, res = run
+    learn = load_run(path)
+    assert learn.tiles == (48, 0.25) and res['config']['tiles'] == 48
+    assert (res['train_images'], res['valid_images']) == (5, 3)
+    assert res['steps'] > 5 // 2  # more than whole images alone would give
+    assert len((path / 'valid.txt').read_text().split()) == 3
+    assert max(len(tile_boxes(r.size, 48, 0.25)) for r in held_out) > 1
+    preds, targets = learn.get_results(held_out)
+    assert [len(t['labels']) for t in targets] == [len(r.labels) for r in held_out]
+    assert coco_eval(preds, targets, cm)['AR100'] == pytest.approx(res['metrics']['AR100'])
+
+
+def test_a_run_is_measured_again_with_its_tiles(run, capsys):
+    from backbones_nb.learners.evaluation import measure
+
+    path, _, res = run
+    again = measure(path)
+    assert {k: again[k] for k in coco_keys} == pytest.approx({k: res['metrics'][k] for k in coco_keys})
+
+
+def test_a_run_predicts_with_its_tiles_unless_told_otherwise(run, monkeypatch, capsys):
+    from backbones_nb.cli.cli import main
+    from backbones_nb.learners.detection import DetectionLearner
+
+    path, held_out, _ = run
+    asked = []
+    own = DetectionLearner.predict
+
+    def predict(self, item, *args, **kwargs):
+        asked.append(len(item) if isinstance(item, list) else 0)
+        return own(self, item, *args, **kwargs)
+
+    monkeypatch.setattr(DetectionLearner, 'predict', predict)
+    for args in ([], ['--tiles', '0'], ['--tiles', '500'], ['--tiles', '32', '--overlap', '0']):
+        assert main(['predict', str(path), str(held_out[0].path), *args]) == 0
+    h, w = held_out[0].size
+    count = lambda t, o: len(tile_boxes((h, w), t, o))
+    assert asked == [count(48, 0.25) + 1, 0, 1, count(32, 0.0) + 1]

@@ -160,7 +160,7 @@ def _save_results(learn, out, train, valid, **facts):
     res,base,preds,targets = _evaluate_run(learn, train, valid)
     return dict(metrics=res, **_mask_results(learn, preds, targets), mean_box=base,
                 train_images=len(train), valid_images=len(valid),
-                parameters=sum(p.numel() for p in learn.model.parameters()), **facts),(valid,preds,targets)
+                parameters=sum(p.numel() for p in learn.model.parameters()), **facts),(learn.dls.class_map,valid,preds,targets)
 
 def _open_run(out, config, train, valid, **facts):
     "Makes the run's folder with what is known before training; an older run is removed first."
@@ -207,7 +207,7 @@ def finetune(
         res,drawn = _save_results(learn, out, train, valid, steps=steps, **times, **facts)
         res |= dict(seconds=round(time.time()-start, 1), config=options)
         save_json(out/'metrics.json', res)
-        with write_whole(out/config.picture) as part: _save_picture(learn.dls.class_map, *drawn, part)
+        with write_whole(out/config.picture) as part: _save_picture(*drawn, part)
         (out/'checkpoint.pt').unlink(missing_ok=True)
     _report(res, out)
     return res

@@ -108,7 +108,7 @@ class RunConfig:
     size:Annotated[int, _Range(32)]=256 # side of the images in a batch, px
     # cut images into tiles of this side, px, for objects that are small in large images
     tiles:Annotated[int, _Range(32)]=None
-    overlap:Annotated[float, _Range(0, 0.95)]=0.2 # share of a tile that it has in common with its neighbor
+    overlap:Annotated[float, _Range(0, 0.95)]=0.2 # share of a tile in common with its neighbor
     bs:Annotated[int, _Range(1)]=8 # images per batch
     workers:Annotated[int, _Range(0)]=0 # processes that load images
     # images that cannot be decoded: an error before training, left out, or read as far as they go

@@ -120,7 +120,7 @@ def _cat(dets):
     counts = [c for o in dets for c in o['masks'].counts]
     return res | dict(masks=RunLengths(counts, dets[0]['masks'].size))
 
-# %% ../../nbs/learners/143_tiled_predict.ipynb #cc8f2a6f
+# %% ../../nbs/learners/143_tiled_predict.ipynb #c86a10f8
 class TiledMixin:
     "Gives a learner that has `predict` the method `predict_tiled`."
     tiles = None,0.2 # size, overlap: how it was trained; None: on whole images
@@ -128,7 +128,7 @@ class TiledMixin:
     def predict_tiled(self,
         item, # a path, PIL image, array (H,W,3), tensor (3,H,W) or record; or a list of them
         tiles=None, # int or (height, width) of a tile, px; None: that of `self.tiles`; 0: no tiles
-        overlap:float=None, # share of a tile in common with its neighbor; None: that of `self.tiles`
+        overlap:float=None, # share of a tile in common with its neighbor; None: as `tiles`
         whole:bool=True, # the whole image as one more tile
         score_thr:float=0.5, # drop detections below
         how:str=None, # 'nmm' or 'nms'; None: 'nms' for a `score_thr` under 0.1

@@ -45,7 +45,7 @@ from backbones_nb.core.features import IMAGENET_MEAN, IMAGENET_STD
 from backbones_nb.imagenet.batches import folder_dls
 from backbones_nb.imagenet.shard_batches import shard_dls
 from backbones_nb.imagenet.folders import imagenet_folders, scan_classes
-from backbones_nb.imagenet.toy import draw_synset, toy_synsets
+from backbones_nb.imagenet.toy import _draw_synset, toy_synsets
 from backbones_nb.imagenet.shards import write_shards
 from backbones_nb.imagenet.recipe import recipe, recipe_tfms
 
@@ -56,7 +56,7 @@ def draw(folder, n, seed):
     for i in range(n):
         s = synsets[i % len(synsets)]
         (folder / s).mkdir(parents=True, exist_ok=True)
-        draw_synset(s, np.random.default_rng([seed, i]), 390).save(folder / s / f'{s}_{i}.JPEG', quality=97)
+        _draw_synset(s, np.random.default_rng([seed, i]), 390).save(folder / s / f'{s}_{i}.JPEG', quality=97)
 
 
 def sample(data, folder, n, seed):

@@ -19,25 +19,27 @@ from fastcore.foundation import L
 from torch import Tensor
 
 from ..core.errors import did_you_mean
-from ..data.run_lengths import run_lengths, RunLengths, to_cpu_rle
-from ..data.transforms import hw, open_image, unletterbox, unletterbox_masks
+from ..data.original import original_pair, to_original
+from ..data.run_lengths import RunLengths, to_cpu_rle
+from ..data.transforms import hw, open_image
 from .metrics import coco_eval
 
 # %% ../../nbs/learners/104_prediction.ipynb #1d2bcfb2
 class _Gather(Callback):
-    "Collects what a pass over a loader gives; takes the targets out unless losses are wanted."
+    "Collects the results of a pass over a loader; removes the targets unless losses are requested."
     name = 'gather_preds' # what fastai's callbacks look for
     def __init__(self,
-        finish, # function of an image's detections and its position: what is kept of them
+        finish, # function of an image's detections and its position that returns what to keep
         with_input=False,
         with_loss=False,
+        original=False, # in pixels of the original images
     ):
         self.finish = finish
-        self.with_input,self.with_loss = with_input,with_loss
+        self.with_input,self.with_loss,self.original = with_input,with_loss,original
         self.preds,self.targets,self.inputs,self.per_image = [],[],[],[]
 
     def before_batch(self):
-        self.targets += [to_cpu_rle(o) for o in self.yb[0]] if len(self.yb) else []
+        self.now = list(self.yb[0]) if len(self.yb) else []
         if self.with_input: self.inputs += list(self.xb[0].as_subclass(Tensor).detach().cpu())
         if not self.with_loss: self.learn.yb = ()
 
@@ -48,18 +50,22 @@ class _Gather(Callback):
         self.learn.yb,self.learn.loss_parts = (),None # not for the table
 
     def after_batch(self):
-        n = len(self.preds)
-        self.preds += [self.finish(o, n+i) for i,o in enumerate(self.pred)]
+        pairs = [(p, self.now[i] if self.now else {}) for i,p in enumerate(self.pred)]
+        if self.original: pairs = [original_pair(*o, self.xb[0].shape[-2:]) for o in pairs]
+        for p,t in pairs:
+            self.preds.append(self.finish(p, len(self.preds)))
+            t = {k:v for k,v in t.items() if k!='original'}
+            if self.now: self.targets.append(to_cpu_rle(t))
 
     def losses_of(self, name='loss'):
-        "One number per image, (N,)."
+        "Returns one number per image, (N,)."
         return torch.cat([o[name] for o in self.per_image]) if self.per_image else torch.zeros(0)
 
 # %% ../../nbs/learners/104_prediction.ipynb #5de22498
 def filter_by_score(
     det:dict, # one image's detections
-    score_thr:float, # lowest score
-) -> dict: # the detections that reach it
+    score_thr:float, # minimum score
+) -> dict: # detections at or above it
     "Returns the detections whose score is at least `score_thr`."
     k = det['scores']>=score_thr
     def some(v):
@@ -70,8 +76,8 @@ def filter_by_score(
 def add_class_names(
     det:dict, # one image's detections
     class_map, # `ClassMap`
-    score_thr:float=0., # lowest score
-) -> dict: # the detections that reach it, with `names`, a list of str
+    score_thr:float=0., # minimum score
+) -> dict: # detections at or above it, with `names`, a list of str
     "Returns the detections with the names of their classes."
     det = filter_by_score(det, score_thr)
     return det | dict(names=[class_map.get_name(int(l)) for l in det['labels']])
@@ -86,34 +92,38 @@ def _check_size(model, size):
     if fixed is None and not rule: return
     to = 'by min_size and max_size' if rule else 'to {0}x{1} pixels'.format(*hw(fixed))
     raise ValueError(f'got size={size}, but this {type(m).__name__} scales every image {to}, whatever its size: '
-        'build it for the size that you want, or leave size out')
+        'build it for the size you want, or leave size out')
 
 # %% ../../nbs/learners/104_prediction.ipynb #3731af7f
 class PredictionMixin:
-    "Gives a learner of detectors `get_preds`, `evaluate`, `predict` and `show_results`."
+    "Adds `get_preds`, `evaluate`, `predict` and `show_results` to a learner of detectors."
     def eval_loader(self, ds_idx, dl, size=None, reorder=True, shuffle=False):
-        "Returns a loader of all items: that of `ds_idx`, not augmented, or the given one."
+        "Returns the given loader, with its share, or that of `ds_idx`: all items, not augmented."
         if dl is not None and not isinstance(dl, DataLoader): # batches that are made already
             if size is not None:
                 raise ValueError(f'got size={size} and a list of batches, whose size is fixed: '
-                                 'give a loader')
+                                 'pass a loader')
             return dl
         kw = dict(shuffle=shuffle, tfm=None) if dl is None else {}
+        share = (dl.rank,dl.world_size) if dl is not None else (0,1)
         if dl is None: dl = self.dls[ds_idx]
         elif dl.shuffle and reorder: kw = dict(shuffle=False)
         if size is not None and hw(size)!=dl.size:
             _check_size(self.model, size)
             kw['size'] = size
-        return dl.new(drop_last=False, **kw) if kw or dl.drop_last or dl.world_size>1 else dl
+        if not (kw or dl.drop_last or dl.equal): return dl
+        res = dl.new(drop_last=False, **kw)
+        res.for_process(*share)
+        return res
 
     def gather_detections(self, dl, finish, with_input=False, with_loss=False, inner=False,
-                          cbs=None):
+                          cbs=None, original=False):
         "Returns the callback that has collected the detections of a loader, each through `finish`."
         if with_loss and not getattr(getattr(dl, 'dataset', None), 'targets', True):
-            raise ValueError('losses were asked for, but the loader gives images without targets: '
-                             'make it with learn.dls.test_dl(records, with_labels=True), or '
+            raise ValueError('losses were requested, but the loader returns images without '
+                'targets: create it with learn.dls.test_dl(records, with_labels=True), or '
                              'leave losses out')
-        cb = _Gather(finish, with_input, with_loss)
+        cb = _Gather(finish, with_input, with_loss, original)
         ctx = self.validation_context(cbs=L(cbs)+[cb], inner=inner)
         if with_loss: ctx.append(self.loss_not_reduced())
         with ctx: self._do_epoch_validate(dl=dl)
@@ -137,25 +147,26 @@ def _check_options(options):
 def get_preds(self:PredictionMixin,
     ds_idx:int=1, # 0 training (without augmentation), 1 validation
     dl=None, # a loader, such as `dls.test_dl(items)`; None: that of `ds_idx`
-    with_input:bool=False, # return the images too
-    with_decoded:bool=False, # return the detections with `names` too
-    with_loss:bool=False, # return the loss of each image too; images are then computed one by one
+    with_input:bool=False, # also return the images
+    with_decoded:bool=False, # also return the detections with `names`
+    with_loss:bool=False, # also return the loss of each image; images then run one by one
     inner:bool=False, # called inside a fit
-    reorder:bool=True, # in the order of the data, also where the loader shuffles
+    reorder:bool=True, # keep the order of the data, even if the loader shuffles
     cbs=None, # callbacks for this call
     score_thr:float=0., # drop detections below
     size=None, # int or (height, width): letterbox images to this instead of the loader's size, px
+    original:bool=False, # in pixels of the original images, not of the letterbox
     **kwargs, # fastai's `with_preds` and `with_targs` (False: None instead); others are refused
 ) -> tuple: # ([images,] detections, targets[, decoded][, losses (N,)]): lists on the CPU
-    """Returns detections and targets of a whole loader, in pixels of its images.
+    """Returns the detections and targets of a whole loader, in pixels of its images.
 
-    Masks are `RunLengths`. Raises ValueError for options without a meaning for detections, and for
+    Masks are `RunLengths`. Raises ValueError for options that make no sense for detections, and for
     a size that the detector would undo."""
     with_preds,with_targs = (kwargs.pop(k, True) for k in ('with_preds', 'with_targs'))
     _check_options(kwargs)
     dl = self.eval_loader(ds_idx, dl, size, reorder)
     def finish(d, i): return to_cpu_rle(filter_by_score(d, score_thr))
-    cb = self.gather_detections(dl, finish, with_input, with_loss, inner, cbs)
+    cb = self.gather_detections(dl, finish, with_input, with_loss, inner, cbs, original)
     res = [cb.preds if with_preds else None,cb.targets if with_targs else None]
     if with_input: res.insert(0, cb.inputs)
     if with_decoded: res.append([add_class_names(o, self.dls.class_map) for o in cb.preds])
@@ -169,36 +180,28 @@ def evaluate(self:PredictionMixin,
     dl=None, # as in `get_preds`; its items need targets
     size=None, # as in `get_preds`
     score_thr:float=0., # drop detections below; AP is meant for all of them
-    iou_type:str=None, # 'bbox', 'segm' or 'both'; None: both where the detector gives masks
+    iou_type:str=None, # 'bbox', 'segm' or 'both'; None: both if the detector predicts masks
     **kwargs, # for `coco_eval`, such as `per_class`
 ) -> dict: # COCO's twelve numbers by name, and those of masks, such as 'mask_AP'
-    "Returns `coco_eval` of a whole loader."
-    preds,targets = self.get_preds(ds_idx, dl, score_thr=score_thr, size=size)
+    "Returns `coco_eval` of a whole loader, in pixels of the original images."
+    preds,targets = self.get_preds(ds_idx, dl, score_thr=score_thr, size=size, original=True)
     iou_type = iou_type or ('both' if gives_masks(self.model) else 'bbox')
     return coco_eval(preds, targets, self.dls.class_map, iou_type, **kwargs)
 
 # %% ../../nbs/learners/104_prediction.ipynb #f3435fa7
-def _native(det, size, box):
-    "Returns detections in pixels of an image of that size, out of a letterbox."
-    res = unletterbox({k:v for k,v in det.items() if k!='masks'}, size, box)
-    if 'masks' in det:
-        one = [run_lengths(unletterbox_masks(m[None], size, box)) for m in det['masks']]
-        res['masks'] = RunLengths([c for o in one for c in o.counts], size)
-    return res
-
 @patch
 def predict(self:PredictionMixin,
     item, # a path, PIL image, array (H,W,3), tensor (3,H,W) or record; or a list of them
     score_thr:float=0.5, # drop detections below
-    bs:int=None, # images at once, for lists
-    size=None, # int or (height, width), px: letterbox images to this, not to the validation's size
+    bs:int=None, # images per batch, for lists
+    size=None, # int or (height, width), px: letterbox images to this instead of the validation size
 ) -> dict: # boxes (N,4) xyxy px of the ORIGINAL image, labels, scores, names, masks; or a list
     "Returns the detections of an image of any size; masks are `RunLengths` of the image's size."
     items = [open_image(o) for o in (item if isinstance(item, (list,tuple,L)) else [item])]
     dl = self.dls.test_dl(items, bs=min(bs or self.dls.valid.bs, max(1, len(items))))
     dl = self.eval_loader(None, dl, size)
     def finish(d, i):
-        native = _native(filter_by_score(d, score_thr), tuple(items[i].shape[-2:]), dl.size)
+        native = to_original(filter_by_score(d, score_thr), tuple(items[i].shape[-2:]), dl.size)
         return to_cpu_rle(add_class_names(native, self.dls.class_map))
     with self.no_bar(): res = self.gather_detections(dl, finish).preds
     return res if isinstance(item, (list,tuple,L)) else res[0]
@@ -209,12 +212,12 @@ def show_results(self:PredictionMixin,
     ds_idx:int=1, # 0 training, 1 validation
     dl=None, # a loader; None: that of `ds_idx`
     max_n:int=4, # images
-    shuffle:bool=True, # random ones
+    shuffle:bool=True, # choose them at random
     score_thr:float=0.5, # drop detections below
     size=None, # as in `get_preds`
     **kwargs, # for `show_side_by_side`
 ): # matplotlib Figure
-    "Draws targets beside detections of some images."
+    "Draws the targets and detections of some images side by side."
     dl = self.eval_loader(ds_idx, dl, size, reorder=False, shuffle=shuffle)
     b = dl.one_batch()
     with self.no_bar(): preds,_ = self.get_preds(dl=[b], score_thr=score_thr)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.profiler import profile
 
-from backbones_nb.analysis.costs import Ledger, cost_table, count_macs, count_params, peak_memory, summary
+from backbones_nb.analysis.costs import _Ledger, cost_table, count_macs, count_params, peak_memory, summary
 from backbones_nb.analysis.parity import (
     assert_parity,
     compare_maps,
@@ -103,7 +103,7 @@ def test_memory_by_hand(inplace, written, peak):
 
 
 def test_ledger_forgets_the_dead_and_ignores_views():
-    with torch.no_grad(), Ledger() as mem:
+    with torch.no_grad(), _Ledger() as mem:
         a = torch.zeros(100)
         b = a.view(10, 10)[2:].t()
         assert mem.live == 400
@@ -231,7 +231,7 @@ def test_training_needs_more_and_freezing_less():
         (lambda: summary(Tiny(), (224,)), ValueError, 'height, width'),
         (lambda: summary(Tiny(), 0), ValueError, 'size=0'),
         (lambda: summary(Tiny(), 22.4), ValueError, 'size=22.4'),
-        (lambda: summary(nn.Conv2d(3, 4, 7), 5), ValueError, 'give a larger size'),
+        (lambda: summary(nn.Conv2d(3, 4, 7), 5), ValueError, 'pass a larger size'),
         (
             lambda: peak_memory(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3)), 8, train=True),
             ValueError,

@@ -12,15 +12,15 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
 from backbones_nb.analysis.boxes import (
-    InsideText,
+    _InsideText,
     draw_boxes,
     feature_grid,
-    image_array,
+    _image_array,
     image_tensor,
     show_side_by_side,
 )
 from backbones_nb.analysis.diagram import draw_blocks, draw_module_graph, module_graph
-from backbones_nb.analysis.draw import draw_backbone, stages_of
+from backbones_nb.analysis.draw import draw_backbone, _stages_of
 from backbones_nb.analysis.layout import layered, measure_grid, polyline, route_edges
 from backbones_nb.analysis.palette import class_color
 from backbones_nb.analysis.sample import sample_image, sample_target
@@ -90,7 +90,7 @@ forms = dict(
 @pytest.mark.parametrize('form', forms)
 def test_image_forms(form):
     a = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    assert np.abs(image_array(forms[form](a)) - a / 255).max() < 1e-6
+    assert np.abs(_image_array(forms[form](a)) - a / 255).max() < 1e-6
     assert image_tensor(forms[form](a)).shape == (1, 3, 5, 7)
 
 
@@ -106,7 +106,7 @@ def test_image_forms(form):
 )
 def test_bad_images_are_refused_in_one_sentence(bad):
     with pytest.raises(ValueError, match='^got .*, expected .*: ') as e:
-        image_array(bad)
+        _image_array(bad)
     assert '\n' not in str(e.value)
 
 
@@ -120,7 +120,7 @@ def test_labels_stay_inside(box, figsize):
         np.zeros((96, 128, 3)), dict(boxes=torch.tensor([box]).float(), labels=[1], scores=[0.5]), ['', 'cat'], ax
     )
     fig.canvas.draw()
-    (t,), room = ax.findobj(InsideText), ax.bbox
+    (t,), room = ax.findobj(_InsideText), ax.bbox
     b = t.get_window_extent()
     assert corners_of(ax) == [list(box)] and t.get_text() == 'cat 0.50'
     assert room.x0 <= b.x0 and b.x1 <= room.x1 and room.y0 <= b.y0 and b.y1 <= room.y1
@@ -130,7 +130,7 @@ def test_labels_do_not_overlap():
     boxes = torch.tensor([[10, 20, 60, 80], [12, 21, 62, 82], [11, 22, 58, 78.0]])
     ax = draw_boxes(np.zeros((100, 100, 3)), dict(boxes=boxes, labels=[1, 2, 3], scores=[0.9, 0.8, 0.7]))
     ax.figure.canvas.draw()
-    bs = [t.get_window_extent() for t in ax.findobj(InsideText)]
+    bs = [t.get_window_extent() for t in ax.findobj(_InsideText)]
     assert len(bs) == 3 and not any(a.overlaps(b) for i, a in enumerate(bs) for b in bs[:i])
 
 
@@ -261,7 +261,7 @@ def test_backbone_diagram_is_measured(size, strides):
 
 def test_backbone_diagram_of_others():
     body = nn.Sequential(ConvNormAct(3, 4, stride=2), ConvNormAct(4, 4, stride=2))
-    stages, maps = stages_of(as_backbone(body), (32, 32))
+    stages, maps = _stages_of(as_backbone(body), (32, 32))
     assert [(o['shape'], o['stride'], o['tag']) for o in stages] == [((4, 8, 8), 4, 'C2')] and maps[0].shape == (
         1,
         4,

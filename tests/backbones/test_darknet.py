@@ -128,7 +128,7 @@ def test_parity_with_timm(name, act, kw):
 def test_parity_of_the_classifier(name, act):
     (ref, ref_kw), (theirs, mine) = refs[name], acts[act]
     ref = randomize_(timm.create_model(ref, act_layer=theirs, **ref_kw))
-    ours = map_weights(ref, D.DarknetClassifier(make(name, strides=32, **mine)), D.darknet_classifier_renames)
+    ours = map_weights(ref, D.DarknetClassifier(make(name, strides=32, **mine)), D._darknet_classifier_renames)
     for r in assert_parity(ours, ref, sizes=sizes if act == 'slope01' else (200,), batch=2, tol=1e-5):
         assert r['shape'] == '(2, 1000)'
 
@@ -147,10 +147,10 @@ def test_keys_of_vision_toolbox(norm):
         for k, v in ours.state_dict().items()
     }
     assert 'stages.0.conv.weight' in sd and f'stages.0.{norm}.running_mean' in sd
-    twin = map_weights(sd, make('darknet19'), D.darknet_vt_renames)
+    twin = map_weights(sd, make('darknet19'), D._vt_renames)
     close(out(twin.eval(), noise()), out(ours.eval(), noise()))
     sd53 = {k.replace('.norm.', f'.{norm}.'): v for k, v in make('darknet53').state_dict().items()}
-    map_weights(sd53, make('darknet53', variant='vt'), D.darknet_vt_renames)
+    map_weights(sd53, make('darknet53', variant='vt'), D._vt_renames)
 
 
 # --- the .cfg files, interpreted line by line in float64

@@ -5,7 +5,7 @@ from torch import nn
 
 from backbones_nb import create_backbone
 from backbones_nb.analysis.parity import randomize_
-from backbones_nb.backbones.darknet_files import darknet_rows, read_darknet, write_darknet
+from backbones_nb.backbones.darknet_files import _darknet_rows, read_darknet, write_darknet
 
 torch.set_num_threads(1)
 
@@ -56,16 +56,16 @@ def test_yolov3_begins_with_darknet53(tmp_path):
         f.truncate(20 + 4 * 62_001_757)
     assert (tmp_path / 'yolov3.weights').stat().st_size == 248_007_048
     sd = read_darknet(tmp_path / 'yolov3.weights', net)
-    assert sd['stem.norm.bias'].tolist() == numbers[:32].tolist() and len(sd) == len(darknet_rows(net))
+    assert sd['stem.norm.bias'].tolist() == numbers[:32].tolist() and len(sd) == len(_darknet_rows(net))
 
 
 @pytest.mark.parametrize(
     'change, match',
     [
-        (lambda b: b[:-4], 'cut off or belongs to another net'),
+        (lambda b: b[:-4], 'truncated or belongs to another net'),
         (lambda b: b + bytes(4 * 1024), '1,024 numbers more'),
-        (lambda b: b'PK\x03\x04' + b[4:], 'does not begin like'),
-        (lambda b: b[:8], 'does not begin like'),
+        (lambda b: b'PK\x03\x04' + b[4:], 'does not start like'),
+        (lambda b: b[:8], 'does not start like'),
     ],
 )
 def test_another_file_is_refused(tmp_path, change, match):

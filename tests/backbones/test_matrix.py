@@ -126,7 +126,7 @@ def test_default_and_selection(name):
     maps = m.get_feature_maps(torch.empty(1, 3, 64, 64, device='meta'))
     assert [o.shape[1] for o in maps] == list(m.out_channels_list)
     assert m.feature_info.channels() == list(m.channels) and m.feature_info.reduction() == list(m.strides)
-    with pytest.raises(ValueError, match=f'{name} has no map at stride 3: choose among'):
+    with pytest.raises(ValueError, match=f'{name} has no map at stride 3: choose from'):
         m.select(3)
 
 
@@ -175,7 +175,7 @@ def test_groups(name):
         for i, g in enumerate(groups):
             convs = [p for p in g if p.dim() > 1]  # batch norms of random weights stay in training
             assert all(p.requires_grad == (i >= k) for p in convs)
-    with pytest.raises(ValueError, match='give a number from'):
+    with pytest.raises(ValueError, match='pass a number from'):
         m.freeze_to(len(groups) + 1)
 
 

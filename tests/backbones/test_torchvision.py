@@ -25,11 +25,11 @@ from backbones_nb.necks.build import attach_neck
 every = (2, 4, 8, 16, 32)
 families = dict(
     resnet=T.resnets,
-    mobilenet=T.mobilenets,
+    mobilenet=T._mobilenets,
     efficientnet=T.efficientnets,
     vgg=T.vggs,
-    regnet=T.regnets,
-    convnext=T.convnexts,
+    regnet=T._regnets,
+    convnext=T._convnexts,
 )
 rows = [(n, t) for n, v in T.torchvision_taps.items() for t in v]  # every net with each of its conventions
 quick = (
@@ -131,7 +131,7 @@ wide |= dict(
 
 def check_row(name, taps):
     m = meta(name, taps=taps)
-    first = 4 if name in T.convnexts else 1 if name in T.vggs else 2
+    first = 4 if name in T._convnexts else 1 if name in T.vggs else 2
     have = [2**i for i in range(6) if 2**i >= first]
     assert (
         m.strides == tuple(have)
@@ -244,7 +244,7 @@ def test_unknown_taps():
 
 
 def test_strides_that_are_not_there():
-    with pytest.raises(ValueError, match='convnext_tiny has no map at stride 2: choose among its strides 4, 8, 16, 32'):
+    with pytest.raises(ValueError, match='convnext_tiny has no map at stride 2: choose from its strides 4, 8, 16, 32'):
         meta('convnext_tiny').select(2)
     assert meta('vgg16').select((1, 32)).channels == (64, 512)
 
@@ -308,12 +308,12 @@ renames = dict(  # ours -> timm's, for families whose modules stand in another o
 )
 others = dict(
     zip(
-        T.regnets,
+        T._regnets,
         [f'regnetx_{o}' for o in ('004_tv', '008', '016', '032', '080', '160', '320')]
         + [f'regnety_{o}' for o in ('004', '008_tv', '016', '032', '080_tv', '160', '320', '1280')],
     )
 )  # _tv: other widths than timm's own
-others |= {o: o for o in T.convnexts}
+others |= {o: o for o in T._convnexts}
 
 
 @pytest.mark.parametrize('name', marked(others, ('regnet_x_400mf', 'convnext_tiny')))
@@ -468,16 +468,16 @@ def test_pretrained_families(published, name, w):
 def test_two_different_wishes(kw):
     with pytest.raises(
         ValueError,
-        match='mean IMAGENET1K_V2 and IMAGENET1K_V1 of resnet50, which are different weights: give one of the two',
+        match='mean IMAGENET1K_V2 and IMAGENET1K_V1 of resnet50, which are different weights: pass one of them',
     ):
         create_backbone('resnet50', **kw)
 
 
 def test_a_record_beside_weights():
     with pytest.raises(
-        ValueError, match="got a record as pretrained and weights='DEFAULT' for resnet18: give one of the two"
+        ValueError, match="got a record as pretrained and weights='DEFAULT' for resnet18: pass one of them"
     ):
-        create_backbone('resnet18', pretrained=T.classifier_record(v1), weights='DEFAULT')
+        create_backbone('resnet18', pretrained=T._classifier_record(v1), weights='DEFAULT')
 
 
 @pytest.mark.parametrize('name', ['resnet50', 'resnet50_fpn'])
@@ -485,13 +485,13 @@ def test_a_record_of_another_net(name):
     with pytest.raises(
         ValueError, match='got a record of weights for resnet18, expected one for resnet50: weight_records'
     ):
-        create_backbone(name, pretrained=T.classifier_record(v1))
+        create_backbone(name, pretrained=T._classifier_record(v1))
 
 
 def test_the_default_is_torchvisions():
     assert all(
-        T.pick_enum(o, True) == T.pick_enum(o, 'DEFAULT') == models.get_model_weights(o).DEFAULT
-        and T.pick_enum(o, False, None) is None
+        T._pick_enum(o, True) == T._pick_enum(o, 'DEFAULT') == models.get_model_weights(o).DEFAULT
+        and T._pick_enum(o, False, None) is None
         for o in T.torchvision_taps
     )
 
@@ -510,7 +510,7 @@ def test_record_survives_the_neck_and_copies(published):
 @pytest.mark.parametrize('name', T.torchvision_taps)
 def test_record(name):
     for w in models.get_model_weights(name):
-        r, t = T.classifier_record(w), w.transforms()
+        r, t = T._classifier_record(w), w.transforms()
         assert (list(r.mean), list(r.std), [r.input_size], [r.resize_size]) == (
             t.mean,
             t.std,
@@ -577,10 +577,10 @@ def test_weights_cannot_run_code(published, capsys):
 @pytest.mark.parametrize(
     'pretrained,text',
     [
-        ('IMAGENET1K_V7', "resnet18 has no weights 'IMAGENET1K_V7': give True or one of IMAGENET1K_V1"),
+        ('IMAGENET1K_V7', "resnet18 has no weights 'IMAGENET1K_V7': pass True or one of IMAGENET1K_V1"),
         ('ResNet34_Weights.IMAGENET1K_V1', "has no weights 'ResNet34_Weights.IMAGENET1K_V1'"),
         ('', "got pretrained='' for resnet18, expected True, False, the tag"),
-        ('coco', "has no weights 'coco': give True or one of IMAGENET1K_V1"),
+        ('coco', "has no weights 'coco': pass True or one of IMAGENET1K_V1"),
         (3, 'has no weights 3'),
         (models.ResNet50_Weights.IMAGENET1K_V2, 'has no weights ResNet50_Weights.IMAGENET1K_V2'),
     ],
@@ -596,8 +596,10 @@ def test_unknown_weights(pretrained, text):
 def test_a_record_of_your_own(published, name, taps):
     w = models.get_model_weights(name).DEFAULT
     p = published(w=w, name=name)
-    m = create_backbone(name, pretrained=T.classifier_record(w), taps=taps)
+    m = create_backbone(name, pretrained=T._classifier_record(w), taps=taps)
     assert m.record.url == p.file.as_uri() and m.pretrained == w.name and m.config == dict(model=name, taps=taps)
     n = create_backbone(name, taps=taps)
     if taps == 'block':
-        assert load_weights(n, T.classifier_record(w)).record.tag == w.name  # the record is whole: it says what to drop
+        assert (
+            load_weights(n, T._classifier_record(w)).record.tag == w.name
+        )  # the record is whole: it says what to drop

@@ -10,7 +10,7 @@ from PIL import Image
 from backbones_nb.cli.cli import call_command, call_subcommand, finetune_command, main
 from backbones_nb.data.coco import to_coco
 from backbones_nb.data.pets import pets_splits
-from backbones_nb.learners.finetune import finetune, get_engine, model_builder
+from backbones_nb.learners.finetune import finetune, _get_engine, model_builder
 from backbones_nb.learners.run import RunConfig, detectors, open_data, presets, run_config
 
 body = dict(backbone='vovnet19_slim_dw', backbone_args=dict(strides=(8, 16, 32)))
@@ -92,7 +92,7 @@ def test_voc_without_lists_is_split(tmp_path, records):
     'make,kwargs,match',
     [
         (lambda p, r: p / 'nowhere', {}, 'does not exist'),
-        (lambda p, r: p, {}, 'looks like no data set'),
+        (lambda p, r: p, {}, 'does not look like a data set'),
         (lambda p, r: write_voc(p / 'voc', r.train, r.cm), dict(valid='x.json'), 'does not exist'),
         (lambda p, r: write_coco(p / 'a.json', r.train, r.cm), dict(images='nowhere'), 'nowhere'),
     ],
@@ -282,4 +282,4 @@ def test_unknown_names():
     with pytest.raises(TypeError, match='epochs'):
         run_config(epoch=3)
     with pytest.raises(ValueError, match="expected one of fastai"):
-        get_engine('lightning')
+        _get_engine('lightning')

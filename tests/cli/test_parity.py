@@ -10,7 +10,7 @@ import torch
 from backbones_nb.analysis import pairs as pairs_module
 from backbones_nb.analysis.compare import compare_pair, parity_facts
 from backbones_nb.analysis.costs import count_params
-from backbones_nb.analysis.pairs import cspdarknet_pairs, darknet_pairs, find_pairs, pairs, vovnet_pairs
+from backbones_nb.analysis.pairs import _cspdarknet_pairs, _darknet_pairs, find_pairs, pairs, _vovnet_pairs
 from backbones_nb.analysis.references import build_reference, csp_weights, weights_for
 from backbones_nb.backbones.cspdarknet import cspdarknet_variants
 from backbones_nb.backbones.darknet import darknet_variants
@@ -132,7 +132,7 @@ def test_labels_tell_rows_apart():
 
 own = [
     p
-    for o in (darknet_pairs, cspdarknet_pairs, vovnet_pairs)
+    for o in (_darknet_pairs, _cspdarknet_pairs, _vovnet_pairs)
     for p in o
     if p.config.get('split') != 'slice' and not p.double
 ]
@@ -260,9 +260,9 @@ def test_files(suffix, tmp_path, capsys):
         (['vovnet93'], "no row of the parity table matches 'vovnet93'. Did you mean 'vovnet99'"),
         (['yolo*'], "matches 'yolo*'"),
         (['--sizes', 'big'], "got --sizes 'big', expected pixels"),
-        (['--sizes', '16'], 'from 32 on'),
+        (['--sizes', '16'], 'at least 32'),
         (['--sizes', '64x64x64'], 'expected pixels'),
-        (['--out', 'table.xls'], 'expected a name that ends in .csv, .json or .md'),
+        (['--out', 'table.xls'], 'expected a file name that ends in .csv, .json or .md'),
         (['--out', 'no/such/t.md'], 'does not exist: create it first'),
         (['--tol', '-1'], 'got --tol -1.0'),
     ],
@@ -280,7 +280,7 @@ def test_the_help_is_that_of_the_function(capsys):
     assert (
         e.value.code == 0
         and 'largest relative error of a map in float32' in out
-        and 'exit code is 1 if any row is not equal' in out
+        and 'exit code is 1 if any row differs' in out
     )
     assert all(o in out for o in ('PATTERN', '--sizes', '--tol', '--out'))
 

@@ -11,7 +11,7 @@ from torchvision.models import get_model
 
 from backbones_nb import create_backbone
 from backbones_nb.analysis.parity import randomize_, rel_error
-from backbones_nb.backbones.darknet import darknet_vt_renames
+from backbones_nb.backbones.darknet import _vt_renames
 from backbones_nb.core.published import weight_records
 from backbones_nb.core.weight_files import is_weight_file
 
@@ -91,7 +91,7 @@ def test_vision_toolboxs_names_bring_its_activation(tmp_path):
     "Its names would fit under timm's renames, too, and timm's activation would be wrong without an error."
     net = randomize_(create_backbone('darknet53', variant='vt'))
     sd = {k.replace('.norm.', '.bn.'): v for k, v in net.state_dict().items()}
-    assert darknet_vt_renames
+    assert _vt_renames
     torch.save(sd, tmp_path / 'vt.pth')
     got = create_backbone('darknet53', pretrained=tmp_path / 'vt.pth')
     assert same(got, net) and type(got.stem.act) is torch.nn.ReLU
@@ -144,7 +144,7 @@ def test_what_does_not_fit_is_listed(tmp_path):
     with pytest.raises(FileNotFoundError, match='is a folder'):
         create_backbone('vovnet19_slim_dw', pretrained=tmp_path)
     torch.save(torch.nn.Linear(2, 2), tmp_path / 'object.pth')
-    with pytest.raises(ValueError, match='can run any code'):
+    with pytest.raises(ValueError, match='can run arbitrary code'):
         create_backbone('vovnet19_slim_dw', pretrained=tmp_path / 'object.pth')
 
 

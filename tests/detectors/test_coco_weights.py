@@ -20,13 +20,13 @@ from backbones_nb.analysis.parity import randomize_
 from backbones_nb.core.weights import fit_weights
 from backbones_nb.detectors import coco_weights, efficientdet, faster_rcnn, mask_rcnn
 from backbones_nb.detectors.coco_weights import (
-    TORCHVISION_DETECTORS,
-    CocoFamilies,
+    _TORCHVISION_DETECTORS,
+    _CocoFamilies,
     coco_families,
     detector_records,
     list_coco,
     pick_coco,
-    torchvision_record,
+    _torchvision_record,
 )
 from backbones_nb.detectors.effdet_levels import effdet_rows
 from tools.proc import run
@@ -35,7 +35,7 @@ SMALL = dict(min_size=96, max_size=128)
 FEW = dict(rpn_post_nms_top_n_test=30, box_detections_per_img=20, box_score_thresh=0.0)
 DENSE = dict(score_thresh=0.0, topk_candidates=100, detections_per_img=50)
 QUICK = 'fasterrcnn_mobilenet_v3_large_320_fpn', 'maskrcnn_resnet50_fpn', 'retinanet_resnet50_fpn', 'fcos_resnet50_fpn'
-NAMES = [pytest.param(o, marks=[] if o in QUICK else pytest.mark.slow) for o in TORCHVISION_DETECTORS]
+NAMES = [pytest.param(o, marks=[] if o in QUICK else pytest.mark.slow) for o in _TORCHVISION_DETECTORS]
 NONE = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
 
 
@@ -44,7 +44,7 @@ def settings(name):
 
 
 def model_of(name):
-    return import_module(f'backbones_nb.detectors.{TORCHVISION_DETECTORS[name][0]}').model
+    return import_module(f'backbones_nb.detectors.{_TORCHVISION_DETECTORS[name][0]}').model
 
 
 def weights_of(name):
@@ -63,7 +63,7 @@ def random_weights(name):
         for k, p in net.named_parameters():
             if not k.startswith('backbone.'):
                 p.copy_(torch.randn(p.shape, generator=g) * (p[0].numel() ** -0.5 if p.dim() > 1 else 0.1))
-    frozen = torchvision_record(weights_of(name)).frozen_eps is not None
+    frozen = _torchvision_record(weights_of(name)).frozen_eps is not None
     sd = {
         k: v
         for k, v in net.state_dict().items()
@@ -173,7 +173,7 @@ def test_detections_are_torchvisions_own(name, publish):
     check_new_heads(ours, ours.state_dict())
 
 
-RCNN = [o for o in TORCHVISION_DETECTORS if 'rcnn' in o]
+RCNN = [o for o in _TORCHVISION_DETECTORS if 'rcnn' in o]
 
 
 def on_meta(name, *args, **kw):
@@ -181,11 +181,11 @@ def on_meta(name, *args, **kw):
         return get_model(name, weights=None, weights_backbone=None, **kw) if not args else model_of(name)(*args, **kw)
 
 
-@pytest.mark.parametrize('name', TORCHVISION_DETECTORS)
+@pytest.mark.parametrize('name', _TORCHVISION_DETECTORS)
 def test_the_records_configuration_rebuilds_the_architecture(name):
-    r, ref = torchvision_record(weights_of(name)), on_meta(name).state_dict()
+    r, ref = _torchvision_record(weights_of(name)), on_meta(name).state_dict()
     ours = (
-        coco_weights.freeze_norms(on_meta(name, 91, **r.config), 0.0)
+        coco_weights._freeze_norms(on_meta(name, 91, **r.config), 0.0)
         if r.frozen_eps is not None
         else on_meta(name, 91, **r.config)
     )
@@ -197,7 +197,7 @@ def test_the_records_configuration_rebuilds_the_architecture(name):
 
 @pytest.mark.parametrize('name', RCNN)
 def test_sizes_anchors_and_thresholds_are_torchvisions(name):
-    ours, theirs = on_meta(name, 91, **torchvision_record(weights_of(name)).config), on_meta(name)
+    ours, theirs = on_meta(name, 91, **_torchvision_record(weights_of(name)).config), on_meta(name)
     for get in (
         lambda m: m.transform.min_size,
         lambda m: m.transform.max_size,
@@ -241,7 +241,7 @@ def test_from_a_server_with_heads_for_other_classes(publish, server):
 
 def test_norms_that_were_trained_are_frozen_by_freeze_to(publish):
     publish(mobile(), random_weights(mobile()))
-    r = replace(torchvision_record(weights_of(mobile())), frozen_eps=None)
+    r = replace(_torchvision_record(weights_of(mobile())), frozen_eps=None)
     m = faster_rcnn.model(pretrained=r).freeze_to(-1).train()
     norms = [o for o in m.backbone.body.modules() if isinstance(o, nn.BatchNorm2d)]
     assert len(norms) == 46 and not any(o.training or o.weight.requires_grad for o in norms)
@@ -256,7 +256,7 @@ def lean(kind=faster_rcnn, backbone='vovnet19_slim', **kw):
 
 def test_a_file_that_is_not_the_one_meant(publish):
     publish(mobile(), dict(a=torch.zeros(1))).write_bytes(b'something else')
-    r = torchvision_record(weights_of(mobile()))
+    r = _torchvision_record(weights_of(mobile()))
     with pytest.raises(RuntimeError, match=f'{r.sha256}') as e:
         coco_weights.load_detector(lean(), r)
     assert '\n' not in str(e.value)
@@ -271,7 +271,7 @@ def test_weights_of_another_net(publish, classes, says):
     else:
         sd |= {k: v.new_zeros(21 * (len(v) // 5), *v.shape[1:]) for k, v in sd.items() if 'box_predictor' in k}
     publish(mobile(), sd)
-    r = replace(torchvision_record(weights_of(mobile())), frozen_eps=None, renames=(), drop=())
+    r = replace(_torchvision_record(weights_of(mobile())), frozen_eps=None, renames=(), drop=())
     with pytest.raises(RuntimeError, match=says) as e:
         coco_weights.load_detector(net, r)
     assert 'box_predictor' in str(e.value) or 'rpn.head.cls_logits.bias' in str(e.value)
@@ -281,17 +281,17 @@ V2 = get_model_weights('fasterrcnn_resnet50_fpn_v2').COCO_V1
 BAD = {
     "pretrained=True beside the backbone 'vovnet39'": dict(backbone='vovnet39'),
     'a built VoVNet': dict(backbone=lambda: create_backbone('vovnet19_slim')),
-    "choose among 'FasterRCNN_ResNet50_FPN_Weights.COCO_V1' (resnet50)": dict(
+    "choose from 'FasterRCNN_ResNet50_FPN_Weights.COCO_V1' (resnet50)": dict(
         pretrained=V2, backbone='mobilenet_v3_large'
     ),
-    "no weights 'voc': give True, 'coco' or one of 'FasterRCNN": dict(pretrained='voc'),
+    "no weights 'voc': pass True, 'coco' or one of 'FasterRCNN": dict(pretrained='voc'),
     "no weights 'FCOS_ResNet50": dict(pretrained=weights_of('fcos_resnet50_fpn')),
     'pretrained_backbone, but': dict(pretrained_backbone=True),
     "neck='pan'": dict(neck='pan'),
     'neck_channels=64': dict(neck_channels=64),
     "head_norm='gn'": dict(pretrained=V2, head_norm='gn'),
     'num_classes=1,': dict(num_classes=1),
-    'for fcos, expected one for faster_rcnn': dict(pretrained=torchvision_record(weights_of('fcos_resnet50_fpn'))),
+    'for fcos, expected one for faster_rcnn': dict(pretrained=_torchvision_record(weights_of('fcos_resnet50_fpn'))),
     "Did you mean 'box_detections_per_img'": dict(box_detection_per_img=3),
     "'anchor_scal'. Did you mean 'anchor_scale'": dict(anchor_scal=4),
 }
@@ -326,7 +326,7 @@ def test_which_weights_are_meant():
 
 def test_families_register_and_can_be_cleared():
     assert set(coco_families) == {'faster_rcnn', 'mask_rcnn', 'retinanet', 'fcos', 'efficientdet'}
-    mine = CocoFamilies(coco_families)
+    mine = _CocoFamilies(coco_families)
     mine.clear()
     with pytest.raises(ValueError, match='import the module that registers it'):
         mine['efficientdet']
@@ -347,8 +347,8 @@ def test_coco_weights_import_no_family():
 
 def test_records_say_what_torchvision_says():
     rows = {r.tag: r for r in detector_records() if r.publisher == 'torchvision'}
-    assert len(rows) == len(TORCHVISION_DETECTORS) == 9
-    for name in TORCHVISION_DETECTORS:
+    assert len(rows) == len(_TORCHVISION_DETECTORS) == 9
+    for name in _TORCHVISION_DETECTORS:
         w = weights_of(name)
         r = rows[str(w)]
         assert (r.url, r.num_params, r.recipe, r.metrics, r.license) == (

@@ -6,8 +6,8 @@ from backbones_nb import create_backbone
 from backbones_nb.analysis.parity import randomize_
 from backbones_nb.core.published import WeightRecord
 from backbones_nb.detectors import efficientdet, faster_rcnn, fcos, mask_rcnn, retinanet
-from backbones_nb.detectors.coco_weights import torchvision_record
-from backbones_nb.detectors.detector_files import change_classes, class_rows, save_detector
+from backbones_nb.detectors.coco_weights import _torchvision_record
+from backbones_nb.detectors.detector_files import change_classes, _class_rows, save_detector
 
 torch.set_num_threads(1)
 old, new = ['background', 'RBC', 'WBC', 'Platelets'], ['background', 'Platelets', 'RBC', 'Schizont', 'WBC']
@@ -45,7 +45,7 @@ def test_rows_move_with_their_class(tmp_path, family):
     save_detector(net, tmp_path / 'a.safetensors', old)
     got = model(class_map=new, pretrained=tmp_path / 'a.safetensors', **kw)
     assert got.num_classes == 5
-    a, b = class_rows(net.state_dict(), 4), class_rows(got.state_dict(), 5)
+    a, b = _class_rows(net.state_dict(), 4), _class_rows(got.state_dict(), 5)
     assert a.keys() == b.keys() and len(a) >= 2
     for k, (view, first) in b.items():
         for i, name in enumerate(new[first:], first):
@@ -62,7 +62,7 @@ def test_permuted_names_permute_the_logits_of_every_anchor(family):
     names = ['background', 'Platelets', 'RBC', 'WBC']
     x = [torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0))]
     with torch.no_grad():
-        for view, _ in class_rows(net.state_dict(), 4).values():
+        for view, _ in _class_rows(net.state_dict(), 4).values():
             view.normal_()
         a = net.encode(x, None).outputs['cls_logits']
         b = change_classes(net, names, old).encode(x, None).outputs['cls_logits']
@@ -124,5 +124,5 @@ def test_errors(tmp_path):
 def test_coco_names_its_classes():
     from torchvision.models import get_model_weights
 
-    r = torchvision_record(get_model_weights('fcos_resnet50_fpn').COCO_V1)
+    r = _torchvision_record(get_model_weights('fcos_resnet50_fpn').COCO_V1)
     assert len(r.classes) == 91 and r.classes.index('cat') == 17 and 'N/A' not in r.classes

@@ -14,8 +14,8 @@ from common import assert_same, buffers
 from backbones_nb import create_backbone
 from backbones_nb.analysis.parity import randomize_
 from backbones_nb.detectors import efficientdet
-from backbones_nb.detectors.effdet_levels import consecutive_levels, effdet_config, effdet_rows, map_sizes, with_levels
-from backbones_nb.detectors.effdet_neck import SafeBatchNorm, safe_norms
+from backbones_nb.detectors.effdet_levels import consecutive_levels, effdet_config, effdet_rows, _map_sizes, with_levels
+from backbones_nb.detectors.effdet_neck import _SafeBatchNorm, safe_norms
 from backbones_nb.necks.bifpn import BiFPN
 from backbones_nb.necks.build import attach_neck
 from tools.proc import run
@@ -385,7 +385,7 @@ def test_a_size_is_refused_or_works(backbone, size):
 def test_sizes_of_maps_need_no_computation():
     bb = create_backbone('vovnet19_slim')
     before = buffers(bb)
-    assert map_sizes(bb, (4096, 2048)) == [(4096 // s, 2048 // s) for s in (4, 8, 16, 32)]
+    assert _map_sizes(bb, (4096, 2048)) == [(4096 // s, 2048 // s) for s in (4, 8, 16, 32)]
     assert all(torch.equal(v, before[k]) for k, v in bb.named_buffers()) and bb.training
 
 
@@ -417,7 +417,7 @@ def test_safe_norms_keep_tensors_and_names():
     same = safe_norms(net)
     now = same.state_dict(keep_vars=True)
     assert same is net and list(now) == list(before) and all(now[k] is v for k, v in before.items())
-    assert isinstance(net[1], SafeBatchNorm) and (net[1].eps, net[1].momentum, net[1].training) == (1e-3, 0.01, False)
+    assert isinstance(net[1], _SafeBatchNorm) and (net[1].eps, net[1].momentum, net[1].training) == (1e-3, 0.01, False)
     norm = net[2][0].train()
     norm(torch.rand(2, 4, 2, 2))
     assert norm.num_batches_tracked == 1 and norm(torch.rand(1, 4, 1, 1)).isfinite().all()

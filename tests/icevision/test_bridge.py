@@ -19,7 +19,7 @@ from backbones_nb.icevision import patches
 from backbones_nb.learners.detection import detection_learner
 from backbones_nb.icevision.backbone import icevision_backbone, model_modules
 from backbones_nb.icevision.compat import icevision_compat
-from backbones_nb.icevision.loaders import IceVisionItems, icevision_dls, normalize_stats, to_loaders
+from backbones_nb.icevision.loaders import _IceVisionItems, icevision_dls, _normalize_stats, to_loaders
 from backbones_nb.icevision.patches import has_icevision, icevision_module
 from backbones_nb.icevision.records import from_records, to_records
 from backbones_nb.necks.fpn import FPN
@@ -436,7 +436,7 @@ def test_a_size_that_no_parser_set_is_read(tmp_path):
 def test_masks_go_with_their_boxes_through_transforms(tmp_path, kind_of, flip):
     rs = [record(tmp_path, n, kind_of, n) for n in (2, 0)]
     t = [albumentations.HorizontalFlip(p=1)] * flip + [*tfms.resize_and_pad(64)]
-    for i, o in enumerate(IceVisionItems(data.Dataset(to_records(rs, cm)[0], tfms.Adapter(t)))):
+    for i, o in enumerate(_IceVisionItems(data.Dataset(to_records(rs, cm)[0], tfms.Adapter(t)))):
         if i == 2:
             break
         img, target = o
@@ -450,7 +450,7 @@ def test_masks_go_with_their_boxes_through_transforms(tmp_path, kind_of, flip):
 
 def test_a_box_that_is_cut_away_takes_its_mask_along(tmp_path):
     t = tfms.Adapter([albumentations.Crop(0, 0, 18, 40), *tfms.resize_and_pad(64)])
-    _, target = IceVisionItems(data.Dataset(to_records([record(tmp_path)], cm)[0], t))[0]
+    _, target = _IceVisionItems(data.Dataset(to_records([record(tmp_path)], cm)[0], t))[0]
     assert (
         target['labels'].tolist() == [1]
         and target['iscrowd'].tolist() == [0]
@@ -469,7 +469,7 @@ def test_a_box_that_is_cut_away_takes_its_mask_along(tmp_path):
             lambda p: [ice_record(p), ice_record(p, class_map=core.ClassMap(['blue', 'red']))],
             'has the classes background, blue, red',
         ),
-        (lambda p: [], 'no records'),
+        (lambda p: [], 'neither records'),
     ],
 )
 def test_records_that_cannot_be(tmp_path, make, match):
@@ -497,7 +497,7 @@ def ice_ds(records, *more, size=64):
 
 @pytest.mark.parametrize('mean,std', [(IMAGENET_MEAN, IMAGENET_STD), ((0.5, 0.5, 0.5), (0.25, 0.5, 0.5))])
 def test_normalized_images_come_back(records, mean, std):
-    plain, norm = (IceVisionItems(ice_ds(records[:5], *o)) for o in ((), (albumentations.Normalize(mean, std),)))
+    plain, norm = (_IceVisionItems(ice_ds(records[:5], *o)) for o in ((), (albumentations.Normalize(mean, std),)))
     for i in range(5):
         assert torch.equal(plain[i][0], norm[i][0]) and plain[i][0].dtype == torch.uint8
     assert norm.stats == (mean, std) and plain.stats is None
@@ -506,13 +506,13 @@ def test_normalized_images_come_back(records, mean, std):
 def test_what_cannot_be_undone(records):
     for o in (albumentations.Normalize(normalization='image'), albumentations.Normalize(p=0.5)):
         with pytest.raises(ValueError, match='leave Normalize out'):
-            normalize_stats(tfms.Adapter([o]))
+            _normalize_stats(tfms.Adapter([o]))
 
     def own(record):
         record.set_img(np.asarray(record.img, np.float32) / 50 - 2)
         return record
 
-    items = IceVisionItems(data.Dataset(to_records(records[:1], cm)[0], own))
+    items = _IceVisionItems(data.Dataset(to_records(records[:1], cm)[0], own))
     with pytest.raises(ValueError, match='undo the normalization'):
         items[0]
     raw = torch.from_numpy(ice_ds(records[:1], albumentations.Normalize())[0].img).permute(2, 0, 1)

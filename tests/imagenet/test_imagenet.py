@@ -29,16 +29,16 @@ from backbones_nb.imagenet.folders import prepare_val, scan_classes, synset_name
 from backbones_nb.imagenet.toy import toy_imagenet
 from backbones_nb.data.records import load_image
 from backbones_nb.imagenet.shards import write_shards
-from backbones_nb.imagenet import checkpoints
 from backbones_nb.imagenet.train import train_imagenet, TrainConfig
 from backbones_nb.imagenet.evaluate import (
-    class_numbers,
+    _class_numbers,
     eval_tfm,
     evaluate_imagenet,
-    Evaluation,
+    _Evaluation,
     interpolation,
     published_classifier,
 )
+from backbones_nb.learners import checkpoint
 from tools.proc import kill_group, run
 
 torch.set_num_threads(1)
@@ -157,7 +157,7 @@ def life(data, out, kw, torn):
             os.killpg(0, signal.SIGKILL)
 
         if torn:
-            checkpoints.torch.save = deadly
+            checkpoint.torch.save = deadly
         train_imagenet(data, out, **kw)
 
     p = multiprocessing.get_context('fork').Process(target=lead)
@@ -240,7 +240,7 @@ def test_results(data, tmp_path):
 script = '''
 import sys, torch, os
 from fastai.callback.core import Callback
-from backbones_nb.imagenet.ema import find_ema
+from backbones_nb.learners.ema import find_ema
 from backbones_nb.imagenet.train import train_imagenet
 torch.set_num_threads(1)
 data,out = sys.argv[1:]
@@ -364,7 +364,7 @@ def test_published_weights_are_measured(data, record, folder):
     res = evaluate_imagenet('resnet18', data / folder, record, bs=4, workers=0, device='cpu')
     assert (
         res
-        == Evaluation('resnet18', 'IMAGENET1K_V1', pytest.approx(700 / 9), res.top5, 70.0, None, 9, 32, 37, 'bilinear')
+        == _Evaluation('resnet18', 'IMAGENET1K_V1', pytest.approx(700 / 9), res.top5, 70.0, None, 9, 32, 37, 'bilinear')
         and 77 < res.top5 <= 100
     )
     assert 'top-1 77.78 % (published: 70.00 %)' in str(res) and '(published: not stated)' in str(res)
@@ -395,13 +395,13 @@ def test_how_images_are_prepared():
 def test_classes_of_the_data_among_those_of_the_net():
     ids = sorted(synset_names())
     assert (
-        class_numbers(ids, 1000).tolist() == list(range(1000))
-        and class_numbers([ids[7], ids[900]], 1000).tolist() == [7, 900]
-        and class_numbers('ab', 2).tolist() == [0, 1]
+        _class_numbers(ids, 1000).tolist() == list(range(1000))
+        and _class_numbers([ids[7], ids[900]], 1000).tolist() == [7, 900]
+        and _class_numbers('ab', 2).tolist() == [0, 1]
     )
     for vocab, n in (('ab', 1000), (ids[:3], 5)):
         with pytest.raises(ValueError, match=f'data of {len(vocab)} classes and a net of {n}'):
-            class_numbers(vocab, n)
+            _class_numbers(vocab, n)
 
 
 # --- what is refused
@@ -488,7 +488,7 @@ def test_another_training_is_not_mixed_in(data, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             train_imagenet(data, tmp_path, **kw | change)
-    with pytest.raises(ValueError, match='holds a checkpoint: continue it'):
+    with pytest.raises(ValueError, match='contains a checkpoint: continue'):
         train_imagenet(data, tmp_path, resume=False, **kw)
     (tmp_path / 'checkpoint.pt').write_bytes((tmp_path / 'checkpoint.pt').read_bytes()[:1000])
     with pytest.raises(ValueError, match='cannot be read as a checkpoint'):

@@ -28,12 +28,12 @@ from backbones_nb.core.features import IMAGENET_MEAN, IMAGENET_STD
 from backbones_nb.imagenet.augment import (
     CutMixUp,
     RepeatedAugmentation,
-    RepeatedSampler,
+    _RepeatedSampler,
     smooth_loss,
     train_tfm,
     valid_tfm,
 )
-from backbones_nb.imagenet.ema import ema_decay, ModelEMA
+from backbones_nb.learners.ema import ema_decay, ModelEMA
 from backbones_nb.imagenet.recipe import (
     apply_recipe,
     recipe,
@@ -42,10 +42,9 @@ from backbones_nb.imagenet.recipe import (
     recipe_table,
     recipe_tfms,
     recipes,
-    RecipeTransform,
+    _RecipeTransform,
 )
 from backbones_nb.imagenet.schedule import (
-    Accumulate,
     no_decay_params,
     NoDecay,
     scale_lr,
@@ -53,6 +52,7 @@ from backbones_nb.imagenet.schedule import (
     warmup_cosine,
     WarmupCosine,
 )
+from backbones_nb.learners.checkpoint import Accumulate
 from backbones_nb.learners.precision import DetectionPrecision
 from backbones_nb.imagenet.batches import folder_dls
 from backbones_nb.imagenet.classifier import backbone_learner
@@ -415,7 +415,7 @@ def test_several_labels_are_not_mixed(tmp_path):
     'n,reps,world_size', [(12, 4, 1), (12, 4, 2), (13, 4, 3), (5, 1, 1), (7, 1, 2), (3, 8, 1), (100, 3, 8), (1, 4, 2)]
 )
 def test_counts_of_repeats(n, reps, world_size):
-    ranks = [RepeatedSampler(n, reps, seed=1, rank=r, world_size=world_size) for r in range(world_size)]
+    ranks = [_RepeatedSampler(n, reps, seed=1, rank=r, world_size=world_size) for r in range(world_size)]
     got = [list(o) for o in ranks]
     assert [len(o) for o in got] == [len(ranks[0])] * world_size == [math.ceil(n / world_size)] * world_size
     total = len(ranks[0]) * world_size
@@ -427,17 +427,17 @@ def test_counts_of_repeats(n, reps, world_size):
 
 
 def test_copies_go_to_different_processes():
-    got = torch.tensor([list(RepeatedSampler(64, 4, rank=r, world_size=4)) for r in range(4)])
+    got = torch.tensor([list(_RepeatedSampler(64, 4, rank=r, world_size=4)) for r in range(4)])
     assert (got == got[:1]).all()  # the same image, at the same step, on each of four
 
 
 def test_epochs_differ_and_repeat():
-    s = RepeatedSampler(40, 2, seed=3, rank=0, world_size=1)
+    s = _RepeatedSampler(40, 2, seed=3, rank=0, world_size=1)
     first = list(s)
     s.set_epoch(1)
     second = list(s)
     s.set_epoch(0)
-    assert first != second and first == list(s) and first != list(RepeatedSampler(40, 2, seed=4, rank=0, world_size=1))
+    assert first != second and first == list(s) and first != list(_RepeatedSampler(40, 2, seed=4, rank=0, world_size=1))
 
 
 def test_repeats_in_fastais_loader(tmp_path):
@@ -446,7 +446,7 @@ def test_repeats_in_fastais_loader(tmp_path):
     first, second = (torch.cat([y for _, y in l.mixed.seen[i : i + 6]]) for i in (0, 6))
     for o in first, second:
         assert sorted(o.bincount()[o.bincount() > 0].tolist()) == [3] * 8
-    assert first.tolist() == list(RepeatedSampler(24, 3, 1, 0, 1)) and first.tolist() != second.tolist()
+    assert first.tolist() == list(_RepeatedSampler(24, 3, 1, 0, 1)) and first.tolist() != second.tolist()
     assert 'shuffle_fn' not in vars(l.dls.train) and sorted(l.dls.train.get_idxs()) == list(range(24))
     assert l.get_preds(ds_idx=1)[1].tolist() == list(range(9))  # validation is left alone
 
@@ -478,7 +478,7 @@ def test_repeats_need_an_order(tmp_path):
     with pytest.raises(ValueError, match='does not shuffle'):
         learner(tmp_path, [RepeatedAugmentation()]).fit(1)
     with pytest.raises(ValueError, match='reps=0'):
-        RepeatedSampler(10, 0)
+        _RepeatedSampler(10, 0)
 
 
 # --- average
@@ -1150,7 +1150,7 @@ def test_the_seed_reaches_repeated_augmentation(tmp_path, folder, given):
     l, orders = image_learner(tmp_path, dls, r, seed=given), []
     l.add_cb(Callback(after_train=lambda _: orders.append(dls.train.order.tolist())))
     l.fit(2)
-    sampler = RepeatedSampler(18, 4, 7 if given is None else given, 0, 1)
+    sampler = _RepeatedSampler(18, 4, 7 if given is None else given, 0, 1)
     assert orders[0] == list(sampler)
 
 
@@ -1161,7 +1161,7 @@ def block_dls(folder, target=CategoryBlock, get_y=lambda o: o.parent.name):
         get_items=lambda _: items,
         get_y=get_y,
         splitter=IndexSplitter([i for i, o in enumerate(items) if 'val' in str(o)]),
-        item_tfms=RecipeTransform(recipe('vt_small', **tiny)),
+        item_tfms=_RecipeTransform(recipe('vt_small', **tiny)),
     )
     return db.dataloaders(folder, bs=6, num_workers=0, device='cpu')
 
@@ -1172,7 +1172,7 @@ def test_fastais_loaders_take_a_recipes_transforms(tmp_path, folder):
     plt.switch_backend('agg')
     r = recipe('torchvision', **tiny)
     dls = ImageDataLoaders.from_folder(
-        folder, train='train', valid='val', item_tfms=RecipeTransform(r), bs=6, num_workers=0, device='cpu'
+        folder, train='train', valid='val', item_tfms=_RecipeTransform(r), bs=6, num_workers=0, device='cpu'
     )
     valid, image = recipe_tfms(r)[1], Image.open(dls.valid_ds.items[0])
     x, y = dls.valid.one_batch()

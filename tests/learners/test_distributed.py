@@ -22,7 +22,7 @@ from backbones_nb.imagenet.folders import prepare_val
 from backbones_nb.imagenet.toy import toy_imagenet
 from backbones_nb.detectors import retinanet
 from backbones_nb.imagenet.classifier import backbone_learner
-from backbones_nb.learners.distributed import Distributed, plain_batchnorm, sync_batchnorm
+from backbones_nb.learners.distributed import Distributed, _plain_batchnorm, _sync_batchnorm
 from backbones_nb.learners.metrics import TopK
 from tools.proc import run
 
@@ -102,7 +102,13 @@ def measure(folder):
     with learn.distrib_ctx():
         own, train = learn.validate(), learn.validate(0)
         preds, _ = learn.get_preds()
+    shares = []
+    for i in (0, 1):
+        dl = learn.dls.valid.new(bs=3)
+        dl.for_process(i, 2)
+        shares.append([len(learn.get_preds(dl=dl)[0]), learn.evaluate(dl=dl)['AP']])
     return dict(
+        shares=shares,
         valid=[float(o) for o in own],
         train=[float(o) for o in train],
         preds=len(preds),
@@ -268,6 +274,9 @@ def test_every_image_is_measured_once(two):
     assert 0.05 < one['valid'][-1] < 0.95 and 0.05 < one['valid'][-2] < 0.95, 'AP would show nothing'
     for k in ('valid', 'train', 'again'):
         assert a['measured'][k] == pytest.approx(one[k], rel=1e-6), k
+    for o in (one, a['measured']):  # a loader that was given keeps its share
+        (n, ap), (m, other) = o['shares']
+        assert (n, m) == (4, 3) and len({ap, other, one['valid'][-3]}) == 3
 
 
 def test_classes_as_one_process(two):
@@ -339,7 +348,7 @@ def test_batch_norm_there_and_back():
     with torch.no_grad():
         want = net(x)
     kinds, params = [type(m) for m in net.modules()], list(net.parameters())
-    was = sync_batchnorm(net)
+    was = _sync_batchnorm(net)
     assert not any(type(m) in kinds and isinstance(m, nn.BatchNorm2d) for m in net.modules()) and any(
         isinstance(m, nn.SyncBatchNorm) for m in net.modules()
     )
@@ -349,7 +358,7 @@ def test_batch_norm_there_and_back():
         if isinstance(m, nn.SyncBatchNorm):
             m.running_mean = m.running_mean + 1  # another tensor
     now = {k: v.clone() for k, v in net.state_dict().items()}
-    plain_batchnorm(net, was)
+    _plain_batchnorm(net, was)
     assert [type(m) for m in net.modules()] == kinds and all(
         a is b for a, b in zip(net.parameters(), params, strict=True)
     )
@@ -367,3 +376,62 @@ def test_one_process_changes_nothing(tmp_path):
     ):
         with learn.distrib_ctx(sync_bn=True):
             pass
+
+
+# --- a run of `finetune`
+
+run_script = '''
+import sys, torch
+from fastai.callback.core import Callback
+from backbones_nb.learners import training
+from backbones_nb.learners.finetune import finetune
+
+torch.set_num_threads(1)
+data,images,out = sys.argv[1:]
+kw = dict(data=data, images=images, detector='retinanet', backbone='timm/test_convnext', size=64, bs=1, epochs=2,
+          lr=1e-3, device='cpu', checkpoint_every=1, model_args=dict(neck_channels=8, score_thresh=0., topk_candidates=20))
+class Stop(Callback):
+    order = -200
+    def before_batch(self):
+        if self.training and self.epoch==1 and self.iter==2: raise KeyboardInterrupt
+
+finetune(**kw, out=f'{out}/two')
+real = training.run_callbacks
+training.run_callbacks = lambda *a: [*real(*a), Stop()]
+try: finetune(**kw, out=f'{out}/parts')
+except KeyboardInterrupt: pass
+training.run_callbacks = real
+finetune(**kw, out=f'{out}/parts', resume=True)
+'''
+
+
+def test_finetune_on_two_processes_as_on_one_and_resumed(tmp_path):
+    import json
+
+    import pandas as pd
+    from common import cm
+
+    from backbones_nb.data.coco import to_coco
+    from backbones_nb.learners.finetune import finetune
+
+    drawn = [draw_record(i, tmp_path, masks=False) for i in range(12)]
+    (tmp_path / 'ann.json').write_text(json.dumps(to_coco(drawn, cm, images=tmp_path)))
+    (tmp_path / 'run.py').write_text(run_script)
+    launch = '-W ignore -m torch.distributed.run --standalone --nproc_per_node=2'.split()
+    env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(root))
+    p = run(
+        sys.executable, *launch, tmp_path / 'run.py', tmp_path / 'ann.json', tmp_path, tmp_path, timeout=600, env=env
+    )
+    assert p.returncode == 0, p.stderr[-4000:]
+    assert p.stdout.count('images to learn from') == 3 and p.stdout.count('finetune --resume --out') == 1
+    for name in ('detector.safetensors', 'best.safetensors', 'history.csv'):
+        assert (tmp_path / 'two' / name).read_bytes() == (tmp_path / 'parts' / name).read_bytes(), name
+    kw = dict(data=str(tmp_path / 'ann.json'), images=str(tmp_path), detector='retinanet', size=64, bs=2, epochs=2)
+    args = dict(neck_channels=8, score_thresh=0.0, topk_candidates=20)
+    one = finetune(
+        **kw, backbone='timm/test_convnext', lr=1e-3, model_args=args, out=str(tmp_path / 'one'), device='cpu'
+    )
+    tables = [pd.read_csv(tmp_path / o / 'history.csv') for o in ('one', 'two')]
+    assert tables[0].valid_loss.to_numpy() == pytest.approx(tables[1].valid_loss.to_numpy(), rel=1e-3)
+    two = json.loads((tmp_path / 'two' / 'metrics.json').read_text())
+    assert two['valid_images'] == one['valid_images'] and two['steps'] == one['steps'] * 2

@@ -108,9 +108,9 @@ def test_validation_loss_is_the_mean_over_images(learn):
 
     got, total = learn.validate()[0], 0.0
     learn.model.eval()
-    for i, (x, y) in enumerate(learn.dls.valid):
-        with torch.no_grad(), fixed_rng(x.device, i):
-            total += sum(learn.model(x.as_subclass(torch.Tensor), list(y), both=True)[0].values()).item() * len(x)
+    for x, y in learn.dls.valid.new(bs=1):
+        with torch.no_grad(), fixed_rng(x.device, 0):
+            total += sum(learn.model(x.as_subclass(torch.Tensor), list(y), both=True)[0].values()).item()
     assert got == pytest.approx(total / 7, rel=1e-5)
 
 
@@ -136,7 +136,7 @@ def test_it_learns(records, tmp_path):
 
 def test_metrics_equal_a_separate_evaluation(learn):
     learn.fit(3, 5e-3)
-    preds, targs = learn.get_preds()
+    preds, targs = learn.get_preds(original=True)
     assert [t['image_id'] for t in targs] == [f'im{i}' for i in range(16, 23)] and len(preds) == 7
     want = coco_eval(preds, targs, cm)
     assert learn.validate()[-2:] == [want['AP'], want['AP50']] and learn.evaluate(per_class=True)[
@@ -385,7 +385,7 @@ def test_what_does_not_fit(records, tmp_path):
         detection_learner(dls, model(5))
     with pytest.raises(TypeError, match='Linear.*detector'):
         detection_learner(dls, nn.Linear(1, 1))
-    with pytest.raises(ValueError, match='no class_map'):
+    with pytest.raises(ValueError, match='without a class_map'):
         detection_learner(DataLoaders([1], [2]), model())
     with pytest.raises(ValueError, match='AP51'):
         detection_learner(dls, model(), metrics='AP51')
@@ -517,7 +517,8 @@ def test_another_size(records, tmp_path, family):
     assert {x.shape for x in xs} == {(3, 96, 128)} and [t['image_id'] for t in targs] == [
         r.image_id for r in records[16:]
     ]
-    assert coco_eval(preds, targs, cm) == learn.evaluate(size=(96, 128), iou_type='bbox')
+    pair = learn.get_preds(size=(96, 128), original=True)
+    assert coco_eval(*pair, cm) == learn.evaluate(size=(96, 128), iou_type='bbox')
     if family == 'mask_rcnn':
         assert {p['masks'].shape[1:] for p in preds} == {t['masks'].shape[1:] for t in targs} == {(96, 128)}
     same = learn.predict(records[0], score_thr=0.0)
@@ -596,7 +597,7 @@ def test_a_shuffled_loader_comes_back_in_order(colors, records):
         (dict(save_preds='x'), ValueError, 'torch.save'),
         (dict(concat_dim=1), ValueError, 'never concatenated'),
         (dict(with_los=True), TypeError, 'with_loss'),
-        (dict(dl=[1], size=32), ValueError, 'give a loader'),
+        (dict(dl=[1], size=32), ValueError, 'pass a loader'),
     ],
 )
 def test_what_get_preds_refuses(colors, kw, error, words):

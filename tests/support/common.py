@@ -136,11 +136,6 @@ class Colors(nn.Module):
         losses = dict(loss_count=self.weight * n, loss_chance=self.weight * torch.rand(()))
         return losses if self.training and not both else (losses, found)
 
-    def losses_per_image(self, images, targets):
-        from backbones_nb.detectors.detector import Detector
-
-        return Detector.losses_per_image(self, images, targets)
-
 
 def assert_runs_on_cuda(m, x, t, key):
     "Losses and detections on a GPU, in float32 and under autocast; `key` names a tensor of the detections."

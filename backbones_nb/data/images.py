@@ -17,7 +17,7 @@ from torchvision.io import decode_jpeg
 
 # %% ../../nbs/data/135_images.ipynb #4db8541e
 def _top(im, a):
-    "Returns the value that is white."
+    "Returns the value of white."
     tags = getattr(im, 'tag_v2', {})
     if im.mode.startswith('I;16') or im.format in ('PNG','PPM'):
         return int(np.max(tags.get(281, 2**int(np.max(tags.get(258, 16)))-1))) or 65535
@@ -29,9 +29,9 @@ def _top(im, a):
     return top
 
 def gray_range(
-    im:Image.Image, # as PIL opens it
-) -> tuple: # its pixels, and the value that is white; (None, None) for images of 8 bits
-    "Returns the pixels of an image of more than 8 bits; raises ValueError for another range."
+    im:Image.Image, # as opened by PIL
+) -> tuple: # its pixels and the value of white; (None, None) for 8-bit images
+    "Returns the pixels of an image with more than 8 bits; raises ValueError for an unexpected range."
     if im.mode!='F' and not im.mode.startswith('I'): return None,None
     a = np.nan_to_num(np.asarray(im, np.float64), posinf=np.inf, neginf=-np.inf)
     return a,_top(im, a)
@@ -54,13 +54,13 @@ class TooManyPixels(ValueError):
     "An image is larger than the limit."
 
 def unreadable(
-    e, # what `load_image` or `image_size` raised
-) -> str: # as a `SkipReport` takes it
-    "Returns what to say of a skipped image."
+    e, # error raised by `load_image` or `image_size`
+) -> str: # for a `SkipReport`
+    "Returns the reason for skipping an image."
     return f'with more pixels than {_variable} allows' if isinstance(e, TooManyPixels) else 'with an unreadable image'
 
 def _open(path):
-    "Opens a file with the user's limit, if there is one."
+    "Opens a file with the user's pixel limit, if there is one."
     if limit := os.environ.get(_variable):
         try: Image.MAX_IMAGE_PIXELS = max(1, int(float(limit))//2) # PIL refuses twice as many
         except (ValueError, OverflowError):
@@ -71,11 +71,11 @@ def _decode(im, truncated):
     try: im.load()
     except (OSError, SyntaxError):
         if not truncated: raise
-        im.tile = [] # nothing more to decode: what is there stays
+        im.tile = [] # nothing more to decode: keep what has been read
         im.load()
 
 def _named(e, path):
-    "Returns the error that a user sees for what PIL raised."
+    "Returns the error to show for an exception raised by PIL."
     if isinstance(e, TooManyPixels): return e
     if isinstance(e, FileNotFoundError): return FileNotFoundError(f'there is no image {path}: check the path')
     if not isinstance(e, Image.DecompressionBombError):
@@ -89,10 +89,10 @@ _broken = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 # %% ../../nbs/data/135_images.ipynb #94713ce1
 def load_image(
-    path, # file of any format that PIL reads, whatever its name says
-    truncated:bool=False, # read what is there of a file that was cut off; False: that is an error
+    path, # file in any format that PIL reads, whatever its suffix
+    truncated:bool=False, # read as much of a truncated file as possible; False: raise an error
 ) -> Image.Image: # RGB, upright
-    "Returns the image as RGB, upright, on white; raises an error that names the file."
+    "Returns the image as RGB, upright, on white; raises FileNotFoundError or ValueError naming the file."
     try:
         with _open(path) as im:
             _decode(im, truncated)
@@ -106,7 +106,7 @@ _turned,_orientation = (5,6,7,8),274 # EXIF orientations that swap width and hei
 def orientation(
     path, # as for `load_image`
 ) -> int: # 1 to 8; 1: upright
-    "Returns how the file's EXIF data turn it. Raises the same errors."
+    "Returns the orientation in the file's EXIF data; raises the same errors."
     try:
         with _open(path) as im: return im.getexif().get(_orientation) or 1
     except _broken as e: raise _named(e, path) from _cause(e)
@@ -114,7 +114,7 @@ def orientation(
 def image_size(
     path, # as for `load_image`
 ) -> tuple: # (height, width), pixels, upright
-    "Returns the size that `load_image` gives, from the file's head alone. Raises the same errors."
+    "Returns the size of `load_image`'s result, reading only the file's header; raises the same errors."
     try:
         with _open(path) as im:
             w,h = im.size

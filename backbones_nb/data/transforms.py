@@ -28,7 +28,7 @@ from .records import Record
 
 # %% ../../nbs/data/99_transforms.ipynb #d9fcb5fc
 def _from_array(a):
-    "PIL image of an array (H,W) or (H,W,C); raises ValueError for another shape or range."
+    "Returns the PIL image of an array (H,W) or (H,W,C); raises ValueError for another shape or range."
     if a.ndim not in (2,3) or a.ndim==3 and a.shape[-1] not in (1,3,4):
         raise ValueError(f'got an array of shape {a.shape}, expected one image (H,W,3)')
     if a.dtype!=np.uint8:
@@ -40,7 +40,7 @@ def _from_array(a):
 
 # %% ../../nbs/data/99_transforms.ipynb #7095e039
 def _pil(item):
-    "PIL RGB image of a record, path, array, tensor or PIL image."
+    "Returns the PIL RGB image of a record, path, array, tensor or PIL image."
     if hasattr(item, 'image'): return item.image()
     if isinstance(item, (str,Path)): return load_image(item)
     if isinstance(item, Image.Image): return to_rgb(item)
@@ -66,10 +66,10 @@ def open_image(
 
 # %% ../../nbs/data/99_transforms.ipynb #9fb78ad4
 def as_tv(
-    target:dict, # boxes (N,4) xyxy px, labels (N,), maybe masks, area, iscrowd, image_id
+    target:dict, # boxes (N,4) xyxy px, labels (N,), optional masks, area, iscrowd, image_id
     size, # (height, width) of its image
 ) -> dict: # boxes and masks as tv_tensors, so that transforms move them; boxes clipped to the image
-    "Returns the target in the form that torchvision.transforms.v2 transforms."
+    "Returns the target in the format of torchvision.transforms.v2."
     t = dict(target)
     boxes = clip(torch.as_tensor(t['boxes']).float().reshape(-1,4), size)
     t['boxes'] = tv_tensors.BoundingBoxes(boxes, format='XYXY', canvas_size=tuple(size))
@@ -84,7 +84,7 @@ def as_tv(
 pad_fill = (124, 116, 104) # ImageNet's mean color, uint8 RGB: zero after normalization
 
 def hw(size):
-    "Returns (height, width) of `size`, an int or a pair; raises ValueError for anything else."
+    "Returns (height, width) for an int or a pair; raises ValueError for anything else."
     if isinstance(size, int): size = (size,size)
     if len(size)!=2 or min(size)<1:
         raise ValueError(f'got size={size!r}, expected pixels: an int or (height, width)')
@@ -92,15 +92,15 @@ def hw(size):
 
 def fit_size(
     size, # (height, width) of the image
-    box, # (height, width) of the box it must fit in
-) -> tuple: # (height, width), aspect kept to the nearest pixel
-    "Returns the largest size with the image's aspect that fits in `box`."
+    box, # (height, width) to fit into
+) -> tuple: # (height, width), keeping the aspect ratio to the nearest pixel
+    "Returns the largest size with the image's aspect ratio that fits into `box`."
     r = min(box[0]/size[0], box[1]/size[1])
     return tuple(max(1, min(b, round(s*r))) for s,b in zip(size, box))
 
 # %% ../../nbs/data/99_transforms.ipynb #56e28e7f
 class Letterbox(v2.Transform):
-    "Resizes to fit in a box, aspect kept, and pads on the right and at the bottom."
+    "Resizes to fit into a box, keeping the aspect ratio, and pads on the right and at the bottom."
     def __init__(self,
         size, # int or (height, width), pixels
         fill=pad_fill, # color of the padding, uint8 RGB
@@ -184,9 +184,9 @@ class RandomZoom(torch.nn.Module):
     size = None # of zooms that were pickled before they had one
     def __init__(self,
         scale=(0.7, 1.4), # zoom range: below 1 the image shrinks
-        ratio=(0.9, 1.1), # range of the window's aspect relative to the image's
-        min_visible:float=0.3, # share of a box that must stay inside
-        p:float=0.8, # how often
+        ratio=(0.9, 1.1), # range of the window's aspect ratio relative to the image's
+        min_visible:float=0.3, # fraction of a box that must stay inside
+        p:float=0.8, # probability
         fill=pad_fill, # color of the padding, uint8 RGB
         size=None, # letterbox to this size, too, an int or (height, width); None: keep the scale
     ):
@@ -195,7 +195,7 @@ class RandomZoom(torch.nn.Module):
         self.size = None if size is None else hw(size)
 
     def window(self, h, w):
-        "Returns top, left, height, width of a random window in an h x w image; it may stick out."
+        "Returns top, left, height, width of a random window in an h x w image; it may extend past the edge."
         u = torch.rand(4).tolist()
         between = lambda lo,hi,t: lo*(hi/lo)**t
         s = between(*self.scale, u[0])
@@ -223,7 +223,7 @@ def window_part(
 @patch
 def forward(self:RandomZoom,
     img, # tv_tensors.Image (3,H,W)
-    target:dict, # as `as_tv` makes it
+    target:dict, # the output of `as_tv`
 ) -> tuple: # image and target of the window
     "Returns a random window of image and target, or, with a probability of 1-p, the whole."
     zoomed,(h,w) = torch.rand(())<self.p,img.shape[-2:]
@@ -235,7 +235,7 @@ def forward(self:RandomZoom,
 # %% ../../nbs/data/99_transforms.ipynb #b6edc589
 def default_augment(
     size, # int or (height, width) of the batch's images, pixels
-    flip:float=0.5, # how often mirrored
+    flip:float=0.5, # probability of a horizontal flip
     scale=(0.7, 1.4), # zoom range
     color:float=0.25, # strength of brightness, contrast and saturation jitter
 ) -> v2.Compose: # takes and returns (image, target)
@@ -264,7 +264,7 @@ def drop_small(
 
 # %% ../../nbs/data/99_transforms.ipynb #ba8dc4c7
 class ToBatch(torch.nn.Module):
-    "The last step: letterbox, boxes clipped, empty ones removed, areas renewed, floats in [0,1]."
+    "The last step: letterbox, clip boxes, remove empty ones, update areas, convert to floats in [0,1]."
     def __init__(self, size):
         super().__init__()
         self.letterbox = Letterbox(size)

@@ -28,7 +28,8 @@ from .run_lengths import run_lengths
 
 # %% ../../nbs/data/125_sheets.ipynb #47808ecb
 class Sheet:
-    "Images and objects of a data set, to be converted to COCO's format, and what could not be read."
+    """Images and objects of a data set, to be converted to COCO's format,
+    and what could not be read."""
     def __init__(self,
         root, # folder that image names are relative to
         images=None, # folder with the images; None: the usual ones
@@ -155,7 +156,9 @@ def _mask_rings(
 
 # %% ../../nbs/data/125_sheets.ipynb #c4c183f5
 def _mask_polygon(mask) -> list: # x, y, x, y, ..., pixels
-    "Returns a mask (H,W) as one polygon, including parts and holes; raises ValueError for an empty mask."
+    """Returns a mask (H,W) as one polygon, including parts and holes.
+
+    Raises ValueError for an empty mask."""
     rings = _mask_rings(mask)
     if not rings: raise ValueError('got an empty mask, expected an object: leave it out')
     first,*others = rings

@@ -134,7 +134,7 @@ def _plain_jpeg(path):
             if im.getexif().get(_orientation, 1)!=1: return None
         data = torch.from_numpy(np.fromfile(path, np.uint8))
         return decode_jpeg(data).permute(1,2,0).numpy()
-    except (*_broken, RuntimeError): return None
+    except (*_broken, RuntimeError, AttributeError): return None # the last: no decoder
 
 def load_pixels(
     path, # as for `load_image`

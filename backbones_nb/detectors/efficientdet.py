@@ -176,6 +176,8 @@ def _mean_std(backbone, cfg, normalize):
     return mean_std(backbone, normalize)
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #f1f9ffd6
+_norm_kwargs = dict(norm_kwargs=dict(eps=.001, momentum=.1))
+
 def model(
     model_name:str='tf_efficientdet_lite0', # `list_models()` gives all
     num_classes:int=None, # with background, as len(class_map); None: as in the pretrained weights
@@ -194,7 +196,7 @@ def model(
         asked = {k:v for k,v in locals().items() if k!='kwargs'} | kwargs
         return build_from_detector_file(model, 'efficientdet', asked, [_renames])
     num_classes = count_classes(num_classes, class_map)
-    cfg = effdet_config(model_name, **kwargs)
+    cfg = effdet_config(model_name, **_norm_kwargs | kwargs)
     parts = dict(backbone=backbone, neck=neck, pretrained_backbone=pretrained_backbone)
     record = _published(pretrained, cfg.name, **parts) if pretrained else None
     if record is None or num_classes is not None: check_num_classes(num_classes)

@@ -68,11 +68,8 @@ class DetectionLoss:
 class LossMeans(Callback):
     "Means of a detector's losses over an epoch, for training and validation, in fastai's table."
     order = 45 # before the Recorder
-    def __init__(self,
-        names, # of the losses
-    ):
-        self.names = list(names)
-        self.sums,self.counts = {},{}
+    def __init__(self, names): # of the losses
+        self.names,self.sums,self.counts = list(names),{},{}
 
     def _start(self, phase):
         self.sums[phase] = dict.fromkeys(self.names, 0.)
@@ -115,7 +112,7 @@ def _sub(m, name):
     return list(m.parameters()) if isinstance(m, nn.Module) else []
 
 class _FreezeMixin:
-    "Makes `freeze` of a learner stop at the detector's neck."
+    "Makes `freeze` and `fine_tune` of a learner count the neck among the new parts."
     @property
     def n_backbone(self):
         "How many of the parameter groups are the backbone's: those that `freeze` freezes."
@@ -127,6 +124,21 @@ class _FreezeMixin:
     def freeze(self):
         "Freezes the backbone; neck and heads stay trainable (and batch norm, while `train_bn`)."
         self.freeze_to(self.n_backbone)
+
+    def fine_tune(self,
+        epochs:int, # of all parts
+        base_lr=2e-3, # peak rate of neck and heads
+        freeze_epochs:int=1, # before, of neck and heads alone
+        lr_mult=10, # the stem learns so many times slower, the stages in between
+        pct_start:float=.3, div:float=5., **kwargs, # for `fit_one_cycle`
+    ):
+        "As fastai's, but the neck learns at the rate of the heads: both are new."
+        self.freeze()
+        if freeze_epochs: self.fit_one_cycle(freeze_epochs, base_lr, pct_start=.99, **kwargs)
+        self.unfreeze()
+        n = self.n_backbone
+        rates = [base_lr/lr_mult**max(1-i/n, 0) if n else base_lr for i in range(len(self.opt.param_lists))]
+        self.fit_one_cycle(epochs, rates, pct_start=pct_start, div=div, **kwargs)
 
 # %% ../../nbs/learners/51_fastai.ipynb #ee7f43f3
 def _log_epoch(cb):

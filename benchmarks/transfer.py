@@ -29,9 +29,11 @@ and give that folder as --weights."""
 import argparse
 import csv
 import os
+import platform
 import sys
 import time
 import warnings
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
@@ -174,6 +176,16 @@ def versions():
     return ', '.join(map(one, names))
 
 
+def machine():
+    "The processor's name, as far as the system tells."
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        cpu = next(o.partition(':')[2].strip() for o in lines if o.startswith('model name'))
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
+    return f'{cpu}, {torch.get_num_threads()} thread'
+
+
 def train_and_score(run, folders, augment=True, cbs=()):
     """Returns the row of a run. `augment` and `cbs` are for experiments with our own: as `detection_dls` takes it, and
     callbacks of fastai."""
@@ -197,7 +209,9 @@ def train_and_score(run, folders, augment=True, cbs=()):
     scores['AP_per_class'] = ' '.join(f'{k} {v:.3f}' for k, v in res['per_class'].items())
     cost = dict(seconds=round(took, 1), seconds_in_all=round(time.process_time() - clock, 1))
     sizes = dict(images=len(data.valid), steps=run.steps(len(data.train)), recipe=recipes[run.peer])
-    return asdict(run) | sizes | scores | cost | dict(day=date.today().isoformat(), versions=versions())
+    return (
+        asdict(run) | sizes | scores | cost | dict(day=date.today().isoformat(), machine=machine(), versions=versions())
+    )
 
 
 def full_table(seeds=(0, 1, 2), **cut):
@@ -221,7 +235,19 @@ def quick_table(seeds=(0,)):
 
 
 columns = [f.name for f in fields(Run)]
-columns += ['steps', 'recipe', 'AP', 'AP50', 'AP75', 'AP_per_class', 'seconds', 'seconds_in_all', 'day', 'versions']
+columns += [
+    'steps',
+    'recipe',
+    'AP',
+    'AP50',
+    'AP75',
+    'AP_per_class',
+    'seconds',
+    'seconds_in_all',
+    'day',
+    'machine',
+    'versions',
+]
 whole = {f.name for f in fields(Run) if f.type is int} | {'steps', 'recipe'}
 broken = {'AP', 'AP50', 'AP75', 'seconds', 'seconds_in_all'}
 
@@ -341,6 +367,22 @@ def savings_table(rows):
     return Table(savings(rows), heads | dict(said=('steps to reach it', '')))
 
 
+def state(rows):
+    "Sentences on what has been measured: how many of the runs, what is missing, with what, when."
+    runs = list(full_table())
+    have = {key(r) for r in rows}
+    lacking = Counter(f"{o.data} seed {o.seed}" for o in runs if key(o) not in have)
+    res = [f'{len(runs) - lacking.total()} of {len(runs)} runs are measured']
+    if lacking:
+        res.append('missing: ' + ', '.join(f'{n} of {k}' for k, n in lacking.items()))
+    for k in ('machine', 'versions'):
+        res += sorted({r[k] for r in rows})
+    if rows:
+        days = sorted(r['day'] for r in rows)
+        res.append(f'{days[0]} to {days[-1]}, {sum(r["seconds_in_all"] for r in rows) / 3600:.1f} hours of one core')
+    return res
+
+
 def work(run, folders):
     warnings.simplefilter('ignore')
     torch.set_num_threads(1)
@@ -413,7 +455,7 @@ def main(argv=None):
         print(comparison_table(rows, metric), end='\n\n')
     if savings(rows):
         print(savings_table(rows), end='\n\n')
-    print('\n'.join([*shortfalls(rows), f'{len(rows)} of {len(mine)} runs']))
+    print('\n'.join([*shortfalls(rows), f'{len(rows)} of {len(mine)} runs have a row']))
     if lost:
         sys.exit('\n'.join(lost))
 

@@ -83,7 +83,7 @@ def test_rows_that_are_there_are_not_made_again(arguments, capsys, monkeypatch):
     main([*arguments, '--seeds', '0', '1', '--jobs', '1'])
     out = arguments[arguments.index('--out') + 1]
     rows = read_rows(out)
-    assert {r['seed'] for r in rows} == {0, 1} and '2 of 2 runs' in capsys.readouterr().out
+    assert {r['seed'] for r in rows} == {0, 1} and '2 of 2 runs have a row' in capsys.readouterr().out
     monkeypatch.setattr(transfer, 'train_and_score', lambda run, folders: fake(run.seed, 0.5))
     main([*arguments, '--seeds', '0', '1', '2'])
     assert '1 runs to do, 2 rows' in capsys.readouterr().out
@@ -148,6 +148,12 @@ def test_the_full_table_has_every_row_once_and_the_quick_one_is_a_part():
     assert [o.seed for o in runs] == sorted(o.seed for o in runs)  # whole tables first
     quick = quick_table()
     assert {(o.family, o.peer) for o in quick} == {(o.family, o.peer) for o in runs}
+    said = transfer.state(
+        [fake(0, 0.5, **dict(backbone='efficientnet_lite0', size=160, epochs=4)) | dict(day='2026-01-01')]
+    )
+    assert said[0] == f'1 of {len(runs)} runs are measured' and said[1].startswith(
+        'missing: 33 of pets seed 0, 30 of bccd'
+    )
     assert all(o.data == 'pets' and o.epochs < runs[0].epochs for o in quick)
 
 

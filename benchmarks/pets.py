@@ -122,7 +122,7 @@ def table(results):
     )
     machine = ', '.join(f'{k} {v}' for k, v in r['machine'].items())
     return Table(
-        shown, heads, note=f"{r['train_images']} images to learn from, {r['valid_images']} to measure on; {machine}"
+        shown, heads, note=f"{r['train_images']} images to train on, {r['valid_images']} to validate on; {machine}"
     )
 
 

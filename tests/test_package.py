@@ -88,6 +88,13 @@ def test_lazy_attributes():
         backbones_nb.nothing
 
 
+def test_star_import_gives_the_main_functions():
+    space = {}
+    exec('from backbones_nb import *', space)
+    assert {'create_backbone', 'list_backbones', 'register', 'from_pretrained', 'attach_neck'} <= set(space)
+    assert all(callable(space[k]) for k in backbones_nb.__all__ if k != '__version__') and '_lazy' not in space
+
+
 # --- the built package
 
 

@@ -456,6 +456,7 @@ def test_furniture():
         and 'edit' in site['repo-actions']
         and site['repo-subdir'] == 'nbs'
     )
+    assert o['format']['html']['respect-user-color-scheme'] is True
     for f in (site['favicon'], site['open-graph']['image'], '404.qmd'):
         assert (root / 'nbs' / f).exists()
     assert any('github' in o['href'] for o in site['navbar']['tools'])

@@ -26,7 +26,7 @@ from ..core.features import IMAGENET_MEAN, IMAGENET_STD, as_list
 def _image_array(
     image, # PIL image, array (H,W,3), or tensor (3,H,W); floats in [0,1] or uint8
 ) -> np.ndarray: # (H,W,3), float in [0,1]
-    "Returns the image as matplotlib shows it; raises ValueError for anything that is not an RGB image."
+    "Returns the image as matplotlib expects it; raises ValueError for anything that is not an RGB image."
     if isinstance(image, Image.Image): image = np.asarray(image.convert('RGB'))
     first = isinstance(image, Tensor)
     image = image.detach().cpu().numpy() if first else np.asarray(image)
@@ -41,8 +41,8 @@ def _image_array(
     return image.astype(float).clip(0, 1)
 
 def image_tensor(
-    img, # PIL image, array or tensor, as `_image_array` takes
-    normalize:bool=True, # by ImageNet's mean and standard deviation, as backbones want it
+    img, # PIL image, array or tensor, see `_image_array`
+    normalize:bool=True, # with ImageNet's mean and standard deviation, as backbones expect
 ) -> Tensor: # (1,3,H,W), float
     "Returns the image as a batch of one."
     x = torch.from_numpy(_image_array(img)).float().permute(2,0,1)[None].contiguous()
@@ -51,7 +51,7 @@ def image_tensor(
 
 # %% ../../nbs/analysis/26_boxes.ipynb #8fbc3eea
 class _InsideText(Text):
-    "A text that, when drawn, moves below the labels drawn before it and stays within its axes."
+    "A text that moves below earlier labels when drawn, and stays within its axes."
     def draw(self, renderer):
         room = self.axes.bbox
         t = self.get_transform()
@@ -73,9 +73,9 @@ class _InsideText(Text):
 # %% ../../nbs/analysis/26_boxes.ipynb #5f50dc05
 def _class_name(
     label:int, # class id
-    class_map=None, # as `draw_boxes` takes
-) -> str: # the name, or the id where no names are known
-    "The name of a class."
+    class_map=None, # see `draw_boxes`
+) -> str: # the name, or the id if there are no names
+    "Returns the name of a class."
     if class_map is None: return str(label)
     return class_map.get_name(label) if hasattr(class_map, 'get_name') else str(class_map[label])
 
@@ -84,10 +84,10 @@ def draw_boxes(
     image, # PIL image, array (H,W,3), or tensor (3,H,W); floats in [0,1] or uint8
     target:dict, # boxes (N,4) xyxy in pixels; may have labels, scores, masks (N,H,W) or (N,1,H,W)
     class_map=None, # an object with get_name(id), or a list of names by id; None: ids are shown
-    ax=None, # axes to draw on; None makes a figure
-    score_thr:float=.05, # detections below are left out, where there are scores
+    ax=None, # axes to draw on; None creates a figure
+    score_thr:float=.05, # detections below are left out, if there are scores
     color=None, # one color for all; None: by class
-    masks:bool=True, # draw masks, where there are any
+    masks:bool=True, # draw masks, if there are any
 ): # the Axes
     "Draws boxes, names, scores and masks on the image; raises ValueError for boxes of a shape other than (N,4)."
     im = _image_array(image)
@@ -120,14 +120,14 @@ def _draw_box(ax, box, mask, color):
         w = ax.get_xlim()[1]
         h = ax.get_ylim()[0]
         ax.imshow(tint, extent=(0, w, h, 0), interpolation='nearest')
-        if m.any() and not m.all() and min(m.shape)>1: # an outline, where a tint alone is hard to see
+        if m.any() and not m.all() and min(m.shape)>1: # an outline, since a tint alone is hard to see
             x,y = ((np.arange(n)+.5)*o/n for n,o in zip(m.shape[::-1], (w,h)))
             ax.contour(x, y, m, levels=[.5], colors=[color], linewidths=1.2)
     for lw,ec,gid in ((3.4, 'white', 'rim'), (2, color, 'box')):
         ax.add_patch(Rectangle((x0, y0), x1-x0, y1-y0, fill=False, ec=ec, lw=lw, gid=gid))
 
 def _write_label(ax, box, i, target, class_map, color):
-    "Writes name and score of the i-th box at its upper left corner."
+    "Writes the name and score of the i-th box at its upper left corner."
     text = [_class_name(int(target['labels'][i]), class_map)] if target.get('labels') is not None else []
     if target.get('scores') is not None: text.append(f"{float(target['scores'][i]):.2f}")
     ink = 'white' if np.dot(color, (.3,.59,.11))<.62 else palette['ink']
@@ -136,7 +136,7 @@ def _write_label(ax, box, i, target, class_map, color):
 
 # %% ../../nbs/analysis/26_boxes.ipynb #0077d60b
 def _panel_grid(ims, k, ncols, figsize, text):
-    "A figure and its grid: `ncols` images in a row, `k` panels each, with `text` inches below each row."
+    "Returns a figure and its grid: `ncols` images per row, `k` panels each, `text` inches below each row."
     tall = [max(o.shape[0]/o.shape[1] for o in ims[i:i+ncols]) for i in range(0, len(ims), ncols)]
     widths = (([1]*k+[.08])*ncols)[:-1] if k>1 else [1]*ncols
     fig = plt.figure(figsize=figsize or (8.4, 8.4/sum(widths)*sum(tall)+.32+len(tall)*text), dpi=110)
@@ -147,21 +147,21 @@ def _panel_grid(ims, k, ncols, figsize, text):
 
 # %% ../../nbs/analysis/26_boxes.ipynb #10e2a3fa
 def show_side_by_side(
-    images, # as `draw_boxes` takes, one or more
+    images, # one or more, see `draw_boxes`
     targets, # ground truth, one dict per image; None: detections only
     preds=None, # detections, one dict per image; None: ground truth only
-    class_map=None, # as `draw_boxes` takes
-    ncols:int=2, # images (with their pair) in a row
-    score_thr:float=.5, # detections below are left out
-    figsize=None, # (width, height) in inches; None: 8.4 wide, as high as the images need
-    masks:bool=True, # draw masks, where there are any
-    captions=None, # a text per image, written below it; None: none
+    class_map=None, # see `draw_boxes`
+    ncols:int=2, # images (with their predictions) per row
+    score_thr:float=.5, # drop detections below
+    figsize=None, # (width, height) in inches; None: 8.4 wide, as tall as the images need
+    masks:bool=True, # draw masks, if there are any
+    captions=None, # a text per image, written below it
 ): # the Figure
     "Draws each image with its ground truth and, to the right, its detections; returns the Figure."
     sides = [(k,v) for k,v in (('ground truth', targets), ('prediction', preds)) if v is not None]
     if not sides or not len(images) or any(len(v)!=len(images) for _,v in sides): raise ValueError(
         f'got {len(images)} images with {" and ".join(f"{len(v)} {k} dicts" for k,v in sides) or "no dicts"}, '
-        'expected one dict per image: give lists of equal length')
+        'expected one dict per image: pass lists of equal length')
     ims = [_image_array(o) for o in images]
     k = len(sides)
     ncols = min(ncols, len(images))
@@ -177,15 +177,15 @@ def show_side_by_side(
 # %% ../../nbs/analysis/26_boxes.ipynb #9f6d697c
 def feature_grid(
     maps, # feature maps (1,C,H,W) or (C,H,W), finest first
-    img=None, # the image that they came from, as `_image_array` takes
-    titles=None, # one per map; None: stride (where `img` is given) and shape
-    n:int=1, # rows: 1 shows the mean over channels, more the n channels that vary most
+    img=None, # the image that they came from, see `_image_array`
+    titles=None, # one per map; None: stride (if `img` is given) and shape
+    n:int=1, # rows: 1 shows the mean over channels, n>1 the n channels that vary most
     cmap='viridis', # colors, dark to light
 ): # the Figure
-    "Draws one panel per map beside the image, cut at the 1st and 99th percentile of each; returns the Figure."
+    "Draws one panel per map beside the image, clipped at its 1st and 99th percentile; returns the Figure."
     maps = [m.detach().float().cpu() for m in as_list(maps)]
     if not maps or any(m.dim() not in (3,4) for m in maps): raise ValueError(f'got maps of shapes '
-        f'{[tuple(m.shape) for m in maps]}, expected a list of (1,C,H,W): give the output of a backbone')
+        f'{[tuple(m.shape) for m in maps]}, expected a list of (1,C,H,W): pass the output of a backbone')
     maps = [m[0] if m.dim()==4 else m for m in maps]
     im = None if img is None else _image_array(img)
     k = int(im is not None)

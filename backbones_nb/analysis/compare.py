@@ -33,20 +33,20 @@ def _label(pair):
 
 # %% ../../nbs/analysis/92_compare.ipynb #2b2856d9
 def _shape_of(build):
-    "The result of `build`, on the meta device if possible: shapes and names, no values, no memory."
+    "Returns the result of `build`, on the meta device if possible: shapes and names, no values, no memory."
     try:
         with torch.device('meta'): return build()
     except Exception: return build()
 
 def _fill(net, seed):
-    "A reference with random weights, and NaN in any tensor that randomize_ does not reach."
+    "Returns a reference with random weights, and NaN in any tensor that randomize_ does not set."
     norms = 'running_mean','running_var','num_batches_tracked'
     on_meta = (all(p.is_meta for p in net.parameters())
                and all(n.endswith(norms) for n,_ in net.named_buffers()))
     return randomize_(filled_copy(net, float('nan')) if on_meta else net, seed)
 
 def _load(pair, ref, ours):
-    "Gives ours the tensors of the reference, strictly; one left on the meta device could not run."
+    "Loads the reference's tensors into ours, strictly; a tensor left on the meta device could not run."
     sd = pair.weights(ref, ours) if callable(pair.weights) else weights_for(ref, ours, pair.weights)
     ours.load_state_dict(sd, strict=True, assign=True)
 
@@ -54,7 +54,7 @@ def _load(pair, ref, ours):
 def _build_pair(
     pair, # a `Pair`
     seed:int=0, # of the weights
-) -> tuple: # ours and the reference with equal weights, or why the library cannot build it
+) -> tuple: # ours, and the reference with equal weights or why the library cannot build it
     "Returns both models at their common strides; raises ValueError if the weights do not fit."
     ours = _shape_of(lambda: create_backbone(pair.name, **pair.config))
     try: ref = _shape_of(lambda: build_reference(pair, ours))
@@ -66,11 +66,11 @@ def _build_pair(
 # %% ../../nbs/analysis/92_compare.ipynb #f59b4020
 def compare_pair(
     pair, # a `Pair`
-    sizes=None, # pixels: int or (height, width); None: the row's own, else `_default_sizes`
+    sizes=None, # pixels: int or (height, width); None: the row's own, or `_default_sizes`
     tol:float=1e-5, # largest relative error of a map
     seed:int=0, # of weights and noise
 ) -> dict: # the row of the table
-    "Returns how far ours is from its reference, with the reason if they cannot be compared."
+    "Returns the difference between ours and its reference, with the reason if they cannot be compared."
     start = time.perf_counter()
     sizes = sizes or pair.sizes or _default_sizes
     tol,dtype = (1e-11,torch.float64) if pair.double else (tol,torch.float32)
@@ -96,7 +96,7 @@ _columns = dict(ours=('ours',''), whose=('configuration of',''), reference=('ref
     worst=('worst',_exponent), tol=('tolerance','.0e'), verdict=('verdict',''))
 
 class ParityTable(Table):
-    "Rows of `compare_pair`; `failed` are those that are not equal, `missing` those without a reference."
+    "Rows of `compare_pair`; `failed` holds those that differ, `missing` those without a reference."
     def __init__(self, rows, facts):
         super().__init__(rows, _columns)
         self.facts = facts
@@ -128,9 +128,9 @@ def parity_table(
     sizes=None, # see `compare_pair`
     tol:float=1e-5, # largest relative error of a map
     seed:int=0, # of weights and noise
-    callback=None, # called with (number, how many, row) after each row
+    callback=None, # called with (number, total, row) after each row
 ) -> ParityTable:
-    "Returns the comparison of all rows that match, one pair in memory at a time; raises ValueError if none matches."
+    "Returns the comparison of all matching rows, one pair in memory at a time; raises ValueError if none matches."
     rows = []
     chosen = find_pairs(patterns)
     for i,p in enumerate(chosen, 1):

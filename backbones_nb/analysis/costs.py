@@ -24,8 +24,8 @@ from ..core.create import create_backbone
 # %% ../../nbs/analysis/05_costs.ipynb #5ebae855
 def count_params(
     model:nn.Module,
-    trainable:bool=None, # True: only those that train; False: only frozen ones; None: all
-) -> int: # shared parameters counted once, buffers (running statistics) not
+    trainable:bool=None, # True: only trainable ones; False: only frozen ones; None: all
+) -> int: # shared parameters are counted once, buffers (running statistics) are not
     "Returns the number of parameters; raises TypeError for an object that is not an nn.Module."
     ps = _module(model).parameters()
     return sum(p.numel() for p in ps if trainable is None or p.requires_grad==trainable)
@@ -46,7 +46,7 @@ def _pair(size):
     return ok
 
 def _input(model, size, batch=1):
-    "The input that `size` stands for, and the (height, width) that its strides refer to."
+    "Returns the input that `size` describes, and the (height, width) that strides refer to."
     if isinstance(size, Tensor): return size,(tuple(size.shape[-2:]) if size.dim()==4 else None)
     if isinstance(size, (list,tuple)) and size and isinstance(size[0], Tensor): # maps for a neck
         s = getattr(model, 'in_strides', (0,))[0]
@@ -57,7 +57,7 @@ def _input(model, size, batch=1):
 
 # %% ../../nbs/analysis/05_costs.ipynb #1fd4bac1
 def _twin(model, meta):
-    "A copy to experiment on, on the meta device (shapes, no values, no memory) or with values."
+    "Returns a copy to experiment on, on the meta device (shapes, no values, no memory) or with values."
     def f(t):
         new = t.detach().to('meta') if meta else _real(t.detach())
         return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
@@ -65,7 +65,7 @@ def _twin(model, meta):
     return deepcopy(model, {id(t):f(t) for t in tensors})
 
 def _real(t):
-    "`t`, or zeros where it has no values."
+    "Returns `t`, or zeros if it has no values."
     return torch.zeros_like(t, device='cpu') if t.is_meta else t
 
 # %% ../../nbs/analysis/05_costs.ipynb #2855e28f
@@ -75,7 +75,7 @@ class _Ledger(TorchDispatchMode):
         super().__init__()
         self.written = self.live = self.peak = 0
         self._known = set()
-        self._given = [t.untyped_storage() for t in given] # weights: there before, not counted
+        self._given = [t.untyped_storage() for t in given] # weights: allocated before, not counted
         self._known.update(id(s) for s in self._given)
 
     def add(self, results):
@@ -126,7 +126,7 @@ class _Trace:
 # %% ../../nbs/analysis/05_costs.ipynb #701d46bd
 @patch
 def _book(self:_Trace):
-    "Adds what was counted since the last change of module to the module that was running."
+    "Adds the counts since the last change of module to the module that was running."
     now = (self.flops.get_total_flops()//2, self.ledger.written)
     was = self.own.get(self._stack[-1], (0,0))
     self.own[self._stack[-1]] = tuple(w+n-l for w,n,l in zip(was, now, self._last))
@@ -169,7 +169,7 @@ def _trace(
         given = ' and '.join(str(tuple(t.shape)) for t in tree_leaves(x))
         raise ValueError(f'{type(model).__name__} does not run on an input of {given}: '
             f"{str(e).splitlines()[0].rstrip('.')}; "
-            'give a larger size, or an input of the kind that the model takes') from e
+            'pass a larger size, or the kind of input that the model expects') from e
 
 # %% ../../nbs/analysis/05_costs.ipynb #88b3ee5e
 def count_macs(
@@ -183,9 +183,9 @@ def peak_memory(
     model:nn.Module,
     size=224, # pixels: int or (height, width); or an input
     batch:int=1, # images
-    train:bool=False, # with the backward pass: what it needs kept, and gradients
+    train:bool=False, # with the backward pass: saved activations and gradients
 ) -> float: # MB (1e6 bytes): input, activations, gradients; no weights, no optimizer state
-    "Returns the most memory that is alive at once during a pass."
+    "Returns the peak memory that is alive at once during a pass."
     return _trace(model, size, batch, train)[1].peak/1e6
 
 # %% ../../nbs/analysis/05_costs.ipynb #ae35c2c8
@@ -193,7 +193,7 @@ from ..core.tables import Table
 
 # %% ../../nbs/analysis/05_costs.ipynb #faabfe06
 def _parts(model, tr):
-    "(stage, module names) of the rows in order; a group of the trunk is cut after each map."
+    "Returns (stage, module names) of the rows in order; a group of the trunk is split after each map."
     if not hasattr(model, 'trunk'):
         order = {k:i for i,k in enumerate(tr.out)}
         first = {n:min((order[id(o)] for o in m.modules() if id(o) in order), default=len(order))
@@ -216,7 +216,7 @@ def _row(stage, module, macs=0, mem=0, params=0, shape=None, is_map=False, hw=No
 
 # %% ../../nbs/analysis/05_costs.ipynb #9254bdc4
 class _Summary(Table):
-    "The table of a model: `rows`, `total`, and how it shows itself."
+    "The table of a model, with `rows` and `total`."
     def __init__(self, rows, total, note):
         for r in rows: r['hxw'] = f"{r['height']}x{r['width']}" if r['height'] else None
         cols = dict(stage=('stage',''), module=('module',''),
@@ -233,7 +233,7 @@ def summary(
     size=224, # pixels: int or (height, width); or an input: a tensor, a list of maps for a neck
     batch:int=1, # images
 ) -> _Summary: # a row per stage; for other modules one per child, in order of execution
-    "Returns output and costs of each part of `model`; raises ValueError for an unfit input."
+    "Returns the output and costs of each part of `model`; raises ValueError for an unsuitable input."
     twin,tr,hw = _trace(model, size, batch)
     rows,used,counted = [],set(),set()
     def cost(mods):
@@ -264,7 +264,7 @@ def summary(
 
 # %% ../../nbs/analysis/05_costs.ipynb #127f7862
 def _costs(m, size):
-    "Costs of a module or a registered name; published numbers are used as given."
+    "Returns the costs of a module or a registered name; published numbers are used as given."
     if isinstance(m, dict): return dict(m)
     return dict(summary(create_backbone(m) if isinstance(m, str) else m, size).total)
 

@@ -28,7 +28,7 @@ _kind_colors = dict(layer=palette['backbone'], neck=palette['neck'], head=palett
 
 # %% ../../nbs/analysis/08_diagram.ipynb #cabbae6a
 def _rounded(points, r):
-    "A path through the points with corners of radius r."
+    "Returns a path through the points with corners of radius r."
     verts,codes = [points[0]],[Path.MOVETO]
     def toward(q, o):
         d = max(abs(o[0]-q[0])+abs(o[1]-q[1]), 1e-9)
@@ -75,9 +75,9 @@ def draw_blocks(
     nodes:dict, # name -> (row, column, text, kind): rows from the top, kind in `_kind_colors`
     edges:list, # (source, target), (source, target, label) or (source, target, label, route)
     title:str=None,
-    ax=None, # axes to draw on; None makes a figure of the right size
-    fontsize:float=9.5, # points; made smaller where the diagram would be wider than `width`
-    width:float=7.6, # inches, at most, as long as the text keeps 6.5 points
+    ax=None, # axes to draw on; None creates a figure of the right size
+    fontsize:float=9.5, # points; reduced if the diagram would be wider than `width`
+    width:float=7.6, # maximum, inches, as long as the text has at least 6.5 points
 ): # the Axes
     "Draws boxes on a grid with arrows that go around them; returns the Axes. Raises ValueError for unknown names."
     _check_blocks(nodes, edges)
@@ -108,7 +108,7 @@ class _NormTracer(fx.Tracer):
 def _is_unit(
     m:nn.Module, # any module
 ) -> bool: # whether it is drawn as one box
-    "Whether a module is only a chain of one convolution (or a depth-wise and a point-wise one), norm, activation."
+    "Returns whether a module is just a chain of one convolution (or depth-wise and point-wise), norm, activation."
     parts = [o for o in m.modules() if isinstance(o, _norms) or not any(True for _ in o.children())]
     convs = [o for o in parts if isinstance(o, nn.Conv2d)]
     known = all(isinstance(o, (nn.Conv2d, *_norms, *_acts, *_idle)) for o in parts)
@@ -119,7 +119,7 @@ def _is_unit(
 
 # %% ../../nbs/analysis/08_diagram.ipynb #b3e38cab
 class _UnitTracer(_NormTracer):
-    "fx's tracer, which opens neither units nor classes in `whole`; the module itself is always opened."
+    "fx's tracer, which does not trace into units or classes in `whole`, only into the module itself."
     def __init__(self, whole=()):
         super().__init__()
         self.whole = whole
@@ -152,7 +152,7 @@ class _Results(fx.Interpreter):
 
 @torch.no_grad()
 def _run_graph(module, x, whole=()):
-    "The wrapped module and its traced graph with shapes; raises ValueError if torch.fx cannot trace the module."
+    "Returns the wrapped module and its traced graph with shapes; raises ValueError if torch.fx cannot trace it."
     root = _Feed(module, x)
     with eval_mode(module):
         try: graph = _UnitTracer(whole).trace(root)
@@ -188,14 +188,14 @@ def _module_text(
 
 # %% ../../nbs/analysis/08_diagram.ipynb #e3e21ece
 def _folds_in(n, m, fn):
-    "Whether a node is a norm or an activation, and the only reader of the node before it."
+    "Returns whether a node is a norm or an activation, and the only user of its input."
     if not isinstance(m, _acts+_norms) and fn not in ('relu','relu_'): return False
     return sum(u.op=='output' or bool(u.meta.get('out')) for u in n.all_input_nodes[0].users)==1
 
 def _whole_text(m, whole): return whole.get(type(m).__name__) if isinstance(whole, Mapping) else None
 
 def _passes(n, m, fn):
-    "Whether a node returns its input unchanged: identities, and the parts of a split."
+    "Returns whether a node returns its input unchanged: identities, and the parts of a split."
     return (isinstance(m, _idle) or type(m).__name__=='DropPath' or fn in ('contiguous','clone')
             or fn=='getitem' and isinstance(n.args[0].meta['out'], list))
 
@@ -205,7 +205,7 @@ def _fold_in(box, m):
     box['text'] += (' ' if box['text'].split('\n')[-1] in ('BN','GN','LN') else '\n')+text
 
 def _new_box(m, fn, src, whole):
-    "Text and kind of the box of an operation: a module, or a function of the maps `src`."
+    "Returns text and kind of the box of an operation: a module, or a function of the maps `src`."
     text = _whole_text(m, whole) or _module_text(m) if m else _functions.get(fn, fn)
     merge = not m and (len(src)>1 or text=='concat')
     return text,'merge' if merge else 'attention' if type(m).__name__ in whole else 'layer'
@@ -256,11 +256,11 @@ def module_graph(
 # %% ../../nbs/analysis/08_diagram.ipynb #aa34fdea
 def draw_module_graph(
     module:nn.Module, # a block that torch.fx can trace
-    x, # as `module_graph` takes
-    whole=(), # as `module_graph` takes
+    x, # see `module_graph`
+    whole=(), # see `module_graph`
     kind='layer', # of all boxes but merges, gates and data: 'neck' and 'head' change the color
     title:str=None,
-    ax=None, # axes to draw on; None makes a figure of the right size
+    ax=None, # axes to draw on; None creates a figure of the right size
     **kwargs, # fontsize, width: see `draw_blocks`
 ): # the Axes
     "Draws the graph of the live module with measured shapes; raises ValueError if torch.fx cannot trace it."

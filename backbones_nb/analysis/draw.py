@@ -21,12 +21,12 @@ from ..core.features import as_list
 
 # %% ../../nbs/analysis/06_draw.ipynb #15cd56e9
 def _steps(model):
-    "Names of the modules to watch: the last of each group of the trunk, and those that give a map."
+    "Returns the names of the modules to hook: the last of each trunk group, and those that return a map."
     rows = {r['module'] for r in model.rows}
     return [o for v in model.trunk.values() for o in v if o==v[-1] or o in rows]
 
 def _measure(model, size):
-    "Shapes (C,H,W) by module, and all maps, of one forward pass in eval mode; the model stays as it was."
+    "Returns shapes (C,H,W) by module and all maps of a forward pass in eval mode; the model is unchanged."
     shapes,hooks = {},[]
     steps = _steps(model)
     p = next(model.parameters(), torch.zeros(1))
@@ -44,7 +44,7 @@ def _stages_of(
     model:nn.Module, # a `Backbone`
     size, # (height, width) of the zero image that is sent through, pixels
 ): # list of dicts: name, shape (C,H,W), stride, tag ('C3' where selected, else ''); list of the selected maps
-    "Returns what each group of the trunk puts out, by one forward pass in eval mode; the model stays as it was."
+    "Returns the output of each trunk group in a forward pass in eval mode; the model is unchanged."
     shapes,maps = _measure(model, size)
     ends = {v[-1]:k for k,v in model.trunk.items()}
     tagged = {r['module'] for r in model.rows}
@@ -70,7 +70,7 @@ def _block_size(shape, size):
     return .1*max(log2(shape[0])-2, .8),_TALL*(max(shape[-2:])/max(size))**.5
 
 def _cuboid(ax, x, y, w, h, color, depth=.3):
-    "Draws a block with its front face centered on (x,y); the top is lit, the side in shade."
+    "Draws a block with its front face centered on (x,y), the top lighter, the side darker."
     x0,y0 = x-w/2, y-h/2
     x1,y1 = x0+w, y0+h
     dx = depth*h
@@ -145,7 +145,7 @@ def _draw_pyramid(ax, neck, pyramid, tips, x, size):
 def draw_backbone(
     model:nn.Module, # a `Backbone`, or one that carries a neck (`has_neck`, `body`, `neck`)
     size=224, # side or (height, width) of the image, pixels
-    ax=None, # axes to draw on; None makes a figure
+    ax=None, # axes to draw on; None creates a figure
 ): # the Axes
     "Draws the stages of the live model with measured shapes, selected maps marked, its neck above; returns the Axes."
     size = (size, size) if isinstance(size, int) else tuple(size)

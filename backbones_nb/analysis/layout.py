@@ -34,7 +34,7 @@ def route_edges(
 
 # %% ../../nbs/analysis/27_layout.ipynb #cffe9de5
 def _assign_lanes(arrows):
-    "Gives each arrow that leaves its row a lane and a place to turn; returns lanes per band and turns per gap."
+    "Assigns a lane and a turning point to each arrow that leaves its row; returns lanes per band, turns per gap."
     lanes = defaultdict(list)
     gaps = defaultdict(dict)
     away = [e for e in arrows if e['route'] in ('over','under','lane')]
@@ -81,7 +81,7 @@ def measure_grid(nodes, arrows, size):
 
 # %% ../../nbs/analysis/27_layout.ipynb #94a44376
 def _port_position(e, end, arrows, g):
-    "Where on a box's side an arrow ends: incoming on the left, outgoing on the right, long routes outside."
+    "Returns where an arrow meets a box's side: incoming left, outgoing right, long routes outside."
     def key(o, end): return (end=='s', o['lane'] if end=='t' else -o['lane'])
     keys = sorted({key(o, k) for o in arrows for k in 'st' if o[k]==e[end] and o['route']==e['route']})
     x,_,w,_ = g.at[e[end]]

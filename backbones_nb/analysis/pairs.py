@@ -29,7 +29,7 @@ from ..necks.resnet_fpn import resnet_fpn_bodies
 # %% ../../nbs/analysis/62_pairs.ipynb #de96a590
 @dataclass(frozen=True)
 class Pair:
-    "A model of ours and the reference it must equal: a row of the parity table."
+    "One of our models and the reference that it must equal: a row of the parity table."
     name:str # registered name of ours
     library:str # where the reference comes from, a key of `references`
     ref:str # its name there
@@ -174,6 +174,6 @@ def find_pairs(
     hits = {o:[p for p in pairs if any(fnmatch(n, o) for n in names(p))] for o in patterns}
     for o,found in hits.items():
         if not found: raise ValueError(f'no row of the parity table matches {o!r}.'
-            f"{did_you_mean(o, sorted({n for p in pairs for n in names(p)}))} Give a name of 'backbones-nb list', or a "
+            f"{did_you_mean(o, sorted({n for p in pairs for n in names(p)}))} Pass a name from 'backbones-nb list' or a "
             "pattern such as 'timm/*'")
     return [p for p in pairs if not hits or any(p in found for found in hits.values())]

@@ -18,8 +18,8 @@ palette = dict(backbone='#0072B2', neck='#E69F00', head='#009E73',   # the parts
 
 # %% ../../nbs/analysis/24_palette.ipynb #e7e1fe40
 def mix(
-    color, # anything that matplotlib takes for a color
-    share:float, # 1 keeps the color, 0 gives the other
+    color, # any matplotlib color
+    share:float, # 1 keeps the color, 0 returns `other`
     other='white', # what to mix in
 ) -> tuple: # RGB in [0,1]
     "Returns a tint of `color`."
@@ -28,7 +28,7 @@ def mix(
 def class_color(
     label:int, # class id
 ) -> tuple: # RGB in [0,1]
-    "Returns the color of a class: six that color-blind readers tell apart, then hues by the golden angle."
+    "Returns the color of a class: six that color-blind readers can distinguish, then hues by the golden angle."
     first = '#0072B2','#D55E00','#009E73','#CC79A7','#E69F00','#56B4E9'
     i = int(label)-1
     return to_rgb(first[i]) if 0<=i<len(first) else tuple(float(o) for o in hsv_to_rgb((i*.618034%1, .75, .8)))

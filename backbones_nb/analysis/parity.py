@@ -24,11 +24,11 @@ from ..core.tables import Table
 _wrong_input = RuntimeError,ValueError,TypeError,AttributeError,LookupError,AssertionError
 
 def _norms(model):
-    "Modules with running statistics: batch norms, frozen ones included."
+    "Returns the modules with running statistics: batch norms, including frozen ones."
     return [m for m in model.modules() if isinstance(getattr(m, 'running_var', None), Tensor)]
 
 def _settle(model, x, rand):
-    "Gives each norm, in order of execution, perturbed statistics of its input."
+    "Sets each norm, in order of execution, to perturbed statistics of its input."
     def f(m, args):
         var,mean = torch.var_mean(args[0].transpose(0, 1).flatten(1), 1)
         m.running_var.copy_(var.clamp(min=0.1*var.mean().item()+1e-3) * rand(var, .7, 1.4))
@@ -45,13 +45,13 @@ def _settle(model, x, rand):
 def randomize_(
     model:nn.Module, # changed in place
     seed:int=0,
-    x=None, # example input; None: noise of 128 px, where the net begins with a convolution
-) -> nn.Module: # itself, in the mode it was in
+    x=None, # example input; None: noise of 128 px, if the net starts with a convolution
+) -> nn.Module: # itself, in its previous mode
     """Returns `model` with every parameter and running statistic random, fixed by the seed.
 
     Weights get the variance of He et al. 2015 (arXiv:1502.01852), batch norms the perturbed
-    statistics of their input: nothing stays at 0 or 1, signals neither vanish nor explode. Buffers
-    of other kinds stay."""
+    statistics of their input: nothing stays at 0 or 1, and signals neither vanish nor explode.
+    Other buffers are unchanged."""
     g = torch.Generator().manual_seed(seed)
     def normal(t, std): return (torch.randn(t.shape, generator=g)*std).to(t)
     def rand(t, lo, hi): return (torch.rand(t.shape, generator=g)*(hi-lo)+lo).to(t)
@@ -71,7 +71,7 @@ def randomize_(
 
 # %% ../../nbs/analysis/07_parity.ipynb #dab92132
 def _tensors(m):
-    "Parameters and buffers by name, without batch norm's batch counter, which outputs do not use."
+    "Returns parameters and buffers by name, without batch norm's counter, which does not affect outputs."
     sd = m.state_dict() if isinstance(m, nn.Module) else m
     return {k:v for k,v in sd.items() if not k.endswith('num_batches_tracked')}
 
@@ -83,14 +83,14 @@ def _left(what, keys, sd):
 
 # %% ../../nbs/analysis/07_parity.ipynb #d2069c33
 def match_keys(
-    src, # module or state dict that has the weights
-    dst:nn.Module, # module that wants them
-    renames=None, # (regular expression, replacement) pairs, applied to each key of `src` in turn
+    src, # module or state dict with the weights
+    dst:nn.Module, # module to load them into
+    renames=None, # (regular expression, replacement) pairs, applied to each key of `src` in order
 ) -> dict: # key in `dst` -> key in `src`
     """Returns which tensor of `src` goes where; raises ValueError listing unmatched tensors.
 
-    With `renames` by name and shape; without, the n-th tensor of a shape and last name goes to the
-    n-th of the same."""
+    With `renames`, tensors match by name and shape; without, the n-th tensor of a shape and last
+    name component goes to the n-th of the same."""
     a = _tensors(src)
     b = _tensors(dst)
     def name(k):
@@ -100,7 +100,7 @@ def match_keys(
     for k,v in a.items(): have[name(k),v.shape].append(k)
     for (n,_),ks in have.items():
         if renames is not None and len(ks)>1:
-            raise ValueError(f'got renames that give {ks[0]} and {ks[1]} the same name {n!r}, '
+            raise ValueError(f'got renames that map {ks[0]} and {ks[1]} to the same name {n!r}, '
                 'expected one name per tensor: make the rules more specific')
     for k,v in b.items():
         ks = have[k if renames is not None else name(k), v.shape]
@@ -111,14 +111,14 @@ def match_keys(
     if over or short:
         raise ValueError(f'matched {len(res)} tensors by {how} and shape, but '
             f"{_left('source', over, a)} and {_left('target', short, b)} are left over: "
-            'give renames that map them, or fix the model')
+            'pass renames that map them, or fix the model')
     return res
 
 # %% ../../nbs/analysis/07_parity.ipynb #74922e6f
 @torch.no_grad()
 def map_weights(
-    src, # module or state dict that has the weights
-    dst:nn.Module, # module that gets them, changed in place
+    src, # module or state dict with the weights
+    dst:nn.Module, # module to load them into, changed in place
     renames=None, # as in `match_keys`; None: by order and shape
 ) -> nn.Module: # `dst`
     "Returns `dst` with the tensors of `src`; raises ValueError listing unmatched tensors."
@@ -133,7 +133,7 @@ def rel_error(
     a:Tensor, # ours
     b:Tensor, # the reference
 ) -> float: # 0 if equal; inf or nan if either is not finite or only the reference is zero
-    "Returns max|a-b| / max|b|; raises ValueError where the shapes differ."
+    "Returns max|a-b| / max|b|; raises ValueError if the shapes differ."
     return _errors(a, b)[2]
 
 def _errors(a, b):
@@ -141,8 +141,8 @@ def _errors(a, b):
         raise ValueError(f'got shapes {tuple(a.shape)} and {tuple(b.shape)}, expected equal ones: '
             'compare maps of the same stride and input')
     if not a.numel():
-        raise ValueError(f'got tensors of shape {tuple(a.shape)}, expected some elements '
-            'to compare: give a larger input')
+        raise ValueError(f'got tensors of shape {tuple(a.shape)}, expected at least one element '
+            'to compare: pass a larger input')
     a,b = (o.detach().cpu().double() for o in (a, b))
     d = (a-b).abs().max().item()
     m = b.abs().max().item()
@@ -150,7 +150,7 @@ def _errors(a, b):
 
 # %% ../../nbs/analysis/07_parity.ipynb #22b999b5
 def _run(model, x, dtype, f=None):
-    "Maps of `model` for `x` in eval mode and `dtype`; the model stays as it was."
+    "Returns the maps of `model` for `x` in eval mode and `dtype`; the model is unchanged."
     p = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(1, dtype=dtype))
     if p.dtype!=dtype: model = deepcopy(model).to(dtype)
     with eval_mode(model),torch.no_grad():
@@ -173,15 +173,15 @@ class Errors(Table):
 
 # %% ../../nbs/analysis/07_parity.ipynb #33e2a531
 def compare_maps(
-    ours:nn.Module, # gives a map, or a list, tuple or mapping of them
-    reference:nn.Module, # gives as many
+    ours:nn.Module, # returns a map, or a list, tuple or mapping of them
+    reference:nn.Module, # returns the same number
     size=224, # pixels: int or (height, width); or the input (B,3,H,W) itself
-    sizes=None, # several of these instead
+    sizes=None, # several sizes instead
     batch:int=2, # images of noise
     seed:int=0, # of the noise
-    dtype=torch.float32, # float64 tells rounding (falls to 1e-15) from a true difference (stays)
+    dtype=torch.float32, # float64 separates rounding (drops to 1e-15) from true differences (stay)
 ) -> Errors: # a row per map and size: size, map, shape, max_diff, max_ref, rel
-    "Returns how far two models' maps differ in eval mode; raises ValueError if their shapes do."
+    "Returns how much two models' maps differ in eval mode; raises ValueError if their shapes differ."
     rows = []
     for s in [size] if sizes is None else sizes:
         x = _noise(s, batch, seed)
@@ -189,7 +189,7 @@ def compare_maps(
         b = as_list(_run(reference, x, dtype))
         if len(a)!=len(b):
             raise ValueError(f'got {len(a)} maps from ours and {len(b)} from the reference, '
-                'expected as many from both: select the same strides')
+                'expected the same number from both: select the same strides')
         for i,(p,q) in enumerate(zip(a, b)):
             d,m,e = _errors(p, q)
             rows.append(dict(size='x'.join(map(str, x.shape[2:])), map=str(i),
@@ -201,7 +201,7 @@ def compare_maps(
 def assert_parity(
     ours:nn.Module,
     reference:nn.Module,
-    size=224, # as in `compare_maps`, like all that follow
+    size=224, # as in `compare_maps`, like the rest
     sizes=None,
     tol:float=1e-5, # largest relative error allowed
     **kwargs, # batch, seed, dtype
@@ -217,7 +217,7 @@ def assert_parity(
 
 # %% ../../nbs/analysis/07_parity.ipynb #994483a8
 def _convs(model, x):
-    "(name, output) of every convolution and linear layer, in the order of execution."
+    "Returns (name, output) of every convolution and linear layer, in execution order."
     res = []
     layers = [(n,m) for n,m in model.named_modules()
               if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
@@ -237,7 +237,7 @@ def locate(
     seed:int=0,
     dtype=torch.float32,
 ) -> Errors: # a row per convolution up to the first that differs, which is the last row
-    "Returns where two models diverge: after the last row but one, before the last."
+    "Returns where two models diverge: between the last two rows."
     rows = []
     x = _noise(size, 2, seed)
     mine = _run(ours, x, dtype, _convs)

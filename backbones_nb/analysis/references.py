@@ -28,9 +28,9 @@ from ..backbones.torchvision import SizesOnCPU
 
 # %% ../../nbs/analysis/91_references.ipynb #0c3e6e81
 def _from_timm(
-    pair, # has `ref` and `args`, such as a `Pair`
-    ours, # our model; the strides that both have get selected
-) -> nn.Module: # gives maps
+    pair, # with `ref` and `args`, such as a `Pair`
+    ours, # our model; the strides that both have are selected
+) -> nn.Module: # returns maps
     "Returns timm's model with maps at our strides; raises LookupError if timm has no such model."
     if not timm.is_model(pair.ref): raise LookupError(
         f'timm {timm.__version__} has no {pair.ref}')
@@ -63,9 +63,9 @@ class _Hooked(nn.Module):
 
 # %% ../../nbs/analysis/91_references.ipynb #e653532f
 def _from_torchvision(
-    pair, # has `ref` and `args`
-    ours, # our model; all its strides get selected
-) -> nn.Module: # gives maps
+    pair, # with `ref` and `args`
+    ours, # our model; all its strides are selected
+) -> nn.Module: # returns maps
     "Returns torchvision's hooked classifier, headless; raises LookupError for other names."
     if pair.ref not in models.list_models(): raise LookupError(
         f"torchvision {version('torchvision')} has no {pair.ref}")
@@ -80,9 +80,9 @@ def _from_torchvision(
 
 # %% ../../nbs/analysis/91_references.ipynb #b5ef4d56
 def _from_fpn(
-    pair, # has `ref` and `args`: extra, norm, channels
+    pair, # with `ref` and `args`: extra, norm, channels
     ours, # our model
-) -> nn.Module: # gives maps
+) -> nn.Module: # returns maps
     "Returns torchvision's ResNet with its feature pyramid."
     if not pair.args:
         return resnet_fpn_backbone(backbone_name=pair.ref, weights=None, norm_layer=nn.BatchNorm2d,
@@ -117,7 +117,7 @@ _cfgs = { # name of the file -> its layers up to the classifier
 
 # %% ../../nbs/analysis/91_references.ipynb #215924f0
 class CfgNet(nn.Module):
-    "The layers of a Darknet .cfg file; returns the outputs before each halving, and the last one."
+    "The layers of a Darknet .cfg file; returns the outputs before each downsampling, and the last one."
     def __init__(self,
         lines, # see `cfgs`
         slope:float=0.1, # of leaky ReLU
@@ -150,14 +150,14 @@ class CfgNet(nn.Module):
 # %% ../../nbs/analysis/91_references.ipynb #62a1af65
 def _from_cfg(
     pair, # has `ref`, a name in `cfgs`, and `args`
-    ours, # our model; all its strides get selected
-) -> nn.Module: # gives maps
+    ours, # our model; all its strides are selected
+) -> nn.Module: # returns maps
     "Returns the model of a .cfg file; raises LookupError if its layers are unknown."
-    if pair.ref not in _cfgs: raise LookupError(f'no layers are known for {pair.ref}')
+    if pair.ref not in _cfgs: raise LookupError(f'the layers of {pair.ref} are not known')
     ours.select([r['reduction'] for r in ours.rows])
     return CfgNet(_cfgs[pair.ref], **pair.args)
 
-references = dict( # library -> (function that builds the model, the package that has it)
+references = dict( # library -> (function that builds the model, package that provides it)
     timm=(_from_timm, 'timm'), torchvision=(_from_torchvision, 'torchvision'),
     fpn=(_from_fpn, 'torchvision'), cfg=(_from_cfg, None))
 
@@ -185,7 +185,7 @@ edits = {'eSE everywhere':_gates, 'padded pools':_padded, 'identity where ni=nf'
 # %% ../../nbs/analysis/91_references.ipynb #5ebe4c8e
 def build_reference(
     pair, # a `Pair`: library, ref, args and edits
-    ours, # our model; the strides that both have get selected
+    ours, # our model; the strides that both have are selected
 ) -> nn.Module: # returns a list of maps
     "Returns the edited reference; raises LookupError or TypeError if the library cannot build it."
     ref = references[pair.library][0](pair, ours)
@@ -196,7 +196,7 @@ def build_reference(
 def weights_for(
     ref:nn.Module, # the reference
     net:nn.Module, # ours; only its names and shapes count
-    renames=None, # as `match_keys` takes; None: by order and shape
+    renames=None, # see `match_keys`; None: by order and shape
 ) -> dict: # a state dict of `net` with the tensors of `ref`
     "Returns the reference's tensors under our names; raises ValueError listing the tensors left over on either side."
     have = ref.state_dict()
@@ -204,7 +204,7 @@ def weights_for(
     return {k:have[names[k]] if k in names else torch.tensor(0) for k in net.state_dict()} # 0: a batch norm's counter
 
 def filled_copy(net, value=0.):
-    "A copy of a model on the CPU, with every tensor full of `value`; counters are 0."
+    "Returns a copy of a model on the CPU with every tensor filled with `value`; counters are 0."
     net = deepcopy(net).to_empty(device='cpu')
     for t in (*net.parameters(), *net.buffers()): t.data.fill_(value if t.is_floating_point() else 0)
     return net
@@ -215,7 +215,7 @@ def csp_weights(
     ours:nn.Module,
     cs3:bool=False, # timm's stages are of kind 'cs3'
 ) -> dict: # a state dict of `ours`
-    "Returns timm's weights for a CSPDarknet of ours with either kind of split and either order."
+    "Returns timm's weights for our CSPDarknet, with either split and either order."
     sd = weights_for(ref, convert_split(filled_copy(ours), to='slice'), csp_renames)
     if cs3: sd = convert_split(convert_split(sd, to='convs', first='main'), to='slice')
     stage = next(m for m in ours.modules() if isinstance(m, CSPStage))
@@ -223,5 +223,5 @@ def csp_weights(
     return convert_split(sd, to='convs') if isinstance(stage.split, TwoConvs) else sd
 
 def cfg_slices(ref, ours):
-    "Returns the weights of csdarknet53.cfg, which has two convolutions, for a CSPDarknet with one."
+    "Returns the weights of csdarknet53.cfg, which uses two convolutions, for a CSPDarknet with one."
     return convert_split(weights_for(ref, convert_split(filled_copy(ours), to='convs')), to='slice')

@@ -18,7 +18,7 @@ from ..core.layers import ConvNormAct
 
 # %% ../../nbs/backbones/11_csp.ipynb #2102bc1f
 class TwoConvs(nn.Module):
-    "Splits by two 1x1 convolutions that read the same map; children `cross` and `main`."
+    "Splits with two 1x1 convolutions of the same map; children `cross` and `main`."
     def __init__(self,
         ni:int, # input channels
         half:int, # channels of each half
@@ -32,7 +32,7 @@ class TwoConvs(nn.Module):
 
 # %% ../../nbs/backbones/11_csp.ipynb #8d960ed6
 class OneConv(nn.Module):
-    "Splits by one 1x1 convolution and a slice; child `both`, the cross half first."
+    "Splits with one 1x1 convolution and a slice; child `both`, cross half first."
     def __init__(self,
         ni:int, # input channels
         half:int, # channels of each half
@@ -47,7 +47,7 @@ csp_splits = dict(convs=TwoConvs, slice=OneConv) # the values of `split`
 
 # %% ../../nbs/backbones/11_csp.ipynb #44083391
 def _half(nf, expand, transition):
-    "Channels of each half; raises ValueError if they are not a whole number."
+    "Returns the channels of each half; raises ValueError if that is not an integer."
     both = nf*expand
     if both!=int(both) or int(both)%2 or both<2: raise ValueError(
         f'got nf={nf} and expand={expand:g}, expected an even number of channels to split instead of {both:g}: '
@@ -66,12 +66,12 @@ class CSPStage(nn.Module):
     def __init__(self,
         ni:int, # input channels
         nf:int, # output channels
-        n:int, # how many blocks
+        n:int, # number of blocks
         split:str='convs', # 'convs': two 1x1 convolutions; 'slice': one, cut in two
         order:str='blocks', # which half is concatenated first: 'blocks' (the cfg) or 'cross' (timm)
         transition:str='both', # 'first': fuse, convolve; 'last': convolve one half, fuse; 'both'
         expand:float=1, # channels of both halves together, relative to nf
-        hidden:int=None, # channels inside a block; None: as many as a half has
+        hidden:int=None, # channels inside a block; None: the same as a half
         block=DarknetBlock, # block(channels, hidden=..., act=..., norm=...)
         down:bool=True, # a 3x3 convolution with stride 2 to nf channels before the split
         act='leaky_relu', # slope 0.1

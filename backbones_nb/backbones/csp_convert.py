@@ -26,46 +26,46 @@ def _check_parts(tensors, where):
         'a layer with other parameters cannot be converted')
     if 'norm.weight' in tensors and 'norm.running_mean' not in tensors: raise ValueError(
         f'got a norm without running statistics in {where}, expected a batch norm or none, since a norm over groups '
-        'of channels changes with the split: build the net in the form that you want')
+        'of channels changes with the split: build the net with the split that you want')
 
 def _check_pair(a, b, where):
-    "Raises ValueError where two convolutions with norm cannot become one."
+    "Raises ValueError if two convolutions with norm cannot be merged."
     _check_parts(a, where)
     _check_parts(b, where)
     if set(a)!=set(b): raise ValueError(
         f"got {', '.join(sorted(set(a)^set(b)))} in only one of the two convolutions of {where}, "
-        'expected the same tensors in both: give a whole state dict')
+        'expected the same tensors in both: pass a complete state dict')
     if any(not t.dim() and t!=b[k] for k,t in a.items()): raise ValueError(
         f'got batch norms that have counted different numbers of batches in {where}, expected equal ones: '
         'set num_batches_tracked of both')
 
 # %% ../../nbs/backbones/17_csp_convert.ipynb #16816ca4
 def _join(a, b, where):
-    "The tensors of one convolution with norm from those of two: outputs of `a`, then those of `b`."
+    "Returns the tensors of one convolution with norm from those of two: outputs of `a`, then of `b`."
     _check_pair(a, b, where)
     return {k:torch.cat([t, b[k]]) if t.dim() else t.clone() for k,t in a.items()}
 
 def _cut(a, where):
-    "The tensors of two convolutions with norm from those of one, its outputs cut in the middle."
+    "Returns the tensors of two convolutions with norm from those of one, its outputs split in half."
     _check_parts(a, where)
     halves = {k:t.chunk(2) if t.dim() else (t,t) for k,t in a.items()}
     return [{k:t[i].clone() for k,t in halves.items()} for i in (0,1)]
 
 # %% ../../nbs/backbones/17_csp_convert.ipynb #5be0e68c
 def _split_key(k):
-    "(prefix up to the split, part, name within it) of a key, or None."
+    "Returns (prefix up to the split, part, name within it) of a key, or None."
     m = re.fullmatch(r'((?:.*\.)?split)\.(cross|main|both)\.(.+)', k)
     return m and m.groups()
 
 def _split_parts(sd):
-    "The tensors of every split: prefix -> 'cross', 'main' or 'both' -> name -> tensor."
+    "Returns the tensors of every split: prefix -> 'cross', 'main' or 'both' -> name -> tensor."
     res = defaultdict(lambda: defaultdict(dict))
     for k,t in sd.items():
         if m := _split_key(k): res[m[0]][m[1]][m[2]] = t
     return res
 
 def _convert_part(part, to, halves, where):
-    "One split in the other form, or as it is; `halves` are in the order of the slice."
+    "Returns one split in the form `to`; `halves` are in the order of the slice."
     if to=='slice' and 'both' not in part:
         return dict(both=_join(*[part[n] for n in halves], where))
     if to=='convs' and 'both' in part:
@@ -74,7 +74,7 @@ def _convert_part(part, to, halves, where):
 
 # %% ../../nbs/backbones/17_csp_convert.ipynb #bdfa13b3
 def _convert_tensors(sd, to, first='cross'):
-    "The state dict in the other form, keys in the order of a net built that way."
+    "Returns the state dict in the form `to`, keys in the order of a net built that way."
     halves = ('cross','main') if first=='cross' else ('main','cross')
     parts = {k:_convert_part(p, to, halves, k) for k,p in _split_parts(sd).items()}
     if not parts: raise ValueError(
@@ -91,7 +91,7 @@ def _convert_tensors(sd, to, first='cross'):
 
 # %% ../../nbs/backbones/17_csp_convert.ipynb #b731af72
 def _unit(like, tensors):
-    "A copy of a convolution with norm and activation, with other tensors in it."
+    "Returns a copy of a convolution with norm and activation, with other tensors."
     unit = deepcopy(like)
     for k,t in tensors.items():
         path,_,name = k.rpartition('.')
@@ -103,7 +103,7 @@ def _unit(like, tensors):
     return unit
 
 def _rebuild(split, to, parts):
-    "The split in the other form: the layers of the old one, the tensors of `parts`."
+    "Returns the split in the form `to`, with the layers of the old one and the tensors of `parts`."
     like = next(split.children())
     new = csp_splits[to](1, 1).train(split.training)
     for name,tensors in parts.items(): setattr(new, name, _unit(like, tensors))
@@ -113,16 +113,16 @@ def _check_equal(split):
     units = list(map(repr, split.children()))
     if len(set(units))>1: raise ValueError(
         f'got two convolutions that differ in a split, {units[0]} and {units[1]}, '
-        'expected equal ones, as they become one: give both the same settings')
+        'expected equal ones, since they are merged: pass both the same settings')
 
 # %% ../../nbs/backbones/17_csp_convert.ipynb #f41dde75
 @torch.no_grad()
 def convert_split(
-    m, # a CSPStage, a net that has some, or a state dict of either
+    m, # a CSPStage, a net that contains some, or a state dict of either
     to:str, # 'slice': one convolution and a slice; 'convs': two convolutions
     first:str='cross', # of state dicts only: which half comes first in the slice
-): # a new net, or a new dict; `m` stays as it is
-    """Returns the same function with the other split: weights and batch norms joined or cut.
+): # a new net or a new dict; `m` is unchanged
+    """Returns the same function with the split `to`: weights and batch norms are merged or cut.
 
     Raises ValueError if `m` has no split, or a split without an exact counterpart."""
     one_of(to, tuple(csp_splits), 'to')
@@ -130,10 +130,10 @@ def convert_split(
     if not isinstance(m, nn.Module): return _convert_tensors(m, to, first)
     if first!='cross': raise ValueError(
         f'got first={first!r} with a {type(m).__name__}, expected a state dict, '
-        'since our modules have the cross half first: leave it out')
+        'since our modules always put the cross half first: leave it out')
     stages = {n:o for n,o in m.named_modules() if isinstance(o, CSPStage)}
     if not stages: raise ValueError(
-        f'got a {type(m).__name__} without a CSPStage, expected a stage, a net that has some, '
+        f'got a {type(m).__name__} without a CSPStage, expected a stage, a net that contains some, '
         'or a state dict: there is no split to convert')
     for o in stages.values(): _check_equal(o.split)
     parts = _split_parts(_convert_tensors(m.state_dict(), to))
@@ -149,12 +149,12 @@ def _swapped(w): return torch.cat(w.chunk(2, 1)[::-1], 1)
 
 @torch.no_grad()
 def swap_order(
-    m, # a CSPStage, a net that has some, or a state dict of either
-): # a new net, or a new dict; `m` stays as it is
-    """Returns the same function with the other order of concatenation.
+    m, # a CSPStage, a net that contains some, or a state dict of either
+): # a new net or a new dict; `m` is unchanged
+    """Returns the same function with the halves concatenated in the other order.
 
     Raises ValueError if no transition follows the concatenation."""
-    error = ('expected a transition after the concatenation, which takes the swap back, '
+    error = ('expected a transition after the concatenation, which undoes the swap, '
              'in every stage: without one the order of the output channels would change')
     if isinstance(m, nn.Module):
         m = deepcopy(m)

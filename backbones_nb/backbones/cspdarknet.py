@@ -26,12 +26,12 @@ def _cspdark_stage(
     ni:int, # input channels
     nf:int, # output channels
     blocks:int, # Darknet blocks; 0: a convolution with stride 2 and nothing else
-    full:bool=False, # both branches keep all channels, the blocks narrow; else each has half
+    full:bool=False, # both branches keep all channels and the blocks are narrow; otherwise each has half
     act='leaky_relu',
     norm='bn',
     **kwargs, # of CSPStage: split, order, transition
 ) -> nn.Module: # (B,ni,H,W) -> (B,nf,H/2,W/2)
-    "Returns a stage: halve and widen, then blocks on one of two branches."
+    "Returns a stage: downsample and widen, then blocks on one of two branches."
     layer = dict(act=act, norm=norm)
     if not blocks: return nn.Sequential(OrderedDict(down=ConvNormAct(ni, nf, 3, stride=2, **layer)))
     return CSPStage(ni, nf, blocks, expand=2 if full else 1, hidden=nf//2, **layer, **kwargs)
@@ -39,16 +39,16 @@ def _cspdark_stage(
 # %% ../../nbs/backbones/12_cspdarknet.ipynb #51842e49
 def _check_stages(blocks, outs, first):
     if len(blocks)!=len(outs): raise ValueError(
-        f'got {len(blocks)} numbers of blocks and {len(outs)} outs, expected one of each per stage: '
-        'give both the same length')
+        f'got {len(blocks)} values in blocks and {len(outs)} in outs, expected one of each per stage: '
+        'pass both the same length')
     one_of(first, ('full','half'), 'first')
 
 # %% ../../nbs/backbones/12_cspdarknet.ipynb #e4e8ff7a
 class CSPDarknet(Backbone):
-    """CSPDarknet (arXiv:1911.11929): Darknet's frame, with cross-stage partial stages.
+    """CSPDarknet (arXiv:1911.11929): Darknet's layout with cross-stage partial stages.
 
-    Raises ValueError for a configuration that does not fit together."""
-    conversions = dict(split=convert_split) # arguments that loaded weights convert to, exactly
+    Raises ValueError for an inconsistent configuration."""
+    conversions = dict(split=convert_split) # arguments that loaded weights can be converted to exactly
     def __init__(self,
         blocks=(1,2,8,8,4), # Darknet blocks, by stage; 0: the stage is one convolution
         outs=(64,128,256,512,1024), # output channels, by stage

@@ -23,7 +23,7 @@ from ..core.published import add_weights, WeightRecord
 
 # %% ../../nbs/backbones/10_darknet.ipynb #1c784eb3
 class DarknetBlock(nn.Module):
-    "A 1x1 convolution that narrows, a 3x3 that widens, plus the input (arXiv:1804.02767, table 1)."
+    "A narrowing 1x1 convolution, a widening 3x3 one, plus the input (arXiv:1804.02767, table 1)."
     def __init__(self,
         nf:int, # channels in and out
         hidden:int=None, # channels in between; None: half of nf
@@ -46,10 +46,10 @@ def darknet_stage(
     ni:int, # input channels
     nf:int, # output channels
     blocks:int, # how many blocks
-    down:str='conv', # what halves: 'conv', with stride 2, or 'pool', a 2x2 max-pool before it
+    down:str='conv', # downsampling: 'conv' with stride 2, or 'pool', a 2x2 max-pool before it
     **kwargs, # of DarknetBlock: act, norm, residual
 ) -> nn.Sequential: # (B,ni,H,W) -> (B,nf,H/2,W/2), rounded up
-    "Returns a stage: halve and widen, then blocks."
+    "Returns a stage: downsample and widen, then blocks."
     layer = {k:v for k,v in kwargs.items() if k in ('act','norm')}
     pool = [('pool', nn.MaxPool2d(2, 2, ceil_mode=True))] if down=='pool' else []
     conv = ConvNormAct(ni, nf, 3, stride=1 if pool else 2, **layer)
@@ -59,30 +59,30 @@ def darknet_stage(
 # %% ../../nbs/backbones/10_darknet.ipynb #82203664
 def _check_stages(blocks, outs, down):
     if len(blocks)!=len(outs): raise ValueError(
-        f'got {len(blocks)} numbers of blocks and {len(outs)} outs, expected one of each per stage: '
-        'give both the same length')
+        f'got {len(blocks)} values in blocks and {len(outs)} in outs, expected one of each per stage: '
+        'pass both the same length')
     one_of(down, ('conv','pool'), 'down')
 
 # %% ../../nbs/backbones/10_darknet.ipynb #991df7c5
 def _trunk_and_rows(stem, outs):
-    "The trunk, and one row per map; the stem is at stride 1."
+    "Returns the trunk and one row per map; the stem has stride 1."
     rows = [feature_row(nf, 2**i, f'stages.{i-1}') for i,nf in enumerate(outs, 1)]
     trunk = dict(stem=['stem']) | {f'stage{i}':[r['module']] for i,r in enumerate(rows, 1)}
     return trunk,[feature_row(stem, 1, 'stem'), *rows]
 
 class Darknet(Backbone):
-    """Darknet-19 (arXiv:1612.08242) and -53 (arXiv:1804.02767): a stem, then stages that halve.
+    """Darknet-19 (arXiv:1612.08242) and -53 (arXiv:1804.02767): a stem, then stages of stride 2.
 
-    Raises ValueError for a configuration that does not fit together."""
+    Raises ValueError for an inconsistent configuration."""
     def __init__(self,
         blocks=(1,2,8,8,4), # blocks, by stage
         outs=(64,128,256,512,1024), # output channels, by stage
         stem:int=32, # channels of the first convolution
-        down:str='conv', # what halves: 'conv', stride-2 convolutions; 'pool', 2x2 max-pools
+        down:str='conv', # downsampling: 'conv', stride-2 convolutions; 'pool', 2x2 max-pools
         residual:bool=True, # add a block's input to its output
         act='leaky_relu', # slope 0.1
         norm='bn',
-        strides=None, # see `Backbone.select`; here there is stride 1 too
+        strides=None, # see `Backbone.select`; stride 1 is available too
         out_indices=None, # see `Backbone.select`
     ):
         super().__init__()
@@ -151,9 +151,9 @@ def timm_card(
     input_size:int, # pixels
     resize_size:int, # pixels of the shorter side, before the crop
     top1:float, # percent, at that size
-    **kwargs, # of `WeightRecord`: where a card differs
+    **kwargs, # of `WeightRecord`, to override
 ) -> dict: # arguments of `WeightRecord`
-    "Returns what a card of timm's weights states (https://huggingface.co/timm)."
+    "Returns what timm's model card states about the weights (https://huggingface.co/timm)."
     return dict(publisher='timm', tag=name.split('.')[1], hub_id=f'timm/{name}',
                 license='Apache-2.0', input_size=input_size, resize_size=resize_size,
                 mean=IMAGENET_MEAN, std=IMAGENET_STD, metrics={'acc@1':top1},
@@ -162,11 +162,11 @@ def timm_card(
 
 # %% ../../nbs/backbones/10_darknet.ipynb #525182bd
 def vt_release(
-    file:str, # name without its ending: 'darknet53-94427f5b'
+    file:str, # name without the suffix: 'darknet53-94427f5b'
     top1:float, # percent
-    **kwargs, # of `WeightRecord`: where a file differs
+    **kwargs, # of `WeightRecord`, to override
 ) -> dict: # arguments of `WeightRecord`
-    "Returns what vision-toolbox (https://github.com/gau-nernst/vision-toolbox) states of a file."
+    "Returns what vision-toolbox (https://github.com/gau-nernst/vision-toolbox) states about a file."
     home = 'https://github.com/gau-nernst/vision-toolbox'
     return dict(publisher='vision-toolbox', tag='vt',
                 url=f'{home}/releases/download/v0.0.1/{file}.pth', sha256=file.split('-')[1],

@@ -22,9 +22,9 @@ from ..core.weight_files import NativeFormat, add_native_format
 
 # %% ../../nbs/backbones/121_darknet_files.ipynb #1044a35d
 def _darknet_rows(
-    model:Backbone, # made of `ConvNormAct`s, registered in the order of the data
+    model:Backbone, # made of `ConvNormAct`s, registered in forward order
 ) -> list: # names in the state dict, in the order of Darknet's files
-    "Returns the names of the tensors as Darknet writes them."
+    "Returns the names of the tensors in the order in which Darknet writes them."
     res = []
     for name,m in model.named_modules():
         if not isinstance(m, ConvNormAct): continue
@@ -35,21 +35,21 @@ def _darknet_rows(
     return res
 
 # %% ../../nbs/backbones/121_darknet_files.ipynb #ca7c5b87
-_detectors = {62_001_757:'yolov3.weights'} # numbers in a file -> a detector that begins with Darknet-53
+_detectors = {62_001_757:'yolov3.weights'} # numbers in a file -> a detector that starts with Darknet-53
 
 def _header(path):
-    "Version and images seen, and how many bytes they take."
+    "Returns the version with the number of images seen, and the size of the header in bytes."
     head = np.fromfile(path, '<i4', 3)
-    if len(head)<3 or not (0<=head[0]<1000 and 0<=head[1]<1000): raise ValueError(f"{path.name} does not begin like a "
-        "file of Darknet: give a .weights or .conv.N file as Darknet writes it")
+    if len(head)<3 or not (0<=head[0]<1000 and 0<=head[1]<1000): raise ValueError(f"{path.name} does not start like a "
+        "Darknet file: pass a .weights or .conv.N file written by Darknet")
     wide = head[0]*10+head[1]>=2
     seen = np.fromfile(path, '<i8' if wide else '<i4', 1, offset=12)
     return [*map(int, head), *map(int, seen)],20 if wide else 16
 
 def _check_rest(path, need, have, width):
-    "Raises ValueError unless what is left of a file is nothing, a classifier, or that of a known detector."
-    if have<need: raise ValueError(f'{path.name} holds {have:,} numbers, expected at least {need:,}: the file is cut '
-        'off or belongs to another net')
+    "Raises ValueError unless the rest of a file is empty, a classifier, or that of a known detector."
+    if have<need: raise ValueError(f'{path.name} holds {have:,} numbers, expected at least {need:,}: the file is '
+        'truncated or belongs to another net')
     rest = have-need
     if rest%(width+1) and have not in _detectors: raise ValueError(f'{path.name} holds {rest:,} numbers more than the '
         f'{need:,} of the backbone, expected none or a classifier with {width+1:,} for each class: the file belongs to '
@@ -57,10 +57,10 @@ def _check_rest(path, need, have, width):
 
 # %% ../../nbs/backbones/121_darknet_files.ipynb #9cf845bc
 def read_darknet(
-    path, # of a .weights or .conv.N file
-    model:Backbone, # a Darknet of the same layers; its numbers are not read
+    path, # .weights or .conv.N file
+    model:Backbone, # a Darknet with the same layers; its values are not used
 ) -> dict: # its state dict
-    "Returns the tensors under our names; raises ValueError for a file of another net."
+    "Returns the tensors under our names; raises ValueError if the file belongs to another net."
     path = Path(path)
     _,start = _header(path)
     have = model.state_dict()
@@ -75,10 +75,10 @@ def read_darknet(
 def write_darknet(
     model:Backbone, # a Darknet
     path, # file to write
-    classifier=None, # a 1x1 convolution with a bias that follows
+    classifier=None, # a 1x1 convolution with bias to write after it
     seen:int=0, # images that it was trained on
 ) -> Path: # `path`
-    "Writes a Darknet file of version 0.2."
+    "Writes a Darknet file, version 0.2."
     sd = model.state_dict()
     tensors = [sd[k] for k in _darknet_rows(model)]
     if classifier is not None: tensors += [classifier.bias, classifier.weight]

@@ -42,7 +42,7 @@ class OSABlock(nn.Module):
         super().__init__()
         if residual and ni!=nf: raise ValueError(
             f'got residual=True with {ni} input and {nf} output channels, expected equal numbers, '
-            'since the identity needs a map of its own shape: set residual=False or ni=nf')
+            'since the shortcut adds maps of one shape: set residual=False or ni=nf')
         conv = SeparableConvNormAct if dw else ConvNormAct
         self.reduce = ConvNormAct(ni, mid, 1, act=act, norm=norm) if dw and ni!=mid else None
         self.layers = nn.ModuleList([

@@ -26,14 +26,14 @@ from ..core.registry import on_register
 
 # %% ../../nbs/backbones/16_timm.ipynb #c8752464
 class TimmBackbone(Backbone):
-    "A timm model; the keys of its state dict are `body.` and those of timm's features_only model."
+    "A timm model; the keys of its state dict are those of timm's features_only model with the prefix `body.`."
     runtime_args = ('plan','device','cache_dir') # arguments that do not describe the net
     def __init__(self,
         model:str='resnet50', # timm's name, with or without the tag of weights
         pretrained=False, # True, the tag of published weights, or a `WeightRecord`
         strides=None, # see `Backbone.select`
         out_indices=None, # i means stride 2**(i+1), whatever timm's own index is
-        plan=None, # a `TimmPlan`, where it is known already
+        plan=None, # a `TimmPlan`, if it is already known
         device='cpu', # 'meta' for shapes without values
         **kwargs, # for timm.create_model: img_size, drop_path_rate, output_stride ...
     ):
@@ -53,28 +53,28 @@ class TimmBackbone(Backbone):
 # %% ../../nbs/backbones/16_timm.ipynb #721e3c9e
 @patch
 def _maps(self:TimmBackbone, x, n):
-    "The first `n` maps, channels first; raises ValueError for a size that the model does not take."
+    "Returns the first `n` maps, channels first; raises ValueError for a size that the model does not accept."
     size = tuple(x.shape[-2:])
     name = self.name or self.plan.name
     if x.dim()!=4: raise ValueError(
         f'got a tensor of shape {tuple(x.shape)}, expected a batch of images '
         '(B,3,H,W): add the batch dimension with x[None]')
     if self.img_size and size!=tuple(self.img_size): raise ValueError(
-        f'{name} takes images of {self.img_size[0]}x{self.img_size[1]} only, '
-        f'got {size[0]}x{size[1]}: resize them, or build it for '
-        f'yours with img_size={size} where timm allows it')
+        f'{name} only accepts images of {self.img_size[0]}x{self.img_size[1]}, '
+        f'got {size[0]}x{size[1]}: resize them, or build it with '
+        f'img_size={size} if timm allows it')
     try: return timm_maps(self.body, x, n, self.nhwc)
     except (AssertionError, RuntimeError) as e:
         most = max(r['reduction'] for r in self.rows)
         if not any(o%most for o in size): raise
         raise ValueError(
-            f'{name} does not take {size[0]}x{size[1]}: give images whose height '
+            f'{name} does not accept {size[0]}x{size[1]}: pass images whose height '
             f'and width are multiples of {most}') from e
 
 # %% ../../nbs/backbones/16_timm.ipynb #e7818b2d
 @patch(as_prop=True)
 def trunk(self:TimmBackbone) -> dict: # group name -> dotted names of its modules
-    "One group up to each map where timm's model is a row of modules, else one for all."
+    "One group up to each map if timm's model is a sequence of modules, otherwise one group for all."
     if self.nhwc or not isinstance(self.body, FeatureListNet): return dict(body=['body'])
     res,group = {},[]
     for name in self.body:
@@ -85,7 +85,7 @@ def trunk(self:TimmBackbone) -> dict: # group name -> dotted names of its module
 # %% ../../nbs/backbones/16_timm.ipynb #c6035bef
 @patch
 def param_groups(self:TimmBackbone) -> list: # lists of parameters, from the input on
-    "Returns the parameters by the first map that depends on them, each once; unused ones last."
+    "Returns the parameters grouped by the first map that depends on them, each once; unused ones last."
     if not hasattr(self, '_groups'): self._groups = depth_groups(self.plan)
     rest = dict(self.body.named_parameters())
     groups = [[rest.pop(n) for n in g if n in rest] for g in self._groups]
@@ -94,14 +94,14 @@ def param_groups(self:TimmBackbone) -> list: # lists of parameters, from the inp
 
 # %% ../../nbs/backbones/16_timm.ipynb #c140b723
 def _in_timms_order(sd, have):
-    "The tensors of efficientnet_pytorch under timm's names, if each has the shape of timm's."
+    "Returns efficientnet_pytorch's tensors under timm's names, if their shapes match timm's."
     def without_counters(keys): return [k for k in keys if not k.endswith('num_batches_tracked')]
     old,new = without_counters(sd),without_counters(have)
     if [sd[k].shape for k in old]!=[have[k].shape for k in new]: raise KeyError('other shapes')
     return {n:sd[o] for o,n in zip(old, new)}
 
 def _from_classifier(model, sd, body):
-    "The tensors of a timm model under the backbone's names, and what timm does not know."
+    "Returns the tensors of a timm model under the backbone's names, plus those unknown to timm."
     with torch.device('meta'): whole = timm.create_model(model).state_dict()
     if '_conv_stem.weight' in sd and model.startswith('tf_'): sd = _in_timms_order(sd, whole)
     res = {k:sd[n] for k in body if (n := classifier_key(k.removeprefix('body.'), whole)) in sd}
@@ -109,7 +109,7 @@ def _from_classifier(model, sd, body):
 
 @patch
 def file_records(self:TimmBackbone) -> list: # of `WeightRecord`s
-    "Returns how to read files with the names of timm's classifier, or of efficientnet_pytorch."
+    "Returns records that read files with the names of timm's classifier or of efficientnet_pytorch."
     model = self.plan.name
     cfg = timm_config(model)
     convert = partial(_from_classifier, model, body=[*self.state_dict()])
@@ -124,7 +124,7 @@ for _name in timm.list_models() + timm.list_models(pretrained=True):
 def _first_names(
     modules=None, # timm's modules; None: all
 ) -> dict: # timm's module -> name
-    "Returns for each timm module the first name that gives maps, or its first name if none does."
+    "Returns for each timm module the first model that has feature maps, or its first name if none has."
     res = {}
     for m in modules or timm.list_modules():
         names = [o for o in timm.list_models(module=m) if not o.startswith('bbnb_')]
@@ -141,7 +141,7 @@ def _first_names(
 def _timm_facts(
     name:str, # timm's name
 ) -> dict: # one row of the table
-    "Returns strides, channels and sizes that a model takes, from shapes alone, or why it fails."
+    "Returns strides, channels and accepted sizes of a model, computed on the meta device, or why it fails."
     row = dict(name=name, strides='', channels='', sizes='', reason='')
     try:
         net = TimmBackbone(name, device='meta').eval()
@@ -150,7 +150,7 @@ def _timm_facts(
         h,w = net.img_size or timm_config(name).input_size[-2:]
         net.select(row['strides'])(torch.zeros(1, 3, h, w, device='meta'))
         if not accepts_size(net, net.rows, (h,w)): raise ValueError(
-            f'the maps of {h}x{w} do not have the sizes that their strides promise')
+            f'the maps for {h}x{w} do not have the sizes that their strides imply')
         odd = not net.img_size and accepts_size(net, net.rows, (h//2+7, w+1))
         row['sizes'] = f'{h}x{w} only' if net.img_size else 'any' if odd else 'multiples'
     except Exception as e: row['reason'] = reason(e)
@@ -158,7 +158,7 @@ def _timm_facts(
 
 # %% ../../nbs/backbones/16_timm.ipynb #ba5e65a8
 def _our_strides(have, out_indices):
-    "timm's `out_indices` as strides; `have` are the strides from 2 on."
+    "Returns timm's `out_indices` as strides; `have` are the strides from 2 on."
     if out_indices is None: return have
     if isinstance(out_indices, int): return have[-out_indices:]
     return tuple(2**(i+1) if i>=0 else have[i] if i>=-len(have) else i for i in out_indices)
@@ -166,9 +166,9 @@ def _our_strides(have, out_indices):
 def _for_timm(name, pretrained=False, features_only=False, out_indices=None, output_stride=32,
               in_chans=3, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None,
               num_classes=None, **config):
-    "Our backbone `name`, asked for as timm.create_model asks."
+    "Returns our backbone `name` for a call of timm.create_model."
     if not features_only: raise ValueError(
-        f'bbnb_{name} gives feature maps and does not classify: ask for it with '
+        f'bbnb_{name} returns feature maps and has no classifier: create it with '
         'features_only=True')
     for k,v,want in (('output_stride', output_stride, 32), ('in_chans', in_chans, 3)):
         if v!=want: raise ValueError(
@@ -185,7 +185,7 @@ def _for_timm(name, pretrained=False, features_only=False, out_indices=None, out
 def _offer_to_timm(
     entry, # a row of the registry
 ):
-    "Registers a backbone of ours with timm as `bbnb_NAME`, once."
+    "Registers one of our backbones with timm as `bbnb_NAME`, once."
     name = f'bbnb_{entry.name}'
     if not name.isidentifier() or timm.is_model(name): return
     def f(pretrained=False, **kwargs): return _for_timm(entry.name, pretrained, **kwargs)
@@ -193,7 +193,7 @@ def _offer_to_timm(
     timm.models.register_model(f)
 
 def __getattr__(name):
-    "An entry point by its name, since timm lists it in `__all__` of the module that registers it."
+    "Returns an entry point by name, since timm lists it in `__all__` of the module that registers it."
     if name.startswith('bbnb_') and timm.is_model(name): return timm.model_entrypoint(name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 

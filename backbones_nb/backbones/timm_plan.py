@@ -39,7 +39,7 @@ def first_that_builds(
     name:str, # timm's name
     candidates, # keyword arguments to try in turn
 ) -> tuple: # the arguments, and the model on the meta device
-    "Returns the first arguments that timm accepts; raises its last error if it accepts none."
+    "Returns the first arguments that timm accepts; raises its last error if there are none."
     error = None
     for kw in candidates:
         try: return kw,build_timm('meta', name, **kw)
@@ -50,9 +50,9 @@ def first_that_builds(
 def _iter_features(
     net:nn.Module, # timm's features_only model
     x, # images (B,3,H,W)
-    n:int, # how many maps
+    n:int, # number of maps
 ): # generator of maps in the layout of the model, finest first
-    "Yields the first `n` maps of timm's model, computing no more than it must."
+    "Yields the first `n` maps of timm's model, computing no more than needed."
     if isinstance(net, FeatureGetterNet):
         yield from net.model.forward_intermediates(
             x, indices=net.out_indices[:n], norm=net.norm, stop_early=True,
@@ -80,8 +80,8 @@ def _maps_fit(
     maps, # (B,C,H,W), finest first
     rows, # their feature rows
     size, # (height, width) of the image, pixels
-) -> bool: # whether each map has the size that its stride tells, up to four cells of lost border
-    "Says whether maps have the sizes that their strides promise."
+) -> bool: # whether each map has the size that its stride implies, up to four missing border cells
+    "Returns whether maps have the sizes that their strides imply."
     pairs = [(got, n/r['reduction'])
              for o,r in zip(maps, rows) for got,n in zip(o.shape[-2:], size)]
     return len(maps)==len(rows) and all(want-4.5<=got<=want+1 for got,want in pairs)
@@ -92,13 +92,13 @@ def accepts_size(
     rows, # their feature rows
     size, # (height, width) in pixels
 ) -> bool: # whether the maps of an image of that size have the right shapes
-    "Says whether a net on the meta device takes images of `size`."
+    "Returns whether a net on the meta device accepts images of `size`."
     try: return _maps_fit(net(torch.zeros(2, 3, *size, device='meta')), rows, size)
     except Exception: return False
 
 # %% ../../nbs/backbones/66_timm_plan.ipynb #12663413
 def _rows(net):
-    "timm's index -> feature row, the last map of each stride."
+    "Returns timm's index -> feature row, for the last map of each stride."
     last = {r['reduction']:i for i,r in enumerate(net.feature_info.info) if r['module']}
     keys = 'num_chs','reduction','module'
     return {i:feature_row(*[net.feature_info.info[i][k] for k in keys]) for i in last.values()}
@@ -111,10 +111,10 @@ class TimmPlan:
     kwargs:dict # for timm.create_model, `out_indices` included
     rows:list # one feature row per map, finest first
     nhwc:bool=False # whether the model keeps its channels last
-    img_size:tuple=None # (height, width) that it is bound to; None: it takes other sizes too
+    img_size:tuple=None # the only (height, width) that it accepts; None: it accepts other sizes too
 
 def _bound_size(name, kwargs, rows, nhwc, size):
-    "The size that a model is bound to; None if it takes another one as well."
+    "Returns the only size that a model accepts; None if it accepts others too."
     h,w = (size,size) if isinstance(size, int) else size
     net = build_timm('meta', name, **kwargs).eval()
     if any(isinstance(m, nn.RNNBase) for m in net.modules()): return None
@@ -126,7 +126,7 @@ def plan_timm(
     name:str, # timm's name
     **kwargs, # for timm.create_model
 ) -> TimmPlan:
-    "Returns how to build a model with one map per stride; raises ValueError if timm gives none."
+    "Returns how to build a model with one map per stride; raises ValueError if it has no feature maps."
     cfg = timm_config(name)
     free = cfg.fixed_input_size and not set(kwargs) & set(_size_args)
     sizes = [kwargs|o for o in (*(_sizes if free else ()), {})]
@@ -134,9 +134,9 @@ def plan_timm(
     except Exception as e:
         if kwargs: plan_timm(name) # are the arguments at fault, or the model?
         raise ValueError(
-            f"timm's {name} gives no feature maps with {kwargs} ({reason(e)}): "
+            f"timm's {name} returns no feature maps with {kwargs} ({reason(e)}): "
             'leave these arguments out' if kwargs else
-            f"timm's {name} gives no feature maps ({reason(e)}): choose another model") from e
+            f"timm's {name} returns no feature maps ({reason(e)}): choose another model") from e
     by_index = _rows(net)
     rows = list(by_index.values())
     build = kw | dict(out_indices=tuple(by_index))
@@ -150,7 +150,7 @@ def plan_timm(
 # %% ../../nbs/backbones/66_timm_plan.ipynb #25f95a99
 def _params_by_map(
     maps, # feature maps with their autograd graph, finest first
-) -> list: # for each map, the parameters that it depends on and no map before it does
+) -> list: # for each map, the parameters that it depends on and no earlier map does
     "Returns the leaves of the graph, by the first map that reaches them."
     seen = set()
     res = []
@@ -176,7 +176,7 @@ def depth_groups(
     probe = build_timm('meta', plan.name, **kw)
     if len(plan.rows)==1: kw['out_indices'] = tuple(range(len(probe.feature_info.info)))
     rnn = any(isinstance(m, nn.RNNBase) for m in probe.modules()) # slow on the meta device
-    for device in ('cpu',) if rnn else ('meta','cpu'): # the CPU for nets that look at values
+    for device in ('cpu',) if rnn else ('meta','cpu'): # the CPU for nets whose control flow depends on values
         net = build_timm(device, plan.name, **kw).eval()
         x = torch.zeros(1, 3, *((size,size) if isinstance(size, int) else size), device=device)
         try: groups = _params_by_map(_iter_features(net, x, len(kw['out_indices'])))

@@ -20,23 +20,23 @@ from ..core.weights import fetch_weights
 
 # %% ../../nbs/backbones/65_timm_weights.ipynb #e584c4f3
 def timm_config(
-    name:str, # 'resnet18', or with the tag of weights 'resnet18.a1_in1k'
+    name:str, # 'resnet18', or with a weight tag 'resnet18.a1_in1k'
 ): # timm's PretrainedCfg
-    "Returns timm's configuration; raises ValueError with the nearest names, or the tags there are."
+    "Returns timm's configuration; raises ValueError with similar names or the available tags."
     arch,_,tag = name.partition('.')
     if not timm.is_model(arch) or arch.startswith('bbnb_'): raise ValueError(
         f"timm {timm.__version__} has no model {arch!r}.{did_you_mean(arch, timm.list_models())} "
-        "list_backbones('timm/*') gives all names")
+        "list_backbones('timm/*') lists all names")
     cfgs = {k.partition('.')[2]:c for k,c in get_arch_pretrained_cfgs(arch).items()}
     published = ', '.join(k for k,c in cfgs.items() if c.has_weights)
     if tag and tag not in cfgs: raise ValueError(
-        f"timm's {arch} has no weights {tag!r}: choose among "
-        f"{published or 'none, it has no published ones'}")
+        f"timm's {arch} has no weights {tag!r}: choose from "
+        f"{published or 'none, since none are published'}")
     return get_pretrained_cfg(name)
 
 # %% ../../nbs/backbones/65_timm_weights.ipynb #73126f3d
 def timm_record(
-    name:str, # 'resnet18', or with the tag of weights
+    name:str, # 'resnet18', or with a weight tag
 ) -> WeightRecord: # what is unknown is None
     "Returns what timm states about published weights: source, license, input, normalization."
     c = timm_config(name)
@@ -64,22 +64,22 @@ def pick_timm_weights(
     model:str, # timm's name, with or without a tag
     pretrained=True, # True (timm's default), a tag, or a `WeightRecord`
 ) -> str: # name with the tag
-    "Returns the name of the weights that are meant; raises ValueError naming those that exist."
+    "Returns the full name of the requested weights; raises ValueError with those that exist."
     arch,_,tag = model.partition('.')
     if isinstance(pretrained, WeightRecord):
         if pretrained.name.split('.')[0]!=f'timm/{arch}': raise ValueError(
-            f'got a record of weights for {pretrained.name}, expected one for timm/{arch}: '
-            f'timm_record({model!r}) gives it')
+            f'got a weight record for {pretrained.name}, expected one for timm/{arch}: '
+            f'timm_record({model!r}) returns it')
         pretrained = pretrained.tag
     if isinstance(pretrained, str):
         if tag not in ('', pretrained): raise ValueError(
             f'got the tags {tag!r} in the name and {pretrained!r} as pretrained, '
-            'which contradict each other: give one of them')
+            'which contradict each other: pass one of them')
         model = f'{arch}.{pretrained}'
     cfg = timm_config(model)
     if not cfg.has_weights: raise ValueError(
         f'timm publishes no weights for {model}: build it with pretrained=False '
-        'and load a state dict of your own')
+        'and load your own state dict')
     return f'{arch}.{cfg.tag}' if cfg.tag else arch
 
 # %% ../../nbs/backbones/65_timm_weights.ipynb #10f08730
@@ -87,7 +87,7 @@ def classifier_key(
     k:str, # key of a features_only model
     have, # keys of the classifier
 ) -> str: # one of them
-    "Returns the classifier's key of the same tensor; raises KeyError if there is none."
+    "Returns the key of the same tensor in the classifier; raises KeyError if there is none."
     k = k if k in have else re.sub(r'^(model|body)\.', '', k)
     head,dot,tail = k.partition('.')
     for o in (k, *(f'{head[:i]}.{head[i+1:]}{dot}{tail}' for i,c in enumerate(head) if c=='_')):
@@ -96,7 +96,7 @@ def classifier_key(
 
 # %% ../../nbs/backbones/65_timm_weights.ipynb #164f39e7
 def _overlay(name, record, kw):
-    "Where timm finds the file that we fetched and verified; None if timm alone knows its format."
+    "Returns an overlay with the file that we fetched and verified; None if only timm can read its format."
     if timm_config(name).custom_load or 'cache_dir' in kw: return
     if record.url or record.hub_id.startswith('timm/'): return dict(file=str(fetch_weights(record)))
 
@@ -105,7 +105,7 @@ def load_timm_weights(
     name:str, # with the tag
     record=None, # `WeightRecord` of the file; None: timm's
 ):
-    "Downloads or finds the weights and loads them strictly; raises RuntimeError saying what to do."
+    "Loads the weights strictly, downloaded if needed; raises RuntimeError with what to do if that fails."
     kw = {k:v for k,v in backbone.plan.kwargs.items() if k!='out_indices'}
     record = record or timm_record(name)
     over = _overlay(name, record, kw)

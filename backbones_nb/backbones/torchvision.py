@@ -36,13 +36,13 @@ def _drop_last_feature(
 def _classifier_record(
     weights, # a member of a torchvision enum, such as ResNet50_Weights.IMAGENET1K_V2
 ) -> WeightRecord: # what is unknown is None
-    "Returns what torchvision states of published weights: source, hash, input, accuracy, recipe."
+    "Returns what torchvision states about published weights: source, hash, input, accuracy, recipe."
     t = weights.transforms()
     meta = weights.meta
     name = type(weights).__name__.removesuffix('_Weights').lower()
     metrics = meta.get('_metrics', {}).get('ImageNet-1K', {})
     return WeightRecord(name, weights.name, 'torchvision', weights.url,
-        sha256=weights.url.rsplit('-', 1)[-1].split('.')[0], # as far as the file's name tells it
+        sha256=weights.url.rsplit('-', 1)[-1].split('.')[0], # the part in the file name
         mean=tuple(t.mean), std=tuple(t.std),
         input_size=t.crop_size[0], resize_size=t.resize_size[0],
         metrics={k:v for k,v in metrics.items() if v==v}, # nan: the weights have no classifier
@@ -56,9 +56,9 @@ def _pick_enum(
     name:str, # torchvision's name of the model
     *wanted, # each False or None, True, a tag such as 'IMAGENET1K_V1', or an enum member
 ): # a member of the model's weights enum, or None
-    """Returns the weights that all of `wanted` mean, None if nothing was asked for.
+    """Returns the weights that `wanted` refers to, or None if it requests none.
 
-    Raises ValueError naming those that exist, or the two that differ."""
+    Raises ValueError with the available weights, or the two that contradict each other."""
     enum = models.get_model_weights(name)
     res = {}
     for o in wanted:
@@ -67,34 +67,34 @@ def _pick_enum(
             '','', 'DEFAULT' if o is True else None)
         if not isinstance(o, enum):
             if tag not in enum.__members__ or kind not in ('', enum.__name__): raise ValueError(
-                f'{name} has no weights {o!r}: give True or one of '
+                f'{name} has no weights {o!r}: pass True or one of '
                 f"{', '.join(w.name for w in enum)}")
             o = enum[tag]
         res[o.name] = o
     if len(res)>1: raise ValueError(
-        f"got pretrained and weights that mean {' and '.join(res)} of {name}, "
-        'which are different weights: give one of the two')
+        f"got pretrained and weights that refer to {' and '.join(res)} of {name}, "
+        'which are different weights: pass one of them')
     return next(iter(res.values()), None)
 
 def _requested_record(name, pretrained, weights):
-    "The record of the weights that are meant, or None."
+    "Returns the record of the requested weights, or None."
     if isinstance(pretrained, WeightRecord):
         if pretrained.name!=name: raise ValueError(
-            f'got a record of weights for {pretrained.name}, expected one for {name}: '
-            f'weight_records({name!r}) gives those there are')
+            f'got a weight record for {pretrained.name}, expected one for {name}: '
+            f'weight_records({name!r}) lists them')
         if weights is None: return pretrained
         raise ValueError(
-            f'got a record as pretrained and weights={weights!r} for {name}: give one of the two')
+            f'got a record as pretrained and weights={weights!r} for {name}: pass one of them')
     picked = _pick_enum(name, pretrained, weights)
     return _classifier_record(picked) if picked else None
 
 # %% ../../nbs/backbones/15_torchvision.ipynb #aae18023
 def _trunk_steps(
     net:nn.Module, # torchvision's classifier
-) -> list: # dotted names of its modules, in the order of the data
+) -> list: # dotted names of its modules, in forward order
     """Returns the modules between the image and the head.
 
-    The containers `features` and `trunk_output` are taken apart."""
+    The containers `features` and `trunk_output` are expanded."""
     res = []
     for n,m in net.named_children():
         if n in ('avgpool','classifier','fc'): break # the head begins
@@ -104,7 +104,7 @@ def _trunk_steps(
 
 # %% ../../nbs/backbones/15_torchvision.ipynb #4786ac16
 def _downsample_factor(
-    m:nn.Module, # makes its map smaller once, or not at all
+    m:nn.Module, # downsamples its map once or not at all
 ) -> int: # 1 or 2; 4 for ConvNeXt's stem
     "Returns the largest stride of the convolutions and max-pools inside."
     strides = [o.stride for o in m.modules() if isinstance(o, (nn.Conv2d, nn.MaxPool2d))]
@@ -112,9 +112,9 @@ def _downsample_factor(
 
 def _steps_by_stride(
     net:nn.Module,
-    steps:list, # names of its modules, in the order of the data
-) -> dict: # stride -> the steps that work at it; the map lies behind the last
-    "Returns the steps by the stride of their output."
+    steps:list, # names of its modules, in forward order
+) -> dict: # stride -> its steps; the map is the output of the last one
+    "Returns the steps grouped by the stride of their output."
     res,stride = {},1
     for n in steps:
         stride *= _downsample_factor(net.get_submodule(n))
@@ -123,19 +123,19 @@ def _steps_by_stride(
 
 # %% ../../nbs/backbones/15_torchvision.ipynb #9be0c8e7
 def _block_steps(net):
-    "The steps without a last 1x1 convolution, so that each level ends with the output of a block."
+    "Returns the steps without a final 1x1 convolution, so that each level ends with a block's output."
     steps = _trunk_steps(net)
     return steps[:-1] if isinstance(net.get_submodule(steps[-1]), Conv2dNormActivation) else steps
 
 def _width(net, steps):
-    "Channels of what the last of these steps puts out."
+    "Returns the output channels of the last of these steps."
     inside = (m for o in reversed(steps) for m in reversed(list(net.get_submodule(o).modules())))
     m = next(m for m in inside if isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.Linear)))
     sizes = 'num_features','out_channels','out_features'
     return next(v for k in sizes if (v := getattr(m, k, None)))
 
 def _trunk_groups(net, levels):
-    "The trunk: the stem, then the levels by torchvision's names, else stage2 for stride 4, etc."
+    "Returns the trunk: the stem, then levels under torchvision's names, or stage2 for stride 4 and so on."
     (stride,first),*rest = levels.items()
     n = 1 if isinstance(net.get_submodule(first[0]), Conv2dNormActivation) else len(first)
     res = dict(stem=first[:n])
@@ -146,7 +146,7 @@ def _trunk_groups(net, levels):
 
 # %% ../../nbs/backbones/15_torchvision.ipynb #cd7b9c33
 class SizesOnCPU(TorchFunctionMode):
-    "Keeps the small tensors that give a net its widths on the CPU, whatever the default device."
+    "Keeps the small tensors that determine a net's widths on the CPU, whatever the default device."
     def __torch_function__(self, func, types, args=(), kwargs=None):
         here = dict(device='cpu') if func in (torch.arange, torch.tensor) else {}
         return func(*args, **(kwargs or {}) | here)
@@ -155,7 +155,7 @@ class SizesOnCPU(TorchFunctionMode):
 def _tap_conventions(
     model:str, # torchvision's name
 ) -> tuple: # of names for `taps`
-    "Returns where the maps of a model may lie: 'block', and 'expansion' for inverted residuals."
+    "Returns where a model's maps can be taken: 'block', and 'expansion' for inverted residuals."
     inverted = model.startswith(('mobilenet','efficientnet'))
     return ('block','expansion') if inverted else ('block',)
 
@@ -165,15 +165,15 @@ class TorchvisionBackbone(Backbone):
         model:str='resnet50', # torchvision's name, a row of `torchvision_taps`
         pretrained=False, # True, a tag, an enum member, see `_pick_enum`; or a `WeightRecord`
         weights=None, # the same under torchvision's name
-        taps:str='block', # where the maps lie, see `_tap_conventions`
+        taps:str='block', # where the maps are taken, see `_tap_conventions`
         strides=None, # see `Backbone.select`
         out_indices=None, # see `Backbone.select`
     ):
         super().__init__()
         known = _tap_conventions(model)
         if taps not in known: raise ValueError(
-            f"{model} got taps={taps!r}, but takes {' or '.join(map(repr, known))} only: "
-            "choose that, or a net of inverted residuals for 'expansion'")
+            f"{model} got taps={taps!r}, but only accepts {' or '.join(map(repr, known))}: "
+            "choose that, or a net with inverted residuals for 'expansion'")
         record = _requested_record(model, pretrained, weights)
         with SizesOnCPU(): net = models.get_model(model, weights=None)
         steps = _expansion_steps(net) if taps=='expansion' else _block_steps(net)
@@ -210,7 +210,7 @@ _register_torchvision(*_mobilenets, *efficientnets)
 
 # %% ../../nbs/backbones/15_torchvision.ipynb #b6b76a49
 def _expand_block(net, name):
-    "The layers of a stage or block that halves its map after an expansion, else only its own name."
+    "Returns the layers of a stage or block that downsamples after an expansion, otherwise its own name."
     m = net.get_submodule(name)
     if type(m) is nn.Sequential: # a stage: only its first block halves the map
         first,*rest = [f'{name}.{k}' for k,_ in m.named_children()]
@@ -221,7 +221,7 @@ def _expand_block(net, name):
     return layers if _downsample_factor(net.get_submodule(layers[0]))==1 else [name]
 
 def _expansion_steps(net):
-    "The steps with such blocks expand_block, so that each level ends with an expansion."
+    "Returns the steps with such blocks expanded, so that each level ends with an expansion."
     def halves(n): return _downsample_factor(net.get_submodule(n))>1
     stem,*rest = _trunk_steps(net)
     return [stem] + [o for n in rest for o in (_expand_block(net, n) if halves(n) else [n])]

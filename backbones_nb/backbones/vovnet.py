@@ -27,7 +27,7 @@ from ..core.published import add_weights, WeightRecord
 def _vov_stem(
     stem, # channels of the three convolutions
     last:int=2, # stride of the third
-    dw:bool=False, # the second and the third depth-wise separable
+    dw:bool=False, # make the second and third depth-wise separable
     **kwargs, # act, norm
 ) -> nn.Sequential: # (B,3,H,W) -> (B,stem[2],H/(2*last),W/(2*last))
     "Returns three 3x3 convolutions, the first with stride 2 (arXiv:1904.09730, sec. 3.3)."
@@ -38,24 +38,24 @@ def _vov_stem(
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #d4d92dca
 _vov_pools = dict(
-    official=partial(nn.MaxPool2d, 3, 2, ceil_mode=True), # the last window may hang over the edge
+    official=partial(nn.MaxPool2d, 3, 2, ceil_mode=True), # the last window may extend past the edge
     vt=partial(nn.MaxPool2d, 3, 2, padding=1)) # vision-toolbox's
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #664f700a
 def _has_identity(residual, ni, nf, j):
-    "Whether block `j` of a stage from `ni` to `nf` channels adds its input."
+    "Returns whether block `j` of a stage from `ni` to `nf` channels adds its input."
     return bool(residual) and (j>0 or residual=='same' and ni==nf)
 
 def _has_ese(ese, blocks, j):
-    "Whether block `j` of `blocks` has eSE."
+    "Returns whether block `j` of `blocks` has eSE."
     return ese in (True,'all') or ese=='last' and j==blocks-1
 
 def _vov_stage(
     ni:int, # input channels
     mid:int, # channels of the layers inside a block
     nf:int, # output channels
-    blocks:int, # how many OSA blocks
-    pool=None, # makes the pool at the stage's beginning, or None
+    blocks:int, # number of OSA blocks
+    pool=None, # builds the pool at the start of the stage, or None
     residual=True, # see `VoVNet`
     ese=True, # see `VoVNet`
     **kwargs, # of OSABlock: layers, dw, act, norm
@@ -68,7 +68,7 @@ def _vov_stage(
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #b07c4131
 def _trunk_and_rows(stem, outs, two):
-    "The trunk, and one row per map; `two` is the index of the last stem convolution at stride 2."
+    "Returns the trunk and one row per map; `two` is the index of the last stem convolution at stride 2."
     rows = [feature_row(nf, 4*2**i, f'stages.{i}') for i,nf in enumerate(outs)]
     trunk = dict(stem=['stem.0','stem.1','stem.2'])
     trunk |= {f'stage{i}':[r['module']] for i,r in enumerate(rows, 2)}
@@ -78,13 +78,13 @@ def _trunk_and_rows(stem, outs, two):
 def _check(stem, mids, outs, blocks, residual, ese):
     if not (len(stem)==3 and len(mids)==len(outs)==len(blocks)): raise ValueError(
         f'got {len(stem)} channels for the stem and {len(mids)} mids, {len(outs)} outs, {len(blocks)} blocks, '
-        'expected 3 for the stem and as many outs and blocks as mids: give all three one number per stage')
+        'expected 3 for the stem, and one value per stage in mids, outs and blocks')
     one_of(residual, (True,'same',False), 'residual')
     one_of(ese, (True,'all','last',False), 'ese')
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #bbaa0359
 def _by_block(config):
-    "The configuration with `residual` and `ese` by block, so that equal nets have equal ones."
+    "Returns the configuration with `residual` and `ese` per block, so that equal nets have equal ones."
     keys = ('stem','mids','outs','blocks','residual','ese')
     _check(*[config[k] for k in keys])
     stem,_,outs,blocks,residual,ese = [config[k] for k in keys]
@@ -97,8 +97,8 @@ def _by_block(config):
 class VoVNet(Backbone):
     """VoVNet V1 (arXiv:1904.09730) and V2 (arXiv:1911.06667): a stem, then stages of OSA blocks.
 
-    Raises ValueError for a configuration that does not fit together."""
-    canonical = staticmethod(_by_block) # what `core.published` compares instead of the arguments
+    Raises ValueError for an inconsistent configuration."""
+    canonical = staticmethod(_by_block) # `core.published` compares its result instead of the arguments
 
     @delegates(OSABlock)
     def __init__(self,
@@ -143,7 +143,7 @@ vovnet_configs = dict( # name -> arguments of VoVNet
 def vovnet_variants(
     name:str, # a key of `vovnet_configs`
 ) -> dict: # variant -> arguments that differ from the row's
-    "Returns where each implementation differs from the official one; vt has no depth-wise nets."
+    "Returns how each implementation differs from the official one; vt has no depth-wise nets."
     timm = {} if name=='vovnet27_slim' else dict(ese='last')
     vt = dict(pool='vt', residual='same') | (_slim128 if 'slim' in name else {})
     if name.endswith('dw'): return dict(official={}, timm=timm)

@@ -26,11 +26,11 @@ from ..learners.run import RunConfig, presets, run_config, run_options
 _not_given = object()
 
 def call_command(
-    func, # a function with docments; or one with `argv` alone, which parses it by itself
-    argv:list, # words of the command line
-    prog:str, # what the usage calls it
+    func, # a function with docments, or one whose only parameter is `argv` and that parses it itself
+    argv:list, # the arguments on the command line
+    prog:str, # program name in the usage message
 ):
-    "Calls a function with the options that were given; returns what it returns."
+    "Calls a function with the options given on the command line and returns its result."
     params = inspect.signature(func).parameters
     if list(params)==['argv']: return func(argv)
     blank = argparse.Namespace(**dict.fromkeys(params, _not_given)) # instead of defaults
@@ -46,11 +46,11 @@ def _listing(commands):
 
 def call_subcommand(
     commands:dict, # name -> function for `call_command`, or an entry point that loads it
-    argv:list, # words of the command line, the name first
-    prog:str, # what the usage calls it
-    doc:str='', # what it does, for the help
+    argv:list, # the arguments on the command line, the command's name first
+    prog:str, # program name in the usage message
+    doc:str='', # description for the help
 ):
-    "Calls the command that the first word names; `--help` lists all."
+    "Calls the command that the first argument names; `--help` lists all of them."
     end = _listing(commands) if argv[:1] in (['-h'], ['--help']) else None # loads every command
     p = argparse.ArgumentParser(prog, description=doc, epilog=end,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -62,18 +62,18 @@ def call_subcommand(
     return call_command(_load(commands[a.command]), a.args, f'{prog} {a.command}')
 
 def _find_commands() -> dict: # name -> entry point
-    "Returns the commands that installed packages have registered."
+    "Returns the commands that installed packages register."
     found = {o.name:o for o in entry_points(group='backbones_nb.commands')}
     if not found: raise RuntimeError(
-        "found no commands in the entry-point group 'backbones_nb.commands': install the package, "
-        "in a checkout with 'pip install -e .'")
+        "found no commands in the entry-point group 'backbones_nb.commands': install the package "
+        "(in a checkout: pip install -e .)")
     return dict(sorted(found.items()))
 
 # %% ../../nbs/cli/60_cli.ipynb #72284911
 _pair = dict(nargs='+', metavar='NAME=VALUE')
 
 def _pairs(option, xs):
-    "Turns ['a=1', 'b=x'] into a dict, with values read as JSON where they are JSON."
+    "Turns ['a=1', 'b=x'] into a dict; values that are valid JSON are parsed."
     res = {}
     for o in xs or ():
         k,eq,v = o.partition('=')
@@ -90,16 +90,16 @@ def _saved_options(given):
 
 @run_options(but=('model_args','backbone_args','loss_weights'))
 def finetune_command(
-    preset:Annotated[str, dict(choices=[*presets])]=None, # start from a named run; the other options override it
-    set:Annotated[str, _pair]=None, # more arguments of the detector, such as anchor_scale=4
-    backbone_set:Annotated[str, _pair]=None, # more arguments of the backbone, such as ese=false 'mids=[32,40,48,56]'
-    loss_weights:Annotated[str, _pair]=None, # factors of the losses, such as loss_classifier=2
+    preset:Annotated[str, dict(choices=[*presets])]=None, # start from a named set of options; other options override it
+    set:Annotated[str, _pair]=None, # more arguments for the detector, such as anchor_scale=4
+    backbone_set:Annotated[str, _pair]=None, # more arguments for the backbone, such as ese=false 'mids=[32,40,48,56]'
+    loss_weights:Annotated[str, _pair]=None, # weights of the losses, such as loss_classifier=2
     **kwargs,
 ):
     """Train a detector and evaluate it.
 
-    Evaluates with COCO mAP on held-out images, and leaves configuration, lists, history, metrics,
-    a picture and the exported learner in one folder."""
+    Computes COCO mAP on held-out images and writes the configuration, the lists of images, the training history, the
+    metrics, a picture and the exported learner to one folder."""
     pairs = dict(model_args=_pairs('--set', set), backbone_args=_pairs('--backbone-set', backbone_set),
                  loss_weights=_pairs('--loss-weights', loss_weights))
     if kwargs.get('backbone')=='own': kwargs['backbone'] = None
@@ -113,7 +113,7 @@ def finetune_command(
 def list_command(
     pattern:Annotated[str, dict(opt=False, nargs='?', metavar='PATTERN')]='*', # shell wildcards, as in '*vovnet*'
 ):
-    "List the names of the backbones."
+    "List the names of all backbones."
     from backbones_nb.core.registry import list_backbones
     names = list_backbones(pattern)
     if not names: raise ValueError(f"no backbone matches {pattern!r}: 'backbones-nb list' gives all names")
@@ -122,11 +122,11 @@ def list_command(
 def predict_command(
     run:Annotated[str, dict(metavar='RUN')], # folder of a finished run
     images:Annotated[str, dict(nargs='+', metavar='IMAGE')], # image files, folders of them, and patterns such as 'photos/*.jpg'
-    out:Annotated[str, dict(metavar='DIR')]=None, # folder for images with the boxes drawn in
-    score_thr:float=0.5, # drop detections with a lower score
-    json:Annotated[str, dict(metavar='FILE')]=None, # write the detections to a file
+    out:Annotated[str, dict(metavar='DIR')]=None, # folder for copies of the images with the boxes drawn on them
+    score_thr:float=0.5, # score threshold: drop detections below it
+    json:Annotated[str, dict(metavar='FILE')]=None, # write the detections to this JSON file
 ):
-    "Use a trained detector on images."
+    "Run a trained detector on images."
     from backbones_nb.learners.finetune import predict
     predict(run, images, out, score_thr, json)
 
@@ -146,17 +146,31 @@ def evaluate_command(
     measure(run, data, images, split, boxes, bs, workers, json)
 
 # %% ../../nbs/cli/60_cli.ipynb #ce5b022b
+def convert_command(
+    data:Annotated[str, dict(metavar='DATA')], # file or folder: COCO, VOC, YOLO, LabelMe, VIA, CVAT, CSV, ...
+    out:Annotated[str, dict(metavar='OUT')], # folder to write, new or empty
+    to:Annotated[str, dict(metavar='FORMAT')]='coco', # coco, voc, yolo, labelme, via, cvat, csv, jsonl, ...
+    images:Annotated[str, dict(metavar='DIR')]=None, # folder of the images, where they are not beside the annotations
+):
+    """Write a data set in another format.
+
+    Splits and images come along; what the other format cannot hold is left out and named."""
+    from backbones_nb.data.convert import convert
+    path,parts,lost = convert(data, out, to, images)
+    for k,rs in parts.items(): print(f'{k}: {len(rs)} images, {sum(len(r.labels) for r in rs)} objects')
+    print(f'written as {to} to {path}; {lost}')
+
 def check_command(
     data:Annotated[str, dict(metavar='PATH')], # file or folder: COCO, VOC, YOLO, LabelMe, VIA, CVAT, CSV, ...
-    images:Annotated[str, dict(metavar='DIR')]=None, # folder of a COCO file's images, where they are not beside it
-    format:str='auto', # how to read it: 'auto', or the name of a format, such as voc
-    small:float=4, # a box with a shorter side is called tiny, px
-    size:int=256, # side of the images in training: what is smaller than a pixel there vanishes, px
+    images:Annotated[str, dict(metavar='DIR')]=None, # folder of a COCO file's images, if they are not next to it
+    format:str='auto', # format of the annotations, such as voc; auto detects it
+    small:float=4, # report boxes with a side shorter than this, px
+    size:int=256, # image size in training, px: report objects that would be smaller than a pixel
     all:bool=False, # list every problem, not only examples of each kind
-) -> int: # exit code: 1 if the data have an error
+) -> int: # exit code: 1 if the data set has an error
     """List what is wrong with a data set.
 
-    Opens every image and reads every annotation; the exit code is 1 if there is an error."""
+    Opens every image and reads every annotation. The exit code is 1 if there is an error."""
     from backbones_nb.data.check import check_data
     report = check_data(data, images=images, format=format, small=small, size=size, progress=sys.stderr.isatty())
     print(report)
@@ -174,8 +188,8 @@ def main(
 ) -> int: # exit code
     "Runs `backbones-nb`; returns 0, 1 for an error, 130 for Ctrl-C; argparse exits with 2."
     os.environ.setdefault('MPLBACKEND', 'Agg')
-    about = ('Detection backbones: list them, compare them with their references, train a '
-             'detector on them, use it.')
+    about = ('Detection backbones: list them, compare them with reference implementations, '
+             'train a detector on them, and run it.')
     argv = sys.argv[1:] if argv is None else argv
     for o in (sys.stdout, sys.stderr): # a name that a terminal cannot show is no error
         if hasattr(o, 'reconfigure'): o.reconfigure(errors='backslashreplace')

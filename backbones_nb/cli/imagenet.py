@@ -20,10 +20,10 @@ from fastcore.meta import delegates
 _Folder = Annotated[str, dict(opt=True, required=True, metavar='DIR')] # a required option
 
 def prepare(
-    val_solution:Annotated[str, dict(opt=True, required=True, metavar='FILE')], # LOC_val_solution.csv
+    val_solution:Annotated[str, dict(opt=True, required=True, metavar='FILE')], # Kaggle's LOC_val_solution.csv
     val_dir:_Folder, # folder of the validation images, ILSVRC/Data/CLS-LOC/val
-    dry_run:bool=False, # count what would be moved, and move nothing
-    allow_missing:bool=False, # continue if images of the list are missing
+    dry_run:bool=False, # only count what would be moved
+    allow_missing:bool=False, # continue even if listed images are missing
 ):
     "Sort the validation images into class folders."
     from backbones_nb.imagenet.folders import prepare_val
@@ -31,27 +31,27 @@ def prepare(
 
 def check(
     data:_Folder, # folder with train and val, or Kaggle's
-    workers:int=8, # images decoded at once
+    workers:int=8, # images decoded in parallel
 ) -> int: # 1 if an image is broken
-    "Decode every image and name the broken ones."
+    "Decode every image and list the broken ones."
     from backbones_nb.imagenet.folders import broken_images, imagenet_folders
     from backbones_nb.imagenet.streams import has_shards
-    if has_shards(Path(data)/'train'): raise ValueError(f'{data} holds shards, expected images: give the folder they '
-        'were made from')
+    if has_shards(Path(data)/'train'): raise ValueError(f'{data} holds shards, expected images: pass the folder that '
+        'the shards were made from')
     found = {o.name:broken_images(o, workers, sys.stderr.isatty()) for o in imagenet_folders(data)}
     for name,bad in found.items(): print(*bad, f"broken images in {name}: {len(bad) or 'none'}", sep='\n')
     return int(any(found.values()))
 
 # %% ../../nbs/cli/63_imagenet.ipynb #03305072
 def shard(
-    data:str, # folder with train and val, or Kaggle's
-    out:str, # folder for the shards, which gets train and val
-    maxcount:int=1000, # images in a shard
-    maxsize:int=200_000_000, # bytes in a shard
-    seed:int=0, # of the order
-    workers:int=1, # shards written at once
+    data:_Folder, # folder with train and val, or Kaggle's
+    out:_Folder, # folder for the shards; train and val are created in it
+    maxcount:int=1000, # maximum number of images per shard
+    maxsize:int=200_000_000, # maximum size of a shard, bytes
+    seed:int=0, # random seed for the order
+    workers:int=1, # shards written in parallel
 ):
-    "Pack class folders into tar files."
+    "Pack class folders into tar files (shards)."
     from backbones_nb.imagenet.batches import same_classes
     from backbones_nb.imagenet.folders import imagenet_folders, scan_classes
     from backbones_nb.imagenet.shards import write_shards
@@ -62,16 +62,17 @@ def shard(
         print(f"{name}: {index['count']} images of {len(index['classes'])} classes in {len(index['shards'])} shards")
 
 def evaluate(
-    name:str, # name of a backbone; backbones-nb list shows them
-    data:_Folder, # folder with val in it, of images or of shards, or Kaggle's
-    pretrained:Annotated[str, dict(metavar='TAG')]=True, # tag of the weights; without, the best with a stated license
+    name:str, # name of a backbone, as printed by 'backbones-nb list'
+    data:_Folder, # folder that contains val, as images or shards, or Kaggle's
+    # tag of the weights; by default the best ones with a stated license
+    pretrained:Annotated[str, dict(metavar='TAG')]=True,
     bs:int=64, # images per batch
-    workers:int=4, # processes that read images
-    size:int=None, # side of the crop, pixels; without, that of the weights
-    resize:int=None, # shorter side before the crop, pixels; without, that of the weights
-    device:str=None, # where to compute, such as cpu or cuda:1; without, the GPU if there is one
+    workers:int=4, # processes that load images
+    size:int=None, # side of the crop, px; by default that of the weights
+    resize:int=None, # shorter side before the crop, px; by default that of the weights
+    device:str=None, # such as cpu or cuda:1; by default the GPU if there is one
 ):
-    "Measure published weights with their own preprocessing."
+    "Evaluate published weights with their own preprocessing."
     from fastai.torch_core import rank_distrib
     from backbones_nb.imagenet.evaluate import evaluate_imagenet
     res = evaluate_imagenet(name, data, pretrained, size, resize, bs, workers, device, sys.stdout.isatty())
@@ -85,7 +86,7 @@ class _Switch(argparse.BooleanOptionalAction):
 def _fields(
     pairs, # such as 'warmup=0.5'
 ) -> dict:
-    "The fields of a recipe that --set names."
+    "Returns the fields of a recipe that --set lists."
     def value(s):
         try: return ast.literal_eval(s)
         except (ValueError, SyntaxError): return s
@@ -93,7 +94,7 @@ def _fields(
     return {k:value(v) for k,v in (o.split('=', 1) for o in pairs)}
 
 def _no_bar():
-    "A callback that takes away fastai's progress bar."
+    "Returns a callback that removes fastai's progress bar."
     from fastai.callback.core import Callback
     class NoBar(Callback):
         def after_create(self): self.learn.remove_cb(self.learn.progress)
@@ -101,27 +102,27 @@ def _no_bar():
 
 # %% ../../nbs/cli/63_imagenet.ipynb #d5139951
 def _train_command():
-    "The function behind `train`, made when it is needed, since its options are those of the library."
+    "Returns the function behind `train`, built when it is needed, since its options are those of the library."
     import json
     from fastai.torch_core import rank_distrib
     from backbones_nb.imagenet.train import TrainConfig, train_imagenet
     @delegates(TrainConfig)
     def train(
-        data:_Folder, # folder with train and val, of images or of shards, or an address of shards
-        out:_Folder, # folder for results, made if it does not exist
-        backbone:str='vovnet39', # name of a backbone; backbones-nb list shows them
-        recipe:str='vt_small', # row of the recipes: vt_default, vt_small, vt_large, torchvision
-        # begin with published weights, the best ones or those of a tag
+        data:_Folder, # folder with train and val, as images or shards, or a URL of shards
+        out:_Folder, # output folder, created if it does not exist
+        backbone:str='vovnet39', # name of a backbone, as printed by 'backbones-nb list'
+        recipe:str='vt_small', # vt_default, vt_small, vt_large or torchvision
+        # start from published weights: the best ones with a stated license, or those with a tag
         pretrained:Annotated[str, dict(nargs='?', const=True, metavar='TAG')]=False,
-        epochs:int=None, # passes over the data; without, those of the recipe
-        size:int=None, # side of the images, pixels; without, as in the recipe
-        ema:float=None, # decay of the average; 0: no average; without, that of the recipe
-        amp:Annotated[str, dict(choices=('bf16','fp16','off'))]=None, # mixed precision; without, that of the recipe
-        channels_last:Annotated[bool, dict(action=_Switch)]=None, # memory format; without, that of the recipe
-        set:Annotated[str, dict(nargs='*', metavar='FIELD=VALUE')]=(), # other fields of the recipe, such as warmup=1
+        epochs:int=None, # passes over the data; by default those of the recipe
+        size:int=None, # side of the images, px; by default that of the recipe
+        ema:float=None, # decay of the weight average; 0 for no average; by default that of the recipe
+        amp:Annotated[str, dict(choices=('bf16','fp16','off'))]=None, # mixed precision; by default that of the recipe
+        channels_last:Annotated[bool, dict(action=_Switch)]=None, # memory format; by default that of the recipe
+        set:Annotated[str, dict(nargs='*', metavar='FIELD=VALUE')]=(), # more fields of the recipe, such as warmup=1
         **kwargs,
     ):
-        "Train a classifier; the same command resumes a run that was interrupted."
+        "Train a classifier; run the same command again to resume an interrupted run."
         given = dict(epochs=epochs, size=size, ema=ema, amp=amp, channels_last=channels_last) | _fields(set) | kwargs
         learn = train_imagenet(data, out, backbone, recipe, () if sys.stdout.isatty() else [_no_bar()],
                                pretrained=pretrained, **given)
@@ -140,7 +141,7 @@ def train(argv):
 _other_names = {'--val_solution_path':'--val-solution', '--val_image_dir':'--val-dir'} # those of vision-toolbox
 
 def imagenet_command(argv):
-    "Prepare ImageNet, train on it, and measure weights on it."
+    "Prepare ImageNet, train on it, and evaluate weights on it."
     from backbones_nb.cli.cli import call_subcommand
     words = [(_other_names.get(k, k), sep, v) for k,sep,v in (o.partition('=') for o in argv)]
     tasks = dict(prepare=prepare, check=check, shard=shard, train=train, evaluate=evaluate)

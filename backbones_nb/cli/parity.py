@@ -18,12 +18,12 @@ from typing import Annotated
 def _check_out(
     path, # file to write, or None
 ):
-    "The path; raises ValueError for an ending other than .csv, .json and .md, and for a folder that does not exist."
+    "Returns the path; raises ValueError for a suffix other than .csv, .json and .md, or a folder that does not exist."
     if path is None: return None
     path = Path(path)
     got = f'got --out {str(path)!r}'
-    if path.suffix not in ('.csv','.json','.md'): raise ValueError(f'{got}, expected a name that ends in .csv, .json '
-        'or .md: choose one of these formats')
+    if path.suffix not in ('.csv','.json','.md'): raise ValueError(f'{got}, expected a file name that ends in .csv, .json '
+        'or .md')
     if not path.parent.is_dir(): raise ValueError(f'{got}, but the folder {str(path.parent)!r} does not exist: '
         'create it first')
     return path
@@ -32,7 +32,7 @@ def _save_table(
     table, # a `ParityTable`
     path, # file to write: .csv, .json or .md
 ):
-    "Writes the table; CSV has the rows only, the other formats the facts too."
+    "Writes the table; CSV holds only the rows, the other formats the facts as well."
     path = _check_out(path)
     if path.suffix=='.md': text = f'{table.facts}\n\n{table._repr_markdown_()}\n'
     else: text = json.dumps(dict(facts=table.facts, note=table.note, rows=list(table)), indent=1) + '\n'
@@ -46,10 +46,10 @@ def _save_table(
 def _parse_size(
     s:str, # '224', or '230x310' for height x width
 ): # int, or (height, width)
-    "Returns pixels; raises ValueError for text that is not a size, and for a side below 32."
+    "Returns the size in pixels; raises ValueError for a string that is not a size or a side below 32."
     n = [int(o) if o.isascii() and o.isdigit() else 0 for o in s.lower().split('x')]
     if len(n)>2 or min(n)<32: raise ValueError(f'got --sizes {s!r}, expected '
-        'pixels from 32 on, such as 224, or 230x310 for height x width')
+        'at least 32 pixels, such as 224, or 230x310 for height x width')
     return n[0] if len(n)==1 else tuple(n)
 
 # %% ../../nbs/cli/96_parity.ipynb #538e4b25
@@ -60,11 +60,11 @@ def _run_parity(
     out=None, # .csv, .json or .md file to write
     callback=None, # see `parity_table`
 ): # a `ParityTable`
-    "Prints the table and returns it; raises RuntimeError at the end if a row is not equal."
+    "Prints and returns the table; raises RuntimeError at the end if a row differs from its reference."
     from backbones_nb.analysis.compare import parity_facts, parity_table # torch and timm, which --help does not need
     from backbones_nb.analysis.pairs import find_pairs
     out = _check_out(out)
-    if not tol>=0: raise ValueError(f'got --tol {tol}, expected a number from 0 on, such as 1e-5')
+    if not tol>=0: raise ValueError(f'got --tol {tol}, expected a number of at least 0, such as 1e-5')
     find_pairs(patterns)
     print(parity_facts(sizes), flush=True)
     table = parity_table(patterns, sizes, tol, callback=callback)
@@ -80,24 +80,23 @@ def _run_parity(
 
 # %% ../../nbs/cli/96_parity.ipynb #1b2bd00a
 def _print_progress(i, n, row):
-    "Prints a line about a row that is done, to the error stream."
+    "Prints a line about a finished row to stderr."
     line = row['verdict']
     if row['worst'] is not None: line = f"{row['worst']:.1e}, {line}, {row['seconds']:.1f} s"
     print(f"{i}/{n} {row['ours']}: {line}", file=sys.stderr, flush=True)
 
 # %% ../../nbs/cli/96_parity.ipynb #e73e90a1
 def parity_command(
-    patterns:Annotated[str, dict(nargs='*', opt=False, metavar='PATTERN')]=None, # such as 'vovnet*'
-    sizes:Annotated[str, dict(nargs='+', metavar='PIXELS')]=None, # 224, or 230x310 (height x width)
-    tol:float=1e-5, # largest relative error of a map in float32
-    out:Annotated[str, dict(metavar='FILE')]=None, # .csv, .json or .md file for the table
+    patterns:Annotated[str, dict(nargs='*', opt=False, metavar='PATTERN')]=None, # names to compare, such as 'vovnet*'
+    sizes:Annotated[str, dict(nargs='+', metavar='PIXELS')]=None, # image sizes, such as 224 or 230x310 (height x width)
+    tol:float=1e-5, # largest relative error of a map that counts as equal, in float32
+    out:Annotated[str, dict(metavar='FILE')]=None, # write the table to this .csv, .json or .md file
 ):
     """Compare our models with those of other libraries.
 
     Copies random weights of a reference into each model, runs both on the same noise, and prints
-    how far their maps are apart. A pattern is compared with our names and with those of references,
-    as in 'timm/*'; without patterns all rows are compared. Without sizes, rows are compared at
-    224, 200 and 230x310 pixels, the largest models at fewer. The exit code is 1 if any row
-    is not equal."""
+    the difference between their feature maps. Patterns match our names and those of the references,
+    as in 'timm/*'; without patterns, all rows are compared. The default sizes are 224, 200 and
+    230x310 pixels, and fewer for the largest models. The exit code is 1 if any row differs."""
     sizes = [_parse_size(o) for o in sizes or ()]
     _run_parity(patterns or (), sizes or None, tol, out, _print_progress)

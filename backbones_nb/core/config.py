@@ -17,9 +17,9 @@ _key = 'torch.nn' # marks a layer's class in JSON
 
 def encode(
     value, # of an argument
-    what:str='the value', # its name, for the error
+    what:str='the value', # its name, for the error message
 ): # None, bool, number, string, list or dict
-    "Returns `value` as JSON has it, torch.nn layers by name; raises ValueError for the rest."
+    "Returns `value` in JSON's types, torch.nn layers by name; raises ValueError for other objects."
     if value is None or isinstance(value, (bool,int,float,str)): return value
     if isinstance(value, (list,tuple)): return [encode(o, what) for o in value]
     if isinstance(value, dict) and _key not in value and all(isinstance(k, str) for k in value):
@@ -30,22 +30,22 @@ def encode(
         return {_key:f.__name__} | encode(more, what)
     raise ValueError(
         f'got {what}={value!r}, which cannot be written to config.json, expected numbers, '
-        'strings, lists of them, a class of torch.nn or a partial of one: '
+        'strings, lists of them, a torch.nn class or a partial of one: '
         'pass a name if the argument accepts one')
 
 # %% ../../nbs/core/88_config.ipynb #b5d4d460
 def decode(
-    value, # what `encode` returned
+    value, # the output of `encode`
 ): # lists come back as tuples
-    "Returns the value, importing nothing; raises ValueError for a layer unknown to torch.nn."
+    "Returns the decoded value without importing anything; raises ValueError for a layer that torch.nn does not have."
     if isinstance(value, list): return tuple(decode(o) for o in value)
     if not isinstance(value, dict): return value
     if _key not in value: return {k:decode(v) for k,v in value.items()}
     f = getattr(nn, str(value[_key]), None)
     if not (isinstance(f, type) and issubclass(f, nn.Module)):
         raise ValueError(
-            f'got the layer {value[_key]!r}, expected the name of a class in torch.nn: '
-            'load a file that this package wrote, with the version of torch that wrote it')
+            f'got layer {value[_key]!r}, expected the name of a class in torch.nn: '
+            'load a file written by this package, with the torch version that wrote it')
     if 'args' not in value: return f
     return partial(f, *decode(value['args']), **decode(value['kwargs']))
 
@@ -62,7 +62,7 @@ class Unserializable:
 def serializable(
     value, # of an argument
 ): # the value, or an `Unserializable`
-    "Returns the value if `encode` accepts it, else an `Unserializable` that stands for it."
+    "Returns the value if `encode` accepts it, otherwise an `Unserializable` placeholder."
     if isinstance(value, nn.Module): return Unserializable(value)
     try: encode(value)
     except ValueError: return Unserializable(value)
@@ -70,15 +70,15 @@ def serializable(
 
 def serializable_args(
     config:dict, # arguments
-) -> dict: # with an `Unserializable` in place of each that cannot be written
-    "Returns arguments that can be copied and pickled."
+) -> dict: # with an `Unserializable` in place of each value that cannot be written
+    "Returns the arguments in a form that can be copied and pickled."
     return {k:serializable(v) for k,v in config.items()}
 
 # %% ../../nbs/core/88_config.ipynb #9b7cc59d
 def format_args(
     config:dict, # arguments
 ) -> str: # "variant='timm', act='silu'"
-    "Returns arguments as they are typed in a call."
+    "Returns the arguments as they would be written in a call."
     return ', '.join(f'{k}={v!r}' for k,v in config.items())
 
 def comparable(

@@ -10,30 +10,32 @@ __all__ = ['write_whole', 'training_flag', 'eval_mode', 'fixed_rng']
 # %% ../../nbs/core/86_contexts.ipynb #2f8d3c70
 import errno
 import os
+import random
 import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 
+import numpy as np
 import torch
 from torch import nn
 
 # %% ../../nbs/core/86_contexts.ipynb #48fcf41a
 def _disk_error(e):
-    "Returns why the disk takes no more, from an error of the system, torch or safetensors; None for others."
+    "Returns the reason for a full disk, from an error of the system, torch or safetensors; None for other errors."
     m = re.search(r'os error (\d+)', str(e))
     code = int(m[1]) if m else getattr(e, 'errno', None)
     if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): return os.strerror(code)
     if re.search('unexpected pos|iostream error|PytorchStreamWriter failed', str(e)):
-        return 'the disk did not take all of it'
+        return 'the file could not be written completely'
 
 @contextmanager
 def write_whole(
-    path, # of a file or a folder
-    shared:bool=False, # whether other processes may write the same file at once; what a killed one leaves then stays
+    path, # file or folder
+    shared:bool=False, # whether other processes may write the same file; leftovers of a killed one then stay
 ): # the Path to write to
-    """A block that writes a file or a folder, moved to its place when the block ends and discarded if it fails.
+    """A context that yields a temporary path, moved into place when the block ends and discarded if it fails.
 
     Raises OSError if the disk is full."""
     path = Path(path)
@@ -52,16 +54,16 @@ def write_whole(
     except Exception as e:
         if not (why := _disk_error(e)): raise
         raise OSError(f'could not write {path} ({why}): free some space there and try again; '
-            'what was there before is unchanged') from e
+            'the previous file is unchanged') from e
     finally: shutil.rmtree(room, ignore_errors=True)
 
 # %% ../../nbs/core/86_contexts.ipynb #f648d5a3
 @contextmanager
 def training_flag(
-    modules, # the modules whose own flag is set; their children keep theirs
+    modules, # whose flags are set; their children keep their own
     training:bool,
 ):
-    "Within the block these modules, and only these, have `training`; afterwards all is as before."
+    "Sets `training` on these modules only, and restores it when the block ends."
     modes = [(m,m.training) for m in modules]
     try:
         for m,_ in modes: m.training = training
@@ -73,19 +75,25 @@ def training_flag(
 def eval_mode(
     model:nn.Module,
 ): # the model itself
-    "Within the block `model` is in eval mode; afterwards every module has the mode it had."
+    "Puts `model` in eval mode and restores the mode of every module when the block ends."
     with training_flag(list(model.modules()), False): yield model
 
 # %% ../../nbs/core/86_contexts.ipynb #3339b7a4
 @contextmanager
 def fixed_rng(
-    device='cpu', # whose generator is seeded, beside the CPU's
+    device='cpu', # whose generator is seeded in addition to the CPU's
     seed:int=0,
 ):
-    "Seeds the generators of the CPU and of `device` for the block, and puts them back at the end."
+    "Seeds the generators of the CPU, of `device`, of numpy and of Python, and puts them back at the end."
     device = torch.device(device)
     cuda = device.type=='cuda'
+    was = random.getstate(),np.random.get_state()
     with torch.random.fork_rng(devices=[device] if cuda else []):
         torch.default_generator.manual_seed(seed)
         if cuda: torch.cuda.default_generators[device.index or 0].manual_seed(seed)
-        yield
+        random.seed(seed)
+        np.random.seed(seed%2**32)
+        try: yield
+        finally:
+            random.setstate(was[0])
+            np.random.set_state(was[1])

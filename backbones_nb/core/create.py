@@ -14,7 +14,7 @@ from torch import nn
 from .config import serializable_args
 from .features import Backbone, as_backbone
 from .published import pick_for
-from .registry import REGISTRY, Entry, Request
+from .registry import REGISTRY, Entry, Request, calling_module
 from .weight_files import build_from_file, is_weight_file
 from .weights import load_weights
 
@@ -22,7 +22,7 @@ from .weights import load_weights
 def _build_pretrained(
     request:Request, # with `record`, as `pick_for` returns it
 ) -> Backbone: # with the weights loaded
-    "Returns the model as its weights were published, loaded, then converted to what was asked."
+    "Returns the model in the configuration of its published weights, with them loaded, converted to the requested one."
     entry,record = request.entry,request.record
     if request.conversions:
         with torch.device('meta'): entry.build(strides=None, **request.config | request.conversions)
@@ -35,7 +35,7 @@ def _build_pretrained(
 def _build_request(
     request:Request, # as `Entry.resolve` returns it
 ) -> Backbone: # with `name`, `config` and the selected maps
-    "Builds the model of a request; raises ValueError, TypeError or RuntimeError saying why not."
+    "Builds the model of a request; raises ValueError, TypeError or RuntimeError with the reason if it cannot."
     entry = request.entry
     if is_weight_file(request.pretrained): model,request = build_from_file(request)
     elif entry.loads_weights:
@@ -51,16 +51,17 @@ def _build_request(
 
 # %% ../../nbs/core/03_create.ipynb #ceaff74d
 def register(
-    name:str, # unique; the spelling users type
+    name:str, # unique; what users pass to `create_backbone`
     build, # class or function returning a `Backbone`, taking `strides`; see `Entry`
     variants:dict=None, # name -> what it overrides in `config`; the first is the default
     **config, # keyword arguments of `build`
 ): # the family function `name(pretrained=False, strides=None, **overrides)`
     """Registers a row and returns the function that builds it.
 
-    Raises ValueError if another builder has the name."""
+    Raises ValueError if the name belongs to another builder."""
     builder = getattr(build, '__name__', repr(build)) # a partial has no name
-    entry = REGISTRY.add(Entry(name, build, config, variants or {}))
+    row = Entry(name, build, config, variants or {})
+    entry = REGISTRY.announce(calling_module(), name, lambda: REGISTRY.add(row))
     def f(pretrained=False, strides=None, **overrides):
         asked = dict(overrides, pretrained=pretrained, strides=strides)
         return _build_request(entry.resolve(asked))
@@ -74,7 +75,7 @@ def create_backbone(
     pretrained=False, # True, a tag, a `WeightRecord`, a path or URL; False: random weights
     strides=None, # strides of the maps, such as (8,16,32); None: those of 4, 8, 16, 32 that exist
     **config, # overrides of the row's configuration
-) -> Backbone: # in training mode, as all new modules
+) -> Backbone: # in training mode, like any new module
     """Returns a backbone by name, or a module wrapped to meet the contract.
 
     Raises ValueError suggesting near names, TypeError for an unknown argument."""

@@ -14,9 +14,9 @@ from difflib import get_close_matches
 def did_you_mean(
     name:str, # what was given
     known, # the names that exist
-    n:int=3, # how many to suggest at most
+    n:int=3, # maximum number of suggestions
 ) -> str: # ' Did you mean ...?' or ''
-    "Returns a hint naming the nearest known names, empty where none is near."
+    "Returns a hint with the closest known names, or an empty string."
     near = get_close_matches(name.lower(), list(known), n=n, cutoff=0.5)
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ''
 
@@ -26,7 +26,7 @@ def one_of(
     choices, # what is allowed
     what:str, # name of the argument
 ): # `value`
-    "Returns `value`; raises ValueError listing the choices if it is none of them."
+    "Returns `value`; raises ValueError with the choices if it is not one of them."
     if value not in choices: raise ValueError(
         f"got {what}={value!r}, expected one of {', '.join(map(repr, choices))}: "
         'choose one of these')
@@ -35,7 +35,7 @@ def one_of(
 # %% ../../nbs/core/85_errors.ipynb #6a14f868
 def reason(
     e, # an exception
-    n:int=200, # most characters
+    n:int=200, # maximum length
 ) -> str: # 'ValueError: its message'
-    "Returns the type and the message of an exception on one line, cut after `n` characters."
+    "Returns the type and the message of an exception on one line, truncated to `n` characters."
     return ' '.join(f'{type(e).__name__}: {e}'.split())[:n].rstrip(' .:')

@@ -20,7 +20,7 @@ from .contexts import eval_mode
 from .hub import HubMixin
 
 # %% ../../nbs/core/01_features.ipynb #6e4cc069
-IMAGENET_MEAN = (0.485, 0.456, 0.406) # what random weights get, RGB in [0,1]
+IMAGENET_MEAN = (0.485, 0.456, 0.406) # the default for random weights, RGB in [0,1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 def feature_row(
@@ -36,15 +36,15 @@ def _listed(xs): return ', '.join(str(x) for x in xs)
 
 def _select_strides(
     have, # strides that a model offers, ascending
-    strides=None, # the wanted ones: an int, a sequence, or None for those of 4, 8, 16, 32
+    strides=None, # requested strides: an int, a sequence, or None for those of 4, 8, 16, 32
     out_indices=None, # as in timm: index i means stride 2**(i+1)
-    name='this backbone', # for the error
+    name='this backbone', # for the error message
 ) -> tuple: # the selected strides, finest first
-    "Returns the selected strides, finest first; raises ValueError naming the strides that exist."
+    "Returns the selected strides, finest first; raises ValueError with the available strides."
     if out_indices is not None:
         if strides is not None: raise ValueError(
             f'got both strides={strides} and out_indices={out_indices}, '
-            'which mean the same thing: give one of them')
+            'which mean the same thing: pass one of them')
         if isinstance(out_indices, int): out_indices = (out_indices,)
         if any(i<0 for i in out_indices): raise ValueError(
             f'got out_indices={tuple(out_indices)}, expected indices from 0 on '
@@ -54,10 +54,10 @@ def _select_strides(
     if isinstance(strides, int): strides = (strides,)
     strides = tuple(sorted(set(strides)))
     if not strides: raise ValueError(
-        f'got no strides at all, expected some of {_listed(have)}: name at least one')
+        f'got an empty list of strides, expected some of {_listed(have)}: pass at least one')
     missing = [s for s in strides if s not in have]
     if missing: raise ValueError(
-        f'{name} has no map at stride {_listed(missing)}: choose among its strides {_listed(have)}')
+        f'{name} has no map at stride {_listed(missing)}: choose from its strides {_listed(have)}')
     return strides
 
 # %% ../../nbs/core/01_features.ipynb #ba0814d4
@@ -65,18 +65,18 @@ class Backbone(nn.Module, HubMixin):
     "Images in, feature maps out, finest first; subclasses build modules, then call `set_trunk`."
     name,pretrained,record = None,None,None # registered name, weights' tag and record, if any
     conversions = {} # argument -> function(model, value) that changes a loaded model exactly
-    runtime_args = () # arguments that do not describe the model, beside `RUNTIME_ARGS`
+    runtime_args = () # arguments that do not describe the model, in addition to `RUNTIME_ARGS`
 
     @staticmethod
-    def canonical(config): return config # the arguments, with synonyms in one spelling
+    def canonical(config): return config # the arguments, with synonyms replaced by one spelling
 
     def set_trunk(self,
-        trunk:dict, # group name -> dotted names of its modules, both in the order of the data
+        trunk:dict, # group name -> dotted names of its modules, both in forward order
         rows:list, # one `feature_row` per map, finest first; `module` is one of the trunk's
         strides=None, # see `select`
         out_indices=None, # see `select`
     ):
-        "Declares the data path, its maps and selected strides; raises ValueError if they disagree."
+        "Declares the data path, its maps and the selected strides; raises ValueError if they are inconsistent."
         self.trunk = {k:list(v) for k,v in trunk.items()}
         self.rows = [dict(r) for r in rows]
         self._steps = [o for v in self.trunk.values() for o in v]
@@ -84,14 +84,14 @@ class Backbone(nn.Module, HubMixin):
         missing = self._taps - set(self._steps)
         if missing: raise ValueError(
             f'feature rows name the modules {_listed(sorted(missing))}, which are not in the trunk '
-            f'({_listed(self._steps)}): name modules that the data flow through')
+            f'({_listed(self._steps)}): use modules that the data pass through')
         self.select(strides, out_indices)
 
     def select(self,
         strides=None, # an int or a sequence; None: those of 4, 8, 16, 32 that exist
         out_indices=None, # instead of strides: i means stride 2**(i+1)
     ) -> 'Backbone': # itself
-        "Chooses which maps `forward` returns; raises ValueError naming the strides that exist."
+        "Selects the maps that `forward` returns; raises ValueError with the available strides."
         have = [r['reduction'] for r in self.rows]
         self.strides = _select_strides(have, strides, out_indices, self.name or type(self).__name__)
         self._picked = [have.index(s) for s in self.strides]
@@ -122,7 +122,7 @@ def _maps(self:Backbone, x, n):
 def forward(self:Backbone,
     x:Tensor, # images (B,3,H,W), float, normalized
 ) -> list: # one map (B,C,H/s,W/s) per selected stride, finest first
-    "Returns the selected feature maps; nothing beyond the last selected one is computed."
+    "Returns the selected feature maps; layers after the last one are not computed."
     return [o for i,o in enumerate(self._maps(x, self._picked[-1]+1)) if i in self._picked]
 
 @patch
@@ -163,17 +163,17 @@ _norms = nn.modules.batchnorm._BatchNorm
 
 @patch
 def freeze_to(self:Backbone,
-    n:int, # groups before the n-th are frozen, the others trained; negative n counts from the end
+    n:int, # number of groups to freeze; negative n counts from the end
 ) -> Backbone: # itself
-    """Freezes the first `n` parameter groups; `freeze_to(0)` frees all.
+    """Freezes the first `n` parameter groups; `freeze_to(0)` unfreezes all.
 
-    Raises ValueError beyond the number of groups. Batch norm is frozen with them (affine and
-    statistics) only if the weights are pretrained: statistics of random weights mean nothing,
-    so there it keeps training."""
+    Raises ValueError if there are fewer groups. Their batch norms (affine parameters and statistics)
+    are frozen only if the weights are pretrained: the statistics of random weights mean nothing, so
+    they keep training."""
     groups = self.param_groups()
     if not -len(groups)<=n<=len(groups): raise ValueError(
         f'got freeze_to({n}), but there are {len(groups)} groups: '
-        f'give a number from {-len(groups)} to {len(groups)}')
+        f'pass a number from {-len(groups)} to {len(groups)}')
     frozen = {id(p) for g in groups[:n] for p in g}
     for p in self.parameters(): p.requires_grad_(id(p) not in frozen)
     norms = {k:m for k,m in self.named_modules()
@@ -185,7 +185,7 @@ def freeze_to(self:Backbone,
 
 @patch
 def train(self:Backbone, mode:bool=True):
-    "Sets the training mode, except for batch norms that `freeze_to` froze: they stay in eval."
+    "Sets the training mode, except for batch norms frozen by `freeze_to`, which stay in eval mode."
     nn.Module.train(self, mode)
     for k in getattr(self, '_frozen_norms', ()): self.get_submodule(k).eval()
     return self
@@ -199,13 +199,13 @@ def as_list(maps):
 # %% ../../nbs/core/01_features.ipynb #24936aea
 @torch.no_grad()
 def infer_channels_and_strides(
-    model:nn.Module, # gives a feature map, or a list, tuple or mapping of them
+    model:nn.Module, # returns a feature map, or a list, tuple or mapping of them
     size=(256,192), # (height, width) of the zero image, pixels
 ) -> list: # (channels, stride) of each map
-    """Returns what the maps of `model` really are, by one forward pass in eval mode.
+    """Returns the channels and strides that the maps of `model` have in a forward pass in eval mode.
 
-    Raises ValueError for outputs that are not (B,C,H,W) maps, or whose size does not divide
-    that of the input."""
+    Raises ValueError for outputs that are not (B,C,H,W) maps, or that have different strides for
+    height and width."""
     p = next(model.parameters(), torch.zeros(1))
     x = torch.zeros(1, 3, *size, device=p.device, dtype=p.dtype)
     with eval_mode(model): maps = as_list(model(x))
@@ -213,7 +213,7 @@ def infer_channels_and_strides(
     for o in maps:
         if not isinstance(o, Tensor) or o.dim()!=4: raise ValueError(
             f'got {tuple(getattr(o, "shape", ())) or type(o).__name__} from the model, '
-            'expected feature maps (B,C,H,W): give a backbone without its classifier head')
+            'expected feature maps (B,C,H,W): pass a backbone without its classifier head')
         s = [2**round(log2(a/b)) for a,b in zip(size, o.shape[-2:])]
         if s[0]!=s[1]: raise ValueError(
             f'got a map of {o.shape[-2]}x{o.shape[-1]} for an input of {size[0]}x{size[1]}, '
@@ -226,15 +226,15 @@ def check_contract(
     backbone:Backbone, # anything that claims `channels` and `strides`
     size=(256,192), # (height, width) of the test image, pixels
 ) -> nn.Module: # itself
-    "Returns `backbone` if its maps are what it claims; raises ValueError naming claim and truth."
+    "Returns `backbone` if its maps match what it claims; raises ValueError with both otherwise."
     got = infer_channels_and_strides(backbone, size)
     claim = list(zip(backbone.channels, backbone.strides))
     if got!=claim: raise ValueError(
-        f'{type(backbone).__name__} claims (channels, stride) {claim} and gives {got}: '
+        f'{type(backbone).__name__} claims (channels, stride) {claim} but returns {got}: '
         'correct its channels and strides')
     strides = [s for _,s in claim]
     if strides!=sorted(set(strides)): raise ValueError(
-        f'{type(backbone).__name__} gives maps at strides {strides}, expected '
+        f'{type(backbone).__name__} returns maps at strides {strides}, expected '
         'each stride once, finest first: reorder its outputs')
     return backbone
 
@@ -252,8 +252,8 @@ class WrappedBackbone(Backbone):
     def _maps(self, x, n): return as_list(self.body(x))[:n]
 
 def as_backbone(
-    model:nn.Module, # a `Backbone`, or any module that gives a map or several, finest first
-    strides=None, # selection by stride, as everywhere
+    model:nn.Module, # a `Backbone`, or any module that returns one or several maps, finest first
+    strides=None, # see `Backbone.select`
 ) -> Backbone: # the model itself if it is one already
     """Returns `model` wrapped to meet the contract, measured by one forward pass.
 

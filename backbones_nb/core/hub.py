@@ -28,18 +28,18 @@ from .registry import REGISTRY
 from .weights import check_hub_file
 
 # %% ../../nbs/core/09_hub.ipynb #baf75e53
-def _takes_any_number(kind): # of positional arguments, which have no names to be kept under
+def _takes_any_number(kind): # of positional arguments, which have no names to be stored under
     return any(p.kind==p.VAR_POSITIONAL for p in inspect.signature(kind.__init__).parameters.values())
 
 def hub_config(
     model, # a `Backbone`
-) -> dict: # what goes into config.json
-    "Returns all that is needed to build `model` again; raises ValueError for what cannot be written to JSON."
+) -> dict: # the content of config.json
+    "Returns everything needed to rebuild `model`; raises ValueError for arguments that cannot be written to JSON."
     kind,r = type(model),model.record
     made_of = [o for o in model.config.values() if isinstance(o, Unserializable) and o.is_module]
     if made_of or not model.name and _takes_any_number(kind): raise ValueError(
         f'got a {kind.__name__} that was built from modules and cannot be serialized: register a function that builds '
-        'it, and build it by that name')
+        'it, and create the model by that name')
     args = {k:encode(v, k) for k,v in model.config.items() if k not in (*RUNTIME_ARGS, *kind.runtime_args)}
     record = r and {f.name:encode(getattr(r, f.name), f'record.{f.name}') for f in fields(r) if f.name!='convert'}
     return dict(library='backbones_nb', version=__version__, name=model.name,
@@ -50,28 +50,28 @@ def hub_config(
 def _subclasses(cls): return {cls} | {o for c in cls.__subclasses__() for o in _subclasses(c)}
 
 def _builder(cls, spec):
-    "What builds the model of a config.json: a row of the registry, or a class that is loaded."
+    "Returns the builder of the model in a config.json: a row of the registry, or an imported class."
     name,kind = spec.get('name'),spec.get('kind')
     if name and name in REGISTRY: return REGISTRY.find(name).build
     found = next((c for c in _subclasses(cls) if f'{c.__module__}.{c.__qualname__}'==kind), None)
     if found: return found
-    raise ValueError(f'got a config.json of {name or kind}, which is not known here: '
+    raise ValueError(f'got a config.json for {name or kind}, which is not registered: '
         'import the module that defines or registers it first')
 
 def _check_library(spec):
     if spec.get('library')=='backbones_nb': return
     arch = spec.get('architecture') # timm's files have it
-    if arch: hint = f"create_backbone('timm/{arch}') builds timm's"
+    if arch: hint = f"create_backbone('timm/{arch}') builds timm's model"
     else: hint = 'build the model and load its state dict'
     raise ValueError(f"got a config.json of another library{f' for {arch}' if arch else ''}, "
-        f'expected one that save_pretrained wrote: {hint}')
+        f'expected one written by save_pretrained: {hint}')
 
 # %% ../../nbs/core/09_hub.ipynb #130bf3ec
 def from_config(
-    cls, # `HubMixin` or a subclass that is expected
-    spec:dict, # what `hub_config` returned
+    cls, # the expected class: `HubMixin` or a subclass
+    spec:dict, # the output of `hub_config`
 ): # with random weights
-    "Returns the model that a config.json describes; raises ValueError saying why it cannot be built."
+    "Returns the model that a config.json describes; raises ValueError with the reason if it cannot be built."
     _check_library(spec)
     build = _builder(cls, spec)
     config = decode(spec['arguments'])
@@ -89,9 +89,9 @@ _dtypes = dict(F64='float64', F32='float32', F16='float16', BF16='bfloat16', I64
 
 def load_tensors(
     model, # changed in place
-    path, # of a safetensors file
+    path, # safetensors file
 ):
-    "Loads the tensors of a file strictly, in their types; raises RuntimeError if they do not fit."
+    "Loads the tensors of a file strictly, keeping their dtypes; raises RuntimeError if they do not fit."
     try:
         with safe_open(path, 'pt') as f: types = {k:_dtypes[f.get_slice(k).get_dtype()] for k in f.keys()}
         for k,t in model.state_dict(keep_vars=True).items():
@@ -103,23 +103,23 @@ def load_tensors(
 
 # %% ../../nbs/core/09_hub.ipynb #ff87bc15
 def saved_record(
-    spec:dict, # what `hub_config` returned, or an older version's
+    spec:dict, # the output of `hub_config`, or an older version's
 ) -> dict: # fields of `WeightRecord`, or None
     "Returns the record of a config.json; older files have the key `licence` in it."
     return spec['record'] and {'license' if k=='licence' else k:v for k,v in spec['record'].items()}
 
 def load_saved(
-    cls, # the class that is expected
+    cls, # the expected class
     model_id:str, # folder or repository
     config:dict, # of its config.json
     strides=None, # of the maps; None: as saved
     **hub, # revision, cache_dir, force_download, local_files_only, token
 ): # in eval mode
-    "Returns the model built by config.json, with the tensors of model.safetensors; raises ValueError or RuntimeError."
+    "Returns the model of config.json with the tensors of model.safetensors; raises ValueError or RuntimeError."
     odd = set(hub) - {'revision','cache_dir','force_download','local_files_only','token'}
-    if odd: raise TypeError(f"from_pretrained takes no argument {', '.join(sorted(odd))}, only strides and those of "
-        'the hub: the model is built as it was saved')
-    if config is None: raise ValueError(f'got {model_id} without a config.json, expected what save_pretrained wrote: '
+    if odd: raise TypeError(f"from_pretrained takes no argument {', '.join(sorted(odd))}, only strides and the "
+        "hub's: the model is built as it was saved")
+    if config is None: raise ValueError(f'got {model_id} without a config.json, expected a model written by save_pretrained: '
         'build the model and load its state dict')
     model = from_config(cls, config)
     file = constants.SAFETENSORS_SINGLE_FILE
@@ -136,7 +136,7 @@ def load_saved(
 
 # %% ../../nbs/core/09_hub.ipynb #7f2e84d2
 def _facts(r):
-    "Rows of the card: what is known of the published weights that the model began with."
+    "Returns the rows of the card: what is known about the published weights that the model started from."
     known = dict(publisher=r['publisher'], tag=r['tag'], license=r['license'] or 'none stated',
         file=r['url'] or r['hub_id'] and f"https://huggingface.co/{r['hub_id']}", sha256=r['sha256'],
         input=r['input_size'] and f"{r['input_size']} px", mean=r['mean'], std=r['std'], recipe=r['recipe'],
@@ -145,9 +145,9 @@ def _facts(r):
 
 def _origin(spec):
     r,tag = saved_record(spec),spec['pretrained']
-    if r: return f'The model began with published weights. Their publisher states:\n\n| | |\n|---|---|\n{_facts(r)}'
-    if tag: return f'The weights are called {tag!r}; no record came with them.'
-    return 'The model began with random weights.'
+    if r: return f'The model was initialized with published weights. Their publisher states:\n\n| | |\n|---|---|\n{_facts(r)}'
+    if tag: return f'The weights are called {tag!r}; they have no record.'
+    return 'The model was initialized with random weights.'
 
 # %% ../../nbs/core/09_hub.ipynb #da1e8493
 _card = """# {name}
@@ -162,7 +162,7 @@ A detection backbone: images in, feature maps out.
 
 {origin}
 
-If you trained it further, say here on what, and how well it does.
+If you trained it further, describe the data and the results here.
 
 ## Use
 
@@ -175,11 +175,11 @@ maps = backbone(images) # (B,3,H,W), normalized with the mean and std above, or 
 
 # %% ../../nbs/core/09_hub.ipynb #bc6ab43f
 def card_text(
-    spec:dict, # what `hub_config` returned
-    repo_id:str='FOLDER_OR_USER/NAME', # for the lines that load it
-    **kwargs, # anything else that the mixin's caller passes; not used
+    spec:dict, # the output of `hub_config`
+    repo_id:str='FOLDER_OR_USER/NAME', # for the code that loads it
+    **kwargs, # other arguments that the mixin passes; ignored
 ) -> str: # Markdown with the hub's metadata
-    "Returns the model card; what the publisher of the weights does not state is unknown in it too."
+    "Returns the model card; what the publisher of the weights does not state is listed as unknown."
     r = saved_record(spec) or {}
     name = spec['name'] or spec['kind'].rpartition('.')[2]
     data = ModelCardData(library_name='backbones-nb', pipeline_tag='image-feature-extraction',
@@ -191,9 +191,9 @@ def card_text(
 
 # %% ../../nbs/core/09_hub.ipynb #cced5c50
 def remove_stale_card(
-    folder:Path, # that a model is going to be saved to
+    folder:Path, # where a model will be saved
 ):
-    "Removes a model card that nobody has edited, so that it does not stay for another model."
+    "Removes an unedited model card, so that it does not remain beside another model."
     config = folder/constants.CONFIG_NAME
     readme = folder/'README.md'
     if not (config.exists() and readme.exists()): return
@@ -206,15 +206,15 @@ _hub_errors = HfHubHTTPError,HFValidationError,LocalEntryNotFoundError,FileNotFo
 
 def _not_found(source, e):
     why = 'neither a folder nor the name of a repository' if isinstance(e, HFValidationError) else reason(e)
-    return RuntimeError(f"could not load {str(source)!r} ({why}): expected a folder that "
-        "save_pretrained wrote, or 'user/name' of a repository on the hub, and a network or its files in the cache")
+    return RuntimeError(f"could not load {str(source)!r} ({why}): expected a folder written "
+        "by save_pretrained, or 'user/name' of a hub repository that is cached or can be downloaded")
 
 
 # %% ../../nbs/core/09_hub.ipynb #2509adeb
-_coders = {object:(serializable, lambda value: value)} # (when the object is made, when it is read)
+_coders = {object:(serializable, lambda value: value)} # (when the object is created, when it is read)
 
 class HubMixin(PyTorchModelHubMixin):
-    "Gives a `Backbone` methods to save, load and push it; `config` says how it was made."
+    "Adds methods to a `Backbone` that save, load and push it; `config` holds the arguments it was created with."
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(coders=_coders, **kwargs) # which subclasses do not inherit
 
@@ -246,7 +246,7 @@ def save_pretrained(self:HubMixin,
     config:dict=None, # in place of `hub_config`
     **kwargs, # of the mixin: push_to_hub, repo_id, model_card_kwargs
 ):
-    "Writes model.safetensors, config.json, README.md; raises ValueError before that for what JSON cannot hold."
+    "Writes model.safetensors, config.json, README.md; raises ValueError first for arguments that JSON cannot hold."
     config = config or hub_config(self)
     remove_stale_card(Path(save_directory))
     return PyTorchModelHubMixin.save_pretrained(self, save_directory, config=config, **kwargs)
@@ -267,10 +267,10 @@ def generate_model_card(self:HubMixin, **kwargs): return ModelCard(card_text(hub
 
 # %% ../../nbs/core/09_hub.ipynb #5471f55b
 def from_pretrained(
-    source, # a folder that save_pretrained wrote, or a repository on the hub: 'user/name'
+    source, # a folder written by save_pretrained, or a repository on the hub: 'user/name'
     strides=None, # of the maps; None: those that were selected when it was saved
     revision:str=None, # branch, tag or commit of the repository
     **hub, # token, cache_dir, force_download, local_files_only
-): # a `Backbone` in eval mode, as the hub's libraries give it
-    "Returns the backbone that was saved; raises RuntimeError or ValueError saying what is missing."
+): # a `Backbone` in eval mode, as is usual for hub libraries
+    "Returns the saved backbone; raises RuntimeError or ValueError naming what is missing."
     return HubMixin.from_pretrained(source, strides=strides, revision=revision, **hub)

@@ -34,7 +34,7 @@ def make_norm(norm, nf): return _make_layer(norm, norms, 'norm', nf)
 
 # %% ../../nbs/core/02_layers.ipynb #bcf42a3c
 class ConvNormAct(nn.Module):
-    "Convolution without bias, normalization, activation; keeps ceil(size/stride) for odd kernels."
+    "Convolution without bias, normalization, activation; output size is ceil(size/stride) for odd kernels."
     def __init__(self,
         ni:int, # input channels
         nf:int, # output channels
@@ -43,7 +43,7 @@ class ConvNormAct(nn.Module):
         groups:int=1,
         act='relu', # name in `acts`, a callable without arguments, or None
         norm='bn', # name in `norms`, a callable taking the channels, or None
-        bias:bool=None, # None: only where there is no norm
+        bias:bool=None, # None: only without a norm
     ):
         super().__init__()
         if bias is None: bias = norm is None
@@ -69,7 +69,7 @@ class SeparableConvNormAct(nn.Module):
 
 # %% ../../nbs/core/02_layers.ipynb #270b116e
 def init_cnn(
-    m:nn.Module, # a net of convolutions
+    m:nn.Module, # a convolutional net
 ) -> nn.Module: # itself
     "Returns `m` with He-normal convolutions (fan out, arXiv:1502.01852), zero biases, unit norms."
     for l in m.modules():

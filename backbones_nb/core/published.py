@@ -17,36 +17,36 @@ from fastcore.basics import patch
 
 from .config import comparable, format_args
 from .errors import did_you_mean
-from .registry import REGISTRY, Request
+from .registry import REGISTRY, Announcements, Request, calling_module
 from .tables import Table
 
 # %% ../../nbs/core/90_published.ipynb #45814678
 @dataclass(frozen=True)
 class WeightRecord:
-    "What is known of a file of weights, and how it fits a model of ours; what is unknown is None."
+    "What is known about a weight file and how it maps to one of our models; unknown fields are None."
     name:str # registered name of our model: 'cspdarknet53'
-    tag:str # the publisher's name for the weights; records of one name may share it where their configurations differ
+    tag:str # the publisher's name for the weights; records of one model may share it if their configurations differ
     publisher:str # 'timm', 'vision-toolbox', 'torchvision'
-    url:str=None # of the file: https, http or file; or
+    url:str=None # of the file: https, http or file; or else
     hub_id:str=None # a repository on the Hugging Face hub: 'timm/cspdarknet53.ra_in1k'
     filename:str=None # in that repository; None: 'model.safetensors'
-    revision:str=None # commit of that repository; None: its newest
-    sha256:str=None # first hex digits of the file's hash, as many as its publisher states (8 in a file's name)
+    revision:str=None # commit of that repository; None: the latest
+    sha256:str=None # first hex digits of the file's hash, as many as the publisher states (8 in a file name)
     license:str=None # SPDX identifier; None: none stated
     input_size:int=None # pixels of the images that the metrics were measured on
-    resize_size:int=None # pixels that the shorter side was scaled to before the crop
+    resize_size:int=None # pixels; the shorter side was resized to this before the crop
     mean:tuple=None # of the normalization, RGB in [0,1]
     std:tuple=None
     metrics:dict=field(default_factory=dict) # {'acc@1': 80.08}, percent
     recipe:str=None # URL of how they were trained
-    config:dict=field(default_factory=dict) # arguments of the row that they were made for: {'variant':'timm'}
-    renames:tuple=() # (regular expression, replacement): the publisher's keys -> ours, applied in turn
-    drop:tuple=() # regular expressions of the publisher's keys without a place in ours: the classifier's
-    convert:object=None # importable function, state dict -> state dict, applied last: a conversion
+    config:dict=field(default_factory=dict) # arguments that they were trained with: {'variant':'timm'}
+    renames:tuple=() # (regular expression, replacement): the publisher's keys -> ours, applied in order
+    drop:tuple=() # regular expressions of keys that our model does not have: the classifier's
+    convert:object=None # importable function, state dict -> state dict, applied last
 
     def __post_init__(self):
-        if self.url and self.hub_id: raise ValueError(f'got a url and a hub_id for the weights {self.tag!r} of '
-            f'{self.name}, expected one: a record names a single file')
+        if self.url and self.hub_id: raise ValueError(f'got both a url and a hub_id for the weights {self.tag!r} of '
+            f'{self.name}, expected one of them: a record describes a single file')
         if self.sha256 is not None and not re.fullmatch('[0-9a-f]{8,64}', self.sha256): raise ValueError(
             f'got sha256={self.sha256!r} for the weights {self.tag!r} of {self.name}, expected 8 to 64 hex digits in '
             'lower case, or None where the publisher states no hash')
@@ -57,26 +57,29 @@ class WeightRecord:
 # %% ../../nbs/core/90_published.ipynb #ab45028c
 @patch(as_prop=True)
 def source(self:WeightRecord): # where the file is published
-    "The URL of the file; None where the record names none."
+    "The URL of the file; None if the record has none."
     if not self.hub_id: return self.url
     file = f"{self.revision or 'main'}/{self.filename or 'model.safetensors'}"
     return f'https://huggingface.co/{self.hub_id}/resolve/{file}'
 
 @patch(as_prop=True)
 def top1(self:WeightRecord): # percent, or None
-    "The accuracy on ImageNet's validation images, as the publisher states it."
+    "The ImageNet validation accuracy that the publisher states."
     return self.metrics.get('acc@1')
 
 
 # %% ../../nbs/core/90_published.ipynb #b436c924
-class WeightIndex:
-    "Records of weights by name, and functions that find those of names with a prefix."
-    def __init__(self): self.clear()
+class WeightIndex(Announcements):
+    "Weight records by model name, and functions that look up the records of names with a prefix."
+    def __init__(self):
+        super().__init__()
+        self.clear()
 
     def clear(self):
-        "Forgets all records and finders."
+        "Forgets all records and finders; the next lookup discovers those of the families again."
         self.records = {} # name -> its records, the preferred ones first
         self.finders = {} # prefix -> function that finds the records of a name
+        self._cleared = set(self.announced)
 
     def add(self, record):
         rows = self.records.setdefault(record.name, [])
@@ -87,6 +90,7 @@ class WeightIndex:
     def of(self, name):
         prefix = REGISTRY.prefix(name)
         if name not in REGISTRY.entries: REGISTRY.discover(prefix)
+        for o in REGISTRY.sources[prefix]: self.repeat(o.module)
         if prefix in self.finders: return self.finders[prefix](name)
         return list(self.records.get(name, []))
 
@@ -94,27 +98,29 @@ WEIGHTS = WeightIndex()
 
 # %% ../../nbs/core/90_published.ipynb #2bf52f0c
 def add_weights(
-    *records, # `WeightRecord`s, the preferred ones first
+    *records, # `WeightRecord`s in order of preference
 ):
     "Adds records; one with the name, tag and configuration of an existing record replaces it."
-    for r in records: WEIGHTS.add(r)
+    def f():
+        for r in records: WEIGHTS.add(r)
+    WEIGHTS.announce(calling_module(), tuple(r.source for r in records), f)
 
 def find_weights(
     prefix:str, # of registered names, such as 'timm/'
-    find, # called with a name, returns its records
+    find, # function of a name that returns its records
 ):
-    "Registers a function that looks up the records of all names with a prefix."
-    WEIGHTS.finders[prefix] = find
+    "Registers the function that looks up the records of names with a prefix."
+    WEIGHTS.announce(calling_module(), prefix, lambda: WEIGHTS.finders.update({prefix:find}))
 
 def weight_records(
     name:str, # a registered name
 ) -> list: # of `WeightRecord`s
-    "Returns the records of a model in the order they were added; none if nothing is published."
+    "Returns the records of a model in the order they were added; an empty list if nothing is published."
     return WEIGHTS.of(name)
 
 # %% ../../nbs/core/90_published.ipynb #b6fa9655
 def _row(r):
-    "What is known, and how the table shows it."
+    "Returns what is known and how the table displays it."
     keys = 'name','tag','publisher','license','input_size','top1','sha256','source','config'
     shown = dict(use=r.license or 'none stated', made=format_args(r.config), px=r.input_size, acc=r.top1,
                  hash=r.sha256 and r.sha256[:8])
@@ -123,7 +129,7 @@ def _row(r):
 def list_weights(
     pattern:str='*', # shell wildcards for names, as in `list_backbones`
 ) -> Table: # a row for each record; what is unknown is None, and shown as 'unknown'
-    "Returns a table of the published weights that this version knows."
+    "Returns a table of all known published weights."
     names = REGISTRY.names(pattern) # those with a prefix only for a pattern that begins with it
     others = [n for n in WEIGHTS.records if not REGISTRY.prefix(n) and fnmatch(n, pattern)]
     names += sorted(n for n in others if n not in names)
@@ -140,17 +146,17 @@ def _tags(records):
 def _matching_records(
     name:str, # a registered name
     pretrained=True, # True: those with a stated license; a tag; or a `WeightRecord`
-) -> list: # of `WeightRecord`s, the preferred one first
-    "Returns the records that `pretrained` means; raises ValueError listing those that exist."
+) -> list: # of `WeightRecord`s in order of preference
+    "Returns the records that match `pretrained`; raises ValueError listing those that exist."
     if isinstance(pretrained, WeightRecord):
-        if pretrained.name!=name: raise ValueError(f'got a record of weights for {pretrained.name}, expected one for '
+        if pretrained.name!=name: raise ValueError(f'got a weight record for {pretrained.name}, expected one for '
             f'{name}: weight_records({name!r}) lists them')
         return [pretrained]
     if not isinstance(pretrained, (bool,str)): raise TypeError(f'got pretrained={pretrained!r}, expected True, False, '
         'the tag of published weights or a WeightRecord')
     have = weight_records(name)
     if not have: raise ValueError(f'{name} has no published weights that this version can load: build it with '
-        'pretrained=False and load a state dict of your own')
+        'pretrained=False and load your own state dict')
     if isinstance(pretrained, str):
         if found := [r for r in have if r.tag==pretrained]: return found
         raise ValueError(f'{name} has no weights {pretrained!r}, only {_tags(have)}: choose one of these.'
@@ -171,16 +177,16 @@ def _conflicts(request, record):
 
 def config_conflicts(
     record, # a `WeightRecord` of a registered name
-    config:dict, # arguments that the caller gives
-) -> dict: # argument -> value asked for, where the weights were made for another
-    """Returns where a request contradicts the configuration that the weights were made for.
+    config:dict, # arguments of the caller
+) -> dict: # argument -> requested value, where the weights have another
+    """Returns the arguments of a request that contradict the configuration of the weights.
 
-    A variant that is asked for is compared as a whole; synonyms are equal."""
+    A requested variant is compared as a whole; synonyms are equal."""
     return _conflicts(REGISTRY.find(record.name).resolve(config), record)
 
 # %% ../../nbs/core/90_published.ipynb #74b6bd97
 def _conflict_error(asked, found):
-    "Returns which arguments contradict the weights; `found` has (conflicts, record) of the candidates."
+    "Returns an error naming the arguments that contradict the weights; `found` holds (conflicts, record) pairs."
     bad,r = found[0]
     args = {k:v for k,v in asked.items() if k in bad or k=='variant' and not set(bad)<=set(asked)}
     same = [o for _,o in found if o.tag==r.tag]
@@ -191,8 +197,8 @@ def _conflict_error(asked, found):
 # %% ../../nbs/core/90_published.ipynb #03301081
 def pick_for(
     request:Request, # with `pretrained`
-) -> Request: # with `record`, its configuration, and the conversions that are needed after loading
-    "Returns the request with the weights it means; raises ValueError listing those that exist."
+) -> Request: # with `record`, its configuration, and the conversions needed after loading
+    "Returns the request with the matching weights; raises ValueError listing those that exist."
     entry = request.entry
     found = [(_conflicts(request, r), r) for r in _matching_records(entry.name, request.pretrained)]
     for allowed in ({}, entry.conversions):
@@ -205,7 +211,7 @@ def pick_for(
 def pick_weights(
     name:str, # a registered name
     pretrained=True, # True: the best with a stated license; a tag; or a `WeightRecord`
-    config:dict=None, # arguments that the caller gives
-) -> WeightRecord: # the first that agrees with `config`, or that can be converted exactly
-    "Returns the weights that are meant; raises ValueError listing those that exist."
+    config:dict=None, # arguments of the caller
+) -> WeightRecord: # the first that matches `config` or can be converted exactly
+    "Returns the matching weights; raises ValueError listing those that exist."
     return pick_for(replace(REGISTRY.find(name).resolve(config), pretrained=pretrained)).record

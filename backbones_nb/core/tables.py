@@ -16,14 +16,14 @@ class Table(list):
     def __init__(self,
         rows, # dicts
         cols:dict, # key -> (header, format): '' for text, a format spec or a function of the value
-        foot=None, # a last row, shown but no part of the list
-        note='', # a line below
+        foot=None, # a last row that is displayed but not part of the list
+        note='', # a line below the table
     ):
         super().__init__(rows)
         self.cols,self.foot,self.note = cols,foot,note
 
     def cells(self):
-        "Returns the table as lists of strings, the header first."
+        "Returns the table as lists of strings, header first."
         def show(v, f):
             if v is None: return '–' if f else ''
             return f(v) if callable(f) else format(v, f)

@@ -35,9 +35,9 @@ def _file_name(source):
     return Path(unquote(urlparse(s).path) if '://' in s else s).name
 
 def is_weight_file(
-    pretrained, # what the caller asks for
+    pretrained, # the caller's argument
 ) -> bool:
-    "Returns whether that is the path or the URL of a file, and not a tag."
+    "Returns whether it is the path or URL of a file rather than a tag."
     if isinstance(pretrained, Path): return True
     if not isinstance(pretrained, str): return False
     name = _file_name(pretrained)
@@ -45,56 +45,56 @@ def is_weight_file(
 
 def get_weight_file(
     source, # path or URL
-    name:str, # of the model it is for
+    name:str, # of the model that it is for
 ) -> tuple: # Path of the file, and a record of where it came from
-    "Returns the file, fetched if need be; raises FileNotFoundError for a path without a file, RuntimeError for a URL."
+    "Returns the file, downloaded if needed; raises FileNotFoundError for a missing file, RuntimeError for a URL that fails."
     file = _file_name(source)
     if re.match('https?://', str(source)):
         record = WeightRecord(name, file, 'file', url=source)
         return fetch_weights(record),record
     s = str(source)
     path = Path(url2pathname(urlparse(s).path) if s.startswith('file:') else s).expanduser()
-    if not path.is_file(): raise FileNotFoundError(f'got pretrained={s!r} for {name}, expected a file of weights, but '
+    if not path.is_file(): raise FileNotFoundError(f'got pretrained={s!r} for {name}, expected a weight file, but '
         f"{'that is a folder' if path.is_dir() else 'it does not exist'}: check the path")
     return path,WeightRecord(name, path.name, 'file', url=path.resolve().as_uri())
 
 # %% ../../nbs/core/120_weight_files.ipynb #ba7cfeda
 def file_facts(
-    path, # of a file of weights
+    path, # weight file
 ) -> dict: # what `save_detector` wrote; empty for other files
-    "Returns what a file says of itself beside its tensors."
+    "Returns the metadata that a file holds beside its tensors."
     if Path(path).suffix!='.safetensors': return {}
     with safe_open(path, 'pt') as f: return json.loads((f.metadata() or {}).get('backbones_nb', '{}'))
 
 # %% ../../nbs/core/120_weight_files.ipynb #64a29a8e
 @dataclass
 class _Fit:
-    "One guess about a file's names, and what came of it."
+    "One guess about the names in a file, and how well it fits."
     record:WeightRecord # whose renames were applied
-    model:nn.Module # the model that the tensors are for
+    model:nn.Module # the model to load the tensors into
     tensors:dict # under our names
     misfits:dict # see `find_misfits`
-    idle:int # renames that changed no name
+    idle:int # number of renames that matched nothing
     request:Request=None # as it was built
-    whole:nn.Module=None # what `model` is the body of, or itself
+    whole:nn.Module=None # the model that contains `model`, or `model` itself
 
     @property
     def rank(self):
-        "The lower, the better: all fits; else how much does; and rules that had nothing to do."
+        "Lower is better: whether everything fits, then how much does, then how many renames matched nothing."
         wrong = sum(len(v) for k,v in self.misfits.items() if k!='unexpected')
         return bool(self.misfits),wrong-len(self.model.state_dict()),self.idle
 
 def _find_prefixes(
     sd:dict, # name -> tensor
     n:int, # tensors of the model
-) -> list: # '' and the beginnings under which at least half as many tensors lie
-    "Returns where in a file the model may be: 'module.', 'backbone.body.' ..."
+) -> list: # '' and the prefixes shared by at least n/2 tensors
+    "Returns the prefixes that the model may have in the file: 'module.', 'backbone.body.' ..."
     heads = [accumulate(f'{o}.' for o in k.split('.')[:-1][:6]) for k in sd]
     return ['', *[p for p,count in Counter(o for h in heads for o in h).items() if count>=n/2]]
 
 # %% ../../nbs/core/120_weight_files.ipynb #ee3bc04d
 def _idle(renames, keys):
-    "How many of the renames change none of the keys, applied in turn."
+    "Returns how many of the renames match no key, applied in order."
     res = 0
     for pattern,new in renames:
         after = [re.sub(pattern, new, k) for k in keys]
@@ -105,22 +105,22 @@ def _idle(renames, keys):
 def _try(sd, prefix, record, model, request=None, whole=None):
     inside = {k.removeprefix(prefix):v for k,v in sd.items() if k.startswith(prefix)}
     try: tensors = fit_weights(inside, record)
-    except (ValueError, KeyError): return # the rules are made for other names
+    except (ValueError, KeyError): return # the renames are for other names
     return _Fit(record, model, tensors, find_misfits(model, tensors), _idle(record.renames, [*inside]), request, whole or model)
 
 def best_fit(
     sd:dict, # name -> tensor, as in the file
-    guesses, # tuples (record, model, request, whole), see `_Fit`, the likeliest first; the last two may be left out
+    guesses, # tuples (record, model, request, whole), see `_Fit`, most likely first; the last two are optional
 ) -> _Fit:
-    "Returns the best guess with the best prefix; it may have misfits."
+    "Returns the best combination of guess and prefix; it may have misfits."
     fits = [_try(sd, p, *o) for o in guesses for p in _find_prefixes(sd, len([*o[1].parameters()]))]
     return min((o for o in fits if o), key=lambda o: o.rank)
 
 def load_fit(
-    fit:_Fit, # of `best_fit`
-    name:str, # what the file was meant for
+    fit:_Fit, # the output of `best_fit`
+    name:str, # the model that the file is for
 ):
-    "Loads the tensors strictly; raises RuntimeError listing what does not fit."
+    "Loads the tensors strictly; raises RuntimeError listing those that do not fit."
     r = fit.record
     if fit.misfits: raise RuntimeError(f'the file {r.tag} does not fit {name}, with '
         f'{describe_misfits(fit.misfits)}: build the model that the file was made for, with the same arguments')
@@ -128,15 +128,15 @@ def load_fit(
     fit.model.pretrained,fit.model.record = r.tag,r
 
 # %% ../../nbs/core/120_weight_files.ipynb #e323496b
-_classifier = (r'^(fc|head|classifier)\.',) # what a whole classifier has beside the backbone
+_classifier = (r'^(fc|head|classifier)\.',) # what a classifier has in addition to the backbone
 
 def _as_file(published, file):
-    "The record of a file with a publisher's names: the source is the file's, the input the publisher's."
+    "Returns the record of a file with a publisher's names: the source from the file, the input from the publisher."
     return replace(file, name=published.name, **{k:getattr(published, k) for k in ('config','renames','drop','convert',
         'mean','std','input_size','resize_size')})
 
 def _published(model, name, path, file):
-    "What a file for a name may be: the very file of one record, or one with the names of any."
+    "Returns what a file may be: the exact file of one record, or one with the key names of any of them."
     have = model.file_records() if hasattr(model, 'file_records') else weight_records(name)
     digest = file_hash(path) if any(r.sha256 for r in have) else ''
     if same := [replace(r, url=file.url, hub_id=None) for r in have if r.sha256 and digest.startswith(r.sha256)]: return same
@@ -144,7 +144,7 @@ def _published(model, name, path, file):
     return [r for i,r in enumerate(rows) if r not in rows[:i]]
 
 def _pick(request, record):
-    "The request with the record and its configuration, or None where arguments contradict it."
+    "Returns the request with the record and its configuration, or None if arguments contradict it."
     if request.entry.loads_weights: return replace(request, record=record)
     try: return pick_for(replace(request, pretrained=record))
     except ValueError: return None
@@ -154,7 +154,7 @@ def _guesses(request, path, file):
     own = replace(file, config=decode(facts['arguments']) if facts.get('name')==entry.name else request.asked,
                   drop=_classifier, **{k:tuple(v) for k,v in facts.items() if k in ('mean','std') and v})
     first = _pick(request, own)
-    if first is None: first = pick_for(replace(request, pretrained=own)) # raises what contradicts
+    if first is None: first = pick_for(replace(request, pretrained=own)) # raises the conflict
     made = {}
     def build(q):
         key = repr(q.config)
@@ -164,7 +164,7 @@ def _guesses(request, path, file):
     yield own,model,first
     for r in _published(model, entry.name, path, file):
         if q := _pick(request, r): yield r,build(q),q
-    if getattr(model, 'has_neck', False): # a file of the body alone
+    if getattr(model, 'has_neck', False): # the file may hold only the body
         body = model.body
         yield replace(own, name=body.name),body,first,model
         for r in _published(body, body.name, path, file): yield r,body,first,model
@@ -172,23 +172,23 @@ def _guesses(request, path, file):
 # %% ../../nbs/core/120_weight_files.ipynb #1cc346e4
 @dataclass(frozen=True)
 class NativeFormat:
-    "A format that only one family of models has."
+    "A file format specific to one model family."
     read:callable # (path, model) -> state dict of the model
-    config:dict=field(default_factory=dict) # arguments that its files are made for
+    config:dict=field(default_factory=dict) # arguments of the models that its files are for
     mean:tuple=None # of the images
     std:tuple=None
 
 _native_formats = {} # registered name -> `NativeFormat`
 
 def add_native_format(names, format):
-    "Lets files that end in .weights or .conv.N be read for these names."
+    "Registers the format of files that end in .weights or .conv.N for these names."
     _native_formats.update(dict.fromkeys(names, format))
 
 def _from_native(request, path, file):
     name = request.entry.name
-    REGISTRY.discover() # families announce their formats when they are imported
-    if name not in _native_formats: raise ValueError(f"got {path.name} for {name}, a file of Darknet's own format, which "
-        f"only {' and '.join(_native_formats)} can load: choose one of these, or give a .pth or .safetensors file")
+    REGISTRY.discover() # families register their formats on import
+    if name not in _native_formats: raise ValueError(f"got {path.name} for {name}, a file in Darknet's own format, which "
+        f"only {' and '.join(_native_formats)} can load: choose one of these, or pass a .pth or .safetensors file")
     f = _native_formats[name]
     request = pick_for(replace(request, pretrained=replace(file, config=f.config, mean=f.mean, std=f.std)))
     model = request.entry.build(strides=None, **request.config)
@@ -196,9 +196,9 @@ def _from_native(request, path, file):
 
 # %% ../../nbs/core/120_weight_files.ipynb #cfbb6262
 def build_from_file(
-    request:Request, # whose `pretrained` is a path or a URL
+    request:Request, # its `pretrained` is a path or URL
 ) -> tuple: # `Backbone`, and the request as it was built
-    "Returns a backbone with the weights of a file; raises RuntimeError listing what does not fit."
+    "Returns a backbone with the weights from a file; raises RuntimeError listing what does not fit."
     path,file = get_weight_file(request.pretrained, request.entry.name)
     if _native.search(path.name): fit = _from_native(request, path, file)
     else: fit = best_fit(read_weights(path), _guesses(request, path, file))

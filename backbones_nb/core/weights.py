@@ -30,9 +30,9 @@ from .errors import reason
 TENSOR_SUFFIXES = '.safetensors','.pth','.pt','.bin' # of files that `read_weights` reads
 
 def file_hash(
-    path, # of a file
+    path, # file
 ) -> str: # 64 hex digits
-    "Returns the sha256 of a file's content."
+    "Returns the sha256 hash of a file."
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 def _failed(record, why, put):
@@ -44,20 +44,20 @@ def _failed(record, why, put):
 def weights_path(
     record, # a `WeightRecord` with a url
 ) -> Path: # in torch.hub's folder
-    """Returns where the cache keeps the file.
+    """Returns the path of the file in the cache.
 
-    Without a hash only the URL tells two files of one name apart."""
+    Without a hash, a prefix made from the URL tells files of one name apart."""
     name = Path(unquote(urlparse(record.url).path)).name
     if not record.sha256: name = f'{hashlib.sha256(record.url.encode()).hexdigest()[:8]}-{name}'
     return Path(torch.hub.get_dir())/'checkpoints'/name
 
 # %% ../../nbs/core/04_weights.ipynb #a6839d03
 def _why(e):
-    "An exception on one line; of torch's long answer to a pickle of objects only what matters."
-    if isinstance(e, LocalEntryNotFoundError): return 'it is not in the cache, and the hub cannot be reached'
+    "Returns an exception on one line, with torch's long message about pickled objects shortened."
+    if isinstance(e, LocalEntryNotFoundError): return 'it is not cached and the hub cannot be reached'
     m = re.search(r'GLOBAL ([\w.]+)', str(e))
-    if m: return f'it asks for the Python object {m[1]}, and loading objects can run any code'
-    if 'weights_only' in str(e): return 'it is not what torch.save writes of tensors' # torch would advise to run it
+    if m: return f'it contains the Python object {m[1]}, and unpickling objects can run arbitrary code'
+    if 'weights_only' in str(e): return 'it is not a file of tensors written by torch.save' # torch would advise to run it
     return reason(e, 300).split('. ')[0]
 
 # %% ../../nbs/core/04_weights.ipynb #93cb9e78
@@ -67,28 +67,28 @@ def _from_url(record):
         d = record.sha256 and file_hash(path)
         if d and not d.startswith(record.sha256): raise RuntimeError(
             f'{path} has the hash {d[:8]}, expected {record.sha256}: it is not the file of the '
-            f'weights {record.tag!r} of {record.name}; delete it to have it fetched again')
+            f'weights {record.tag!r} of {record.name}; delete it to download it again')
         return path
     try:
         with write_whole(path, shared=True) as part:
             quiet = record.url.startswith('file:')
             torch.hub.download_url_to_file(record.url, str(part), record.sha256, progress=not quiet)
             if not record.sha256 and path.suffix in TENSOR_SUFFIXES:
-                read_weights(part) # nothing else would tell a cut-off file
+                read_weights(part) # the only way to detect a truncated file
     except Exception as e: raise _failed(record, _why(e), f'put that file at {path}') from e
     return path
 
 # %% ../../nbs/core/04_weights.ipynb #af3286d8
 def check_hub_file(
-    path, # in the hub's cache
+    path, # file in the hub's cache
 ) -> Path: # the same
-    "Returns the path if the file has the hash that the hub states; else deletes it and raises RuntimeError."
+    "Returns the path if the file's hash is the one stated by the hub; otherwise deletes it and raises RuntimeError."
     path = Path(path)
     blob = path.parent/os.readlink(path) if path.is_symlink() else path # large files are stored under their sha256
     if re.fullmatch('[0-9a-f]{64}', blob.name) and (d := file_hash(path))!=blob.name:
-        for o in (path, blob): o.unlink(missing_ok=True) # the cache would give the same file again
+        for o in (path, blob): o.unlink(missing_ok=True) # otherwise the cache returns the same file again
         raise RuntimeError(f'{path.name} has the hash {d[:8]}, but the hub states {blob.name[:8]}: it was deleted from '
-            'the cache: load it again')
+            'the cache, so load it again')
     return path
 
 # %% ../../nbs/core/04_weights.ipynb #c89bc44d
@@ -109,26 +109,26 @@ def _from_hub(record):
 def fetch_weights(
     record, # a `WeightRecord`
 ) -> Path: # in torch.hub's cache or the hub's
-    "Returns the verified file, from the cache or the net; raises RuntimeError saying what to do."
+    "Returns the verified file, cached or downloaded; raises RuntimeError if it cannot be had."
     if not record.source: raise ValueError(f'the weights {record.tag!r} of {record.name} have neither a url nor a '
-        'hub_id: give the record one of them')
+        'hub_id: set one of them in the record')
     return _from_hub(record) if record.hub_id else _from_url(record)
 
 # %% ../../nbs/core/04_weights.ipynb #69ff4700
 def read_weights(
     path, # a .safetensors file, or one written by torch.save
 ) -> dict: # name -> tensor, on the CPU
-    "Returns the tensors in a file without running code from it; raises ValueError for a file that holds anything else."
+    "Returns the tensors in a file without running code from it; raises ValueError for a file with anything else."
     path = Path(path)
     load = load_file if path.suffix=='.safetensors' else partial(torch.load, map_location='cpu', weights_only=True)
     try: sd = load(path)
     except Exception as e: raise ValueError(f'{path.name} cannot be read as weights ({_why(e)}): expected a '
         'complete file of tensors') from e
-    for k in ('state_dict','model','model_state_dict'): # some publishers keep it beside the optimizer's state
+    for k in ('state_dict','model','model_state_dict'): # some publishers store it beside the optimizer state
         if isinstance(sd, dict) and isinstance(sd.get(k), dict): sd = sd[k]
     odd = [k for k,v in sd.items() if not isinstance(v, torch.Tensor)] if isinstance(sd, dict) else [type(sd).__name__]
     if odd or not sd: raise ValueError(f"{path.name} holds {', '.join(map(str, odd[:3])) or 'nothing'}, expected a "
-        'state dict of names and tensors: take the state dict out of it')
+        'state dict of names and tensors: extract the state dict from it')
     return dict(sd)
 
 # %% ../../nbs/core/04_weights.ipynb #291702f2
@@ -136,7 +136,7 @@ def fit_weights(
     sd:dict, # as published
     record, # a `WeightRecord`
 ) -> dict: # under our names
-    "Returns the state dict of our model; raises ValueError if two keys become one."
+    "Returns the state dict of our model; raises ValueError if two keys get the same name."
     res = {}
     for k,v in sd.items():
         if any(re.search(o, k) for o in record.drop): continue
@@ -152,20 +152,20 @@ def _some(what, keys): return f"{len(keys)} {what} ({', '.join(keys[:3])}{' ...'
 
 def find_misfits(
     model:nn.Module,
-    sd:dict, # name -> tensor; batch norms' counters that are missing are added
+    sd:dict, # name -> tensor; missing counters of batch norms are added
 ) -> dict: # 'missing', 'unexpected', 'of another shape' -> names; empty if all fits
-    "Returns what a strict loading would object to."
+    "Returns what loading with `strict=True` would complain about."
     have = model.state_dict()
-    for k,v in have.items(): # a counter that old files lack and no output depends on
+    for k,v in have.items(): # a counter that old files do not have and no output depends on
         if k.endswith('num_batches_tracked'): sd.setdefault(k, v)
     res = {'missing':[k for k in have if k not in sd], 'unexpected':[k for k in sd if k not in have],
            'of another shape':[k for k in have if k in sd and have[k].shape!=sd[k].shape]}
     return {k:v for k,v in res.items() if v}
 
 def describe_misfits(
-    misfits:dict, # what `find_misfits` returned
+    misfits:dict, # the output of `find_misfits`
 ) -> str: # '2 missing (a, b) and 1 unexpected (c)'
-    "Returns how many there are of each kind, and the first three names."
+    "Returns the number of each kind and the first three names."
     return ' and '.join(_some(k, v) for k,v in misfits.items())
 
 @torch.no_grad()
@@ -173,7 +173,7 @@ def load_weights(
     model:nn.Module, # built with the record's configuration; changed in place
     record, # a `WeightRecord`
 ) -> nn.Module: # `model`
-    "Fetches, verifies, reads, renames and loads strictly; raises RuntimeError listing what does not fit."
+    "Fetches, verifies, renames and strictly loads the weights; raises RuntimeError listing what does not fit."
     sd = fit_weights(read_weights(fetch_weights(record)), record)
     if bad := find_misfits(model, sd): raise RuntimeError(f'the weights {record.tag!r} of {record.name} do not fit the '
         f'model, with {describe_misfits(bad)}: build it with {format_args(record.config) or "no arguments"}, '

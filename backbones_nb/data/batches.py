@@ -9,6 +9,7 @@ __all__ = ['DetectionDataset', 'DetectionDL', 'DetectionDataLoaders', 'detection
 
 # %% ../../nbs/data/43_batches.ipynb #198f5005
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -21,21 +22,30 @@ from torch import Tensor
 from ..analysis.boxes import show_side_by_side
 from ..core.contexts import fixed_rng
 from .original import keep_original
+from .pairs import dataset_items
+from .pipelines import as_augment, as_batch_tfm
+from .ranked import draw_repeats
 from .ready import small_objects
 from .transforms import ToBatch, as_tv, default_augment, hw, open_image
 
 # %% ../../nbs/data/43_batches.ipynb #4266dfd5
-# Learners that were exported before these had a module of their own look for them here.
+# Learners exported before these moved to their own module look for them here.
 from .transforms import Letterbox, RandomZoom, box_rows # noqa: F401
 
 # %% ../../nbs/data/43_batches.ipynb #ad6474ce
 _rows = box_rows # the name in those learners
 
 # %% ../../nbs/data/43_batches.ipynb #31e134cb
+def _read(item, targets):
+    "Returns image and target of an item, or the image alone."
+    pair = getattr(item, 'pair', None) # of a dataset
+    img,t = pair() if pair else (open_image(item), item.target() if targets else None)
+    return (img,as_tv(t, img.shape[-2:])) if targets else (img,)
+
 class DetectionDataset:
-    "Records as (image, target) of tv_tensors, before augmentation; or images alone."
+    "Records as (image, target) pairs of tv_tensors, before augmentation; or only images."
     def __init__(self,
-        items, # records; or anything that `open_image` takes
+        items, # records, or anything that `open_image` accepts
         targets:bool=True, # False: images only
         cache:bool=False, # keep decoded images and targets in memory
     ): self.items,self.targets,self.cache,self._kept = list(items),targets,cache,{}
@@ -45,8 +55,7 @@ class DetectionDataset:
 
     def __getitem__(self, i):
         if i not in self._kept:
-            img = open_image(self.items[i])
-            res = (img,as_tv(self.items[i].target(), img.shape[-2:])) if self.targets else (img,)
+            res = _read(self.items[i], self.targets)
             if not self.cache: return res
             self._kept[i] = res
         return self._kept[i][0],*map(dict, self._kept[i][1:])
@@ -58,23 +67,25 @@ class DetectionDataset:
 # %% ../../nbs/data/43_batches.ipynb #36698058
 class DetectionDL(DataLoader):
     "fastai's `DataLoader` of a `DetectionDataset`: batches of an image tensor and target dicts."
-    n_inp = 1
+    n_inp,batch_tfm,batch = 1,None,0
     rank,world_size,equal = 0,1,False # set by `for_process`
     start = 0 # batches that the next pass leaves out, set by `set_epoch`
+    repeats = None # how often each item occurs in a pass, on average, set by `repeat_items`
     def __init__(self,
         dataset, # a `DetectionDataset`
         bs:int=16,
         size=256, # int or (height, width) of the batch's images
         class_map=None, # names of the classes
-        tfm=None, # takes and returns (image, target), tv_tensors; None: no augmentation
+        tfm=None, # function from (image, target) to (image, target), tv_tensors; None: no augmentation
         seed:int=None, # the same seed gives the same batches, with any number of workers
+        batch_tfm=None, # takes and returns (images, targets) on the device; None: none
         **kwargs, # for fastai's DataLoader
     ):
         super().__init__(dataset, bs=bs, **kwargs)
         self.size = hw(size)
-        self.class_map,self.tfm,self.seed = class_map,tfm,seed
+        self.class_map,self.tfm,self.seed,self.batch_tfm = class_map,tfm,seed,batch_tfm
         self.to_batch = ToBatch(size)
-        self.epoch = 0
+        self.epoch,self.batch = 0,0 # passes so far, batches of this one
         if seed is not None: self.rng.seed(seed)
 
     @property
@@ -82,57 +93,96 @@ class DetectionDL(DataLoader):
 
     def new(self, dataset=None, cls=None, **kwargs):
         same = dict(size=self.size, class_map=self.class_map, tfm=self.tfm, seed=self.seed)
+        if kwargs.get('tfm', 0) is not None: same['batch_tfm'] = self.batch_tfm
         return super().new(dataset, cls, **same|kwargs)
 
     def before_iter(self):
-        self.epoch += 1
+        self.epoch,self.batch = self.epoch+1,self.start
         if self.fake_l.num_workers: self.dataset.fill()
 
     def retain(self, res, b): return res # types are right already
 
 # %% ../../nbs/data/43_batches.ipynb #90f1897f
 @patch
+def chance(self:DetectionDL, *at): # ints
+    "Within the block random numbers depend on the seed and on `at` alone, if there is a seed."
+    if self.seed is None: return nullcontext()
+    return fixed_rng('cpu', hash((self.seed, *at)) & (2**63-1))
+
+@patch
+def random_item(self:DetectionDL) -> tuple: # image and target
+    "Returns any item, for transforms that mix images."
+    return self.dataset[int(torch.randint(len(self.dataset), ()))]
+
+@patch
 def create_item(self:DetectionDL,
-    i, # number of the item
-) -> tuple: # image and target, or the image alone
+    i, # index of the item
+) -> tuple: # image and target, or only the image
     "Returns one item, augmented; with a seed, the same for the same seed, epoch and item."
-    item = self.dataset[i or 0]
+    item = self.dataset[i or 0] if self.repeats is None else self.dataset[i%len(self.repeats)]
     if len(item)==1: return self.to_batch(*item)
     if self.tfm is None: return keep_original(self.to_batch, *item)
-    if self.seed is None: return self.to_batch(*self.tfm(*item), smallest=1)
-    with fixed_rng('cpu', hash((self.seed, self.epoch, i)) & (2**63-1)):
-        return self.to_batch(*self.tfm(*item), smallest=1)
+    more = (self.random_item,) if getattr(self.tfm, 'mixes', False) else ()
+    with self.chance(self.epoch, i): return self.to_batch(*self.tfm(*item, *more), smallest=1)
+
+@patch
+def after_batch(self:DetectionDL, b):
+    "Transforms a batch on its device; with a seed, the same for the same seed, epoch and batch."
+    self.batch += 1
+    if self.batch_tfm is None or len(b)==1: return b
+    with self.chance(self.epoch, self.batch, 1): return self.batch_tfm(*b)
 
 @patch
 def create_batch(self:DetectionDL,
     b, # list of items
-) -> tuple: # images (B,3,H,W) and a tuple of B targets, or the images alone
+) -> tuple: # images (B,3,H,W) and a tuple of B targets, or only the images
     "Returns a batch: images stacked, targets as they are."
     if not self.dataset.targets: return (TensorImage(torch.stack(b)),)
     return TensorImage(torch.stack([o[0] for o in b])),tuple(o[1] for o in b)
 
+# %% ../../nbs/data/43_batches.ipynb #e06bead5
+@patch
+def repeat_items(self:DetectionDL,
+    factors, # how often each item should occur in a pass, from 1; None: each once
+):
+    "Makes passes longer, with some items more often; raises ValueError for factors that do not fit."
+    f = None if factors is None else np.asarray(factors, float)
+    if f is not None and (len(f)!=len(self.dataset) or not (f>=1).all()): raise ValueError(
+        f'got {len(f)} factors from {f.min(initial=0):g} for {len(self.dataset)} items, expected one '
+        'of at least 1 for each')
+    self.repeats = f
+    self.n = len(self.dataset) if f is None else int(np.ceil(f.sum()-1e-9))
+
 # %% ../../nbs/data/43_batches.ipynb #1e67fbc8
 @patch
 def for_process(self:DetectionDL,
-    rank:int=0, # number of the process
-    world_size:int=1, # how many there are
-    equal:bool=False, # as many full batches for each, the rest left out; False: every item once
+    rank:int=0, # index of the process
+    world_size:int=1, # number of processes
+    equal:bool=False, # the same number of full batches for each, dropping the rest; False: every item once
 ):
-    "Restricts the loader to the share of one process; without arguments, to everything again."
+    "Restricts the loader to the share of one process; without arguments, lifts the restriction."
     if not 0<=rank<world_size:
         raise ValueError(f'got rank {rank} of {world_size} processes, expected 0 to {world_size-1}')
     self.rank,self.world_size,self.equal = rank,world_size,equal
 
 @patch
 def positions(self:DetectionDL) -> np.ndarray: # ints
-    "Returns which positions of the order belong to the process."
+    "Returns the positions in the order that belong to the process."
     i = np.arange(self.n)
     if self.equal: i = i[:self.n//(self.bs*self.world_size)*self.bs*self.world_size]
     return i[i//self.bs%self.world_size==self.rank]
 
 @patch
-def get_idxs(self:DetectionDL):
+def order(self:DetectionDL):
+    "Draws the order of a pass, of all processes."
     idxs = super(DetectionDL, self).get_idxs()
+    if self.repeats is None: return idxs
+    drawn = draw_repeats(self.repeats, self.rng.random())
+    return [drawn[i] for i in idxs]
+
+@patch
+def get_idxs(self:DetectionDL):
+    idxs = self.order()
     if self.world_size>1: idxs = [idxs[i] for i in self.positions()]
     start,self.start = self.start,0
     return idxs[start*self.bs:] if start else idxs
@@ -175,14 +225,14 @@ def show_batch(self:DetectionDL,
 
 # %% ../../nbs/data/43_batches.ipynb #00a83d0b
 class _Samples(list):
-    "Pairs of image and target that know their class map."
+    "Pairs of image and target with their class map."
 
 @patch
 def show_results(self:DetectionDL,
     b, # a batch (images, targets)
     out, # detections, one dict per image
     max_n:int=8, # images
-    ncols:int=2, # pairs in a row
+    ncols:int=2, # pairs per row
     show:bool=True, # False: return images, targets, samples and outputs, for fastai's loggers
     **kwargs, # for `show_side_by_side`
 ): # matplotlib Figure
@@ -199,19 +249,19 @@ def show_results(self:DetectionDL,
 
 # %% ../../nbs/data/43_batches.ipynb #d97cb5f5
 class DetectionDataLoaders(DataLoaders):
-    "fastai's `DataLoaders` of detection: knows the class map and makes loaders for new images."
+    "fastai's `DataLoaders` for detection, with a class map and loaders for new images."
     @property
     def c(self): return len(self.class_map)
 
     def test_dl(self,
         items, # records, paths, arrays, tensors or PIL images
-        bs:int=None, # None: that of validation
+        bs:int=None, # None: as in validation
         with_labels:bool=False, # True: records with their targets, for `validate`
         num_workers:int=0,
         **kwargs, # for `DetectionDL`
     ) -> DetectionDL:
         "Returns a loader of `items` in order, prepared as in validation."
-        items = list(items)
+        items = dataset_items(items)
         if with_labels: check_labels(items, self.valid.class_map)
         ds = DetectionDataset(items, targets=with_labels)
         return self.valid.new(ds, bs=bs or self.valid.bs, num_workers=num_workers, indexed=True,
@@ -222,7 +272,7 @@ def check_labels(
     records,
     class_map, # `ClassMap`
 ):
-    "Raises ValueError for labels that the class map does not have, or that another one has given."
+    "Raises ValueError for labels that are not in the class map, or that come from another one."
     for r in records:
         name,own = getattr(r, 'image_id', '?'),getattr(r, 'class_map', None)
         if own is not None and own is not class_map and own.names!=class_map.names[:len(own)]: raise ValueError(
@@ -236,34 +286,37 @@ def check_labels(
 
 # %% ../../nbs/data/43_batches.ipynb #69740797
 def detection_dls(
-    train, # records to learn from
-    valid, # records to measure on
+    train, # records to learn from; or a torch `Dataset` of (image, target)
+    valid, # records to measure on; or a `Dataset`
     class_map, # `ClassMap`: names of the classes
     size=256, # int or (height, width) of the batch's images: letterboxed, so nothing is distorted
     bs:int=16,
-    augment=True, # True: `default_augment(size)`; None, False: none; or takes (image, target)
+    augment=True, # True: `default_augment(size)`; None, False: none; or what `as_augment` takes
     num_workers:int=0,
     seed:int=None, # the same seed gives the same batches, with any number of workers
     cache:bool=False, # keep decoded images in memory (small sets)
     val_bs:int=None, # None: bs
     path='.', # where learners save
     drop_last:bool=None, # drop the last, smaller training batch; None: where a full one exists
-    **kwargs, # for fastai's DataLoader, such as device (None: fastai's default) or pin_memory
+    **kwargs, # item_tfms (fastai's name for augment), batch_tfms (take images and targets on the
+        # device), or for fastai's DataLoader, such as device (None: fastai's default) or pin_memory
 ) -> DetectionDataLoaders:
     "Returns loaders of training and validation; raises ValueError for labels beyond the class map."
-    train = list(train)
-    valid = list(valid or [])
+    train,valid = dataset_items(train),dataset_items(valid)
     if bs<1 or num_workers<0: raise ValueError(f'got bs={bs} and num_workers={num_workers}, '
-        'expected at least one image in a batch, and no worker or more')
+        'expected at least one image per batch and zero or more workers')
     for o in (train, valid): check_labels(o, class_map)
     if lost := small_objects([*train, *valid], size, class_map): warnings.warn(lost, stacklevel=2)
-    if augment is True: augment = default_augment(size)
+    augment = kwargs.pop('item_tfms', augment)
+    augment = default_augment(size) if augment is True else as_augment(augment or None)
+    batch_tfm = as_batch_tfm(kwargs.pop('batch_tfms', None))
     if drop_last is None: drop_last = len(train)>=bs
     device = kwargs.pop('device', None)
     device = torch.device(default_device() if device is None else device)
     kw = dict(size=size, class_map=class_map, seed=seed, num_workers=num_workers, device=device)
     kw |= kwargs
     t,v = [DetectionDataset(o, cache=cache) for o in (train, valid)]
-    t = DetectionDL(t, bs=bs, tfm=augment or None, shuffle=True, drop_last=drop_last, **kw)
+    t = DetectionDL(t, bs=bs, tfm=augment, batch_tfm=batch_tfm, shuffle=True,
+                    drop_last=drop_last, **kw)
     v = DetectionDL(v, bs=val_bs or bs, **kw)
     return DetectionDataLoaders(t, v, path=path, device=device)

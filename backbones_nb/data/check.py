@@ -35,7 +35,7 @@ def _pixel_problems(e):
     return res
 
 def _image_problems(e):
-    "Returns the problems of an entry's file, its real size or None, and its bytes' hash or None."
+    "Returns the problems of an entry's file, its actual size or None, and its hash or None."
     try:
         digest = hashlib.blake2b(e.path.read_bytes(), digest_size=16).hexdigest()
         size = load_image(e.path).size[::-1]
@@ -74,7 +74,7 @@ def _box_problems(t, size, small, shown):
     return res
 
 def _check_entry(e, small, shown):
-    "Returns problems, real size or None and hash or None of an entry."
+    "Returns the problems, actual size (or None) and hash (or None) of an entry."
     res,size,digest = _image_problems(e)
     for t in e.annotations:
         res += _box_problems(t, size or e.size, small, shown)
@@ -87,7 +87,7 @@ def _check_entry(e, small, shown):
 
 # %% ../../nbs/data/45_check.ipynb #a3280917
 def _scan(entries, small, shown, workers, progress):
-    "Returns what `_check_entry` says of all entries, in their order."
+    "Returns the results of `_check_entry` for all entries, in order."
     from tqdm.auto import tqdm
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         found = pool.map(partial(_check_entry, small=small, shown=shown), entries)
@@ -103,7 +103,7 @@ def _same_content(entries, digests):
     return res
 
 def _known_only(entries, names):
-    "Turns classes that are not in `names` into unknown ones."
+    "Marks classes that are not in `names` as unknown."
     for t in (t for e in entries for t in e.annotations if t.name not in names):
         t.name,t.raw_class = None,t.name or t.raw_class
 
@@ -115,24 +115,24 @@ def _spelled_twice(names):
 
 # %% ../../nbs/data/45_check.ipynb #520c4dd1
 def _visible_from(entries, sizes):
-    "Returns the size of a square letterbox that keeps a pixel of every sound box, or None."
+    "Returns the size of a square letterbox at which every valid box keeps a pixel, or None."
     boxes = [(t.box, size) for e,size in zip(entries, sizes) for t in e.annotations
              if size and t.has_area and not look_relative([t.box]).any()]
     return max((size_for([b], size, 32) for b,size in boxes), default=None)
 
 # %% ../../nbs/data/45_check.ipynb #0db2404d
 def check_data(
-    data, # file or folder of any format in `formats`; or a list of `Record`s
+    data, # file or folder in any format in `formats`, or a list of `Record`s
     images=None, # folder of images; None: found by convention
-    format:str='auto', # 'auto', or a name of `formats`
-    class_map=None, # `ClassMap`: other classes are errors; for records it gives the names
-    small:float=4, # a box with a side below is tiny, pixels
-    size=256, # int or (height, width) of training: what is smaller than a pixel there vanishes
-    min_iou:float=.5, # a mask whose box overlaps less with the object's box disagrees
-    workers:int=None, # threads that decode; None: as many as processors, at most 8
+    format:str='auto', # 'auto', or a name in `formats`
+    class_map=None, # `ClassMap`: other classes are errors; for records, the class names
+    small:float=4, # report boxes with a shorter side as tiny, pixels
+    size=256, # int or (height, width) in training: report objects smaller than a pixel at it
+    min_iou:float=.5, # report masks whose box has a lower IoU with the object's box
+    workers:int=None, # threads that decode; None: one per processor, at most 8
     progress:bool=False, # show a progress bar
 ) -> DataReport:
-    "Returns what is wrong with a data set and what is fine; raises an error if none is found."
+    "Returns a report on a data set; raises ValueError or FileNotFoundError if there is nothing to check."
     title,entries,names,problems = read_entries(data, images, format, class_map, min_iou)
     if not entries:
         raise ValueError(f'{title} has no image to check: '

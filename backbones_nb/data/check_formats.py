@@ -160,7 +160,7 @@ def _xml_entry(f, xml, problems):
 
 # %% ../../nbs/data/140_check_formats.ipynb #bc6a62d8
 def _from_zero(entries):
-    "Takes boxes that count from 0 as they stand, as the reader does; returns the hint."
+    "Keeps boxes that count from 0 as they are, like the reader; returns the hint."
     zero = [e for e in entries if counts_from_zero([t.box for t in e.annotations])]
     for t in (t for e in entries if zero for t in e.annotations): t.box = [t.box[0]+1, t.box[1]+1, *t.box[2:]]
     return [Problem('counts from 0', e.name, 'a box begins at 0') for e in zero]
@@ -169,7 +169,7 @@ def _from_voc(path, images, min_iou):
     "Returns (title, entries, class names, problems) of a VOC folder."
     pics,anns = voc_folders(path, images)
     if not (pics and anns): raise FileNotFoundError(f"{path} has no {'annotations' if pics else 'images'} in VOC's "
-        'layout: give a folder with JPEGImages (or images) and Annotations (or annotations, xmls)')
+        'layout: pass a folder with JPEGImages (or images) and Annotations (or annotations, xmls)')
     xmls = xml_files(anns)
     entries,problems,seen = [],[],set()
     for f in image_files(pics):
@@ -232,7 +232,7 @@ def _from_sheet(title, sheet, min_iou):
     _,entries,names,problems = _from_coco(sheet.coco(), sheet.root, min_iou)
     return title,entries,names,[*sheet.problems, *problems]
 
-_readers = dict(coco=_from_coco, voc=_from_voc, pets=_from_pets) # those that do not go through a sheet
+_readers = dict(coco=_from_coco, voc=_from_voc, pets=_from_pets) # formats that do not use a sheet
 
 def _from_source(source, images, min_iou):
     "Returns (title, entries, class names, problems) of a format's path, or of a part of it."
@@ -241,7 +241,7 @@ def _from_source(source, images, min_iou):
     return _from_sheet(f'{name} data {path}', formats[name].sheet(path, images, part), min_iou)
 
 def _merged(title, parts):
-    "Returns the parts of a data set as one: split -> (title, entries, class names, problems)."
+    "Merges the parts of a data set: split -> (title, entries, class names, problems)."
     seen,names,problems = defaultdict(dict),[],[]
     for k,(_,entries,ns,ps) in parts.items():
         for e in entries: seen[e.path.resolve()].setdefault(k, e)
@@ -255,13 +255,13 @@ def _merged(title, parts):
 
 # %% ../../nbs/data/140_check_formats.ipynb #fd34ead8
 def read_entries(
-    data, # file or folder of any format in `formats`; or a list of `Record`s
+    data, # file or folder in any format in `formats`, or a list of `Record`s
     images=None, # folder of images; None: found by convention
-    format:str='auto', # 'auto', or a name of `formats`
-    class_map=None, # `ClassMap` that gives the names of records' classes
-    min_iou:float=.5, # a mask whose box overlaps less with the object's box disagrees
+    format:str='auto', # 'auto', or a name in `formats`
+    class_map=None, # `ClassMap` with the class names of records
+    min_iou:float=.5, # report masks whose box has a lower IoU with the object's box
 ) -> tuple: # title, list of `ImageEntry`, class names, list of `Problem`
-    "Returns every image of a data set as it is annotated, and the entries that lead nowhere."
+    "Returns every image of a data set with its raw annotations, and the problems found on the way."
     if images is not None and not Path(images).is_dir():
         raise FileNotFoundError(f'there is no folder {images}: check the path')
     if not isinstance(data, (str,Path)): return _from_records(list(data), class_map, min_iou)

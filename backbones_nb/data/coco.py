@@ -26,9 +26,9 @@ from .run_lengths import CocoMasks, polygons, read_segmentation
 
 # %% ../../nbs/data/44_coco.ipynb #63391fc3
 def read_coco(
-    json, # path of a file in COCO's format; or what was read from one, which is returned as it is
+    json, # path of a COCO file, or its content, which is returned unchanged
 ) -> Mapping: # with the lists images, annotations and categories
-    "Returns the content of a COCO file; raises ValueError naming a file that is not one."
+    "Returns the content of a COCO file; raises ValueError if it is not one."
     if isinstance(json, Mapping): data,name = json,'the dict'
     else:
         name = json
@@ -38,31 +38,31 @@ def read_coco(
             raise ValueError(f'{json} cannot be read as JSON ({e}): fix or replace it') from e
     need = ('images','annotations','categories')
     lost = [k for k in need if not (isinstance(data, Mapping) and isinstance(data.get(k), list))]
-    if lost: raise ValueError(f"{name} has no list of {' and '.join(lost)}, expected {', '.join(need)}: give COCO's "
+    if lost: raise ValueError(f"{name} has no list of {' and '.join(lost)}, expected {', '.join(need)}: pass COCO's "
         'annotations of objects, such as instances_val2017.json')
     return data
 
 # %% ../../nbs/data/44_coco.ipynb #743b822a
 def entry_id(
-    entry, # of one of the lists
+    entry, # in one of the lists
     key:str='id', # 'id', 'image_id' or 'category_id'
-): # number, or a text that is none
-    "Returns an id, '7' as 7, since some tools write both; None where the entry has none."
+): # a number, or a string that is not a number
+    "Returns an id, '7' as 7, since some tools write both; None if the entry has none."
     v = entry.get(key) if isinstance(entry, Mapping) else None
     if isinstance(v, str) and re.fullmatch('0|-?[1-9][0-9]{0,17}', v): return int(v)
     return v if isinstance(v, (int,float,str)) and v==v else None
 
 def entry_file(
     image, # entry of the list of images
-) -> str: # with slashes, on Windows too
-    "Returns the file name of an image; None where it has none."
+) -> str: # with forward slashes, also on Windows
+    "Returns the file name of an image, or None if it has none."
     v = image.get('file_name') if isinstance(image, Mapping) else None
     return v.replace('\\', '/') if isinstance(v, str) and v else None
 
 def entry_size(
     image:Mapping, # entry of the list of images
 ) -> tuple: # (height, width), pixels
-    "Returns the size that an image is listed with; None where it is missing or impossible, such as zeros."
+    "Returns the size listed for an image; None if it is missing or invalid, such as zero."
     size = [image.get(k) for k in ('height','width')]
     return tuple(map(int, size)) if all(isinstance(o, (int,float)) and 0<o<1e9 for o in size) else None
 
@@ -71,7 +71,7 @@ def coco_path(
     folder, # of images
     name:str, # file name of an image, with slashes
 ) -> Path:
-    "Returns the file of an image: the name in the folder, or, if there is none, the longest end of the name that is."
+    "Returns the file of an image: its name in the folder, or the longest trailing part of the name that exists."
     folder = Path(folder)
     parts = [o for o in name.split('/') if o not in ('', '.', '..')]
     tries = [folder/name, *(folder/'/'.join(parts[i:]) for i in range(1, len(parts)))]
@@ -82,7 +82,7 @@ def coco_images(
     json:Path, # of a COCO file
     data:Mapping, # its content
 ) -> Path: # folder
-    "Returns the usual folder that has a file's images; raises FileNotFoundError naming them all."
+    "Returns the folder with a file's images, looking in the usual places; raises FileNotFoundError listing them."
     json = Path(json)
     above,split = (json.parent,json.parent.parent),json.stem.split('_')[-1]
     places = [o/n for o in above for n in (split, f'images/{split}', 'images', json.stem, '.')]
@@ -90,22 +90,22 @@ def coco_images(
     for found in (lambda o, n: o/n, coco_path): # exactly; by the ends of the names
         if o := next((o for o in places if any(found(o, n).is_file() for n in names)), None): return o
     raise FileNotFoundError(f"the images of {json}, such as {names[0] if names else 'nothing'}, are in none of "
-        f"{', '.join(str(o) for o in dict.fromkeys(places))}: give their folder")
+        f"{', '.join(str(o) for o in dict.fromkeys(places))}: pass their folder")
 
 # %% ../../nbs/data/44_coco.ipynb #2fc7a250
-placeholders = ('background','_background_','__background__','__ignore__') # tools list them; they are no objects
+placeholders = ('background','_background_','__background__','__ignore__') # listed by tools, but not objects
 
 def unused_parents(
     data:Mapping, # content of a COCO file
 ) -> dict: # id -> name
-    "Returns categories without an object that others name as their supercategory, as Roboflow writes them."
+    "Returns categories without objects that are only supercategories of others, as Roboflow writes them."
     cats = [c for c in data['categories'] if isinstance(c, Mapping) and isinstance(c.get('name'), str)]
     used = {entry_id(a, 'category_id') for a in data['annotations']}
     above = [c.get('supercategory') for c in cats if c.get('supercategory')!=c['name']]
     return {entry_id(c):c['name'].strip() for c in cats if c['name'] in above and entry_id(c) not in used}
 
 def _names(data):
-    "Returns id -> name of all categories but the background."
+    "Returns id -> name of all categories except the background."
     for c in data['categories']:
         if entry_id(c) is None or not isinstance(c.get('name'), str): raise ValueError(f'got the category {c!r}, '
             'expected one with an id and a name: fix the file')
@@ -116,7 +116,7 @@ def _names(data):
 def coco_categories(
     json, # as for `read_coco`
 ) -> dict: # name -> id in the file, in the order of the ids
-    "Returns a file's categories but background and unused parents; raises ValueError for one without a name or id."
+    "Returns a file's categories except background and unused parents; raises ValueError if one has no name or id."
     rows,res = _names(read_coco(json)).items(),{}
     for i,n in sorted(rows, key=lambda o: (isinstance(o[0], str), o[0])): res.setdefault(n, i)
     return res
@@ -149,7 +149,7 @@ def _coco_object(a, names, size, crowd):
 _no_masks = 'with an object without a usable mask'
 
 def _coco_file(img, folder, seen, report):
-    "Returns (path, size) of an image, or None where it has to be skipped."
+    "Returns (path, size) of an image, or None if it is skipped."
     i,name = entry_id(img),entry_file(img)
     if i is None or name is None: return report.skip(name or i, 'without id or file name')
     if i in seen: return report.skip(name, 'with the id of another image')
@@ -164,7 +164,7 @@ def _coco_file(img, folder, seen, report):
     return f,real
 
 def _coco_record(img, path, size, anns, names, class_map, crowd, masks, report):
-    "Returns the record of an image, or None where it has to be skipped."
+    "Returns the record of an image, or None if it is skipped."
     file = entry_file(img)
     objs,segs = [],None
     for a in anns:
@@ -191,17 +191,17 @@ def _all_boxes(data):
 # %% ../../nbs/data/44_coco.ipynb #01b33235
 def coco_records(
     json, # path of a file in COCO's format, or its content
-    images=None, # folder that the file names start from; None: found by `coco_images`
+    images=None, # folder that the file names are relative to; None: found by `coco_images`
     class_map=None, # `ClassMap`; None: the file's categories, in the order of their ids
-    crowd:str='crowd', # with iscrowd: 'crowd' (not learned, not counted), 'keep' as any, or 'skip'
-    masks:bool=False, # masks beside the boxes; an image with an object without mask is skipped then
+    crowd:str='crowd', # iscrowd objects: 'crowd' (ignored in training and evaluation), 'keep' or 'skip'
+    masks:bool=False, # also read masks; images with an object that has none are skipped
     empty:bool=True, # keep images without objects
 ) -> tuple: # records (their ids are the file's), ClassMap, SkipReport
-    "Returns the records of a COCO file, the rest skipped and named; raises ValueError if all are skipped."
+    "Returns the records of a COCO file and a report of skipped images; raises ValueError if all are skipped."
     if crowd not in ('crowd','keep','skip'): raise ValueError(f"got crowd={crowd!r}, expected 'crowd', 'keep' or "
         "'skip'")
     data = read_coco(json)
-    if images is None and isinstance(json, Mapping): raise ValueError('got the content of a file without the folder of '
+    if images is None and isinstance(json, Mapping): raise ValueError('got the content of a file, but not the folder of '
         'its images: pass images=')
     folder = coco_images(json, data) if images is None else Path(images)
     if not folder.is_dir(): raise FileNotFoundError(f'there is no folder {folder}: check the path')
@@ -222,13 +222,13 @@ def coco_records(
     for i in sorted(anns.keys()-{entry_id(o) for o in data['images']}|{None}&anns.keys(), key=natural_key):
         report.note(i, 'annotated, but not in the list of images')
     if masks and _no_masks in report.reasons and not any(len(r.labels) for r in res): raise ValueError(f'no object of '
-        f'{title} has a mask: train a detector that needs none, such as faster_rcnn, or read without masks')
+        f'{title} has a mask: train a detector that does not need masks, such as faster_rcnn, or read the data without them')
     if not res: raise ValueError(f'no image in {folder} can be used with these annotations: {report}')
     return res,class_map,report
 
 # %% ../../nbs/data/44_coco.ipynb #05d8fbea
 def _image_ids(records):
-    "Returns the records' ids as numbers where they all are, else 1, 2, 3."
+    "Returns the records' ids as numbers if they all are, otherwise 1, 2, 3, ..."
     ids = [str(r.image_id) for r in records]
     plain = all(o.isascii() and o.isdigit() and str(int(o))==o for o in ids)
     if plain and len(set(ids))==len(ids): return [int(o) for o in ids]
@@ -238,7 +238,7 @@ def _numbers(class_map, category_ids):
     "Returns label -> category id."
     if category_ids is None: return {i:i for i in range(1, len(class_map))}
     lost = [n for n in list(class_map)[1:] if n not in category_ids]
-    if lost: raise ValueError(f"got no category id for {', '.join(map(repr, lost))}: give one for each class")
+    if lost: raise ValueError(f"got no category id for {', '.join(map(repr, lost))}: pass one for each class")
     return {i:category_ids[class_map.get_name(i)] for i in range(1, len(class_map))}
 
 def _entry(d, j, image_id, numbers, box=True, mask=True):
@@ -258,9 +258,9 @@ def to_coco(
     records,
     class_map, # `ClassMap`
     category_ids:dict=None, # name -> id; None: the class map's
-    images=None, # folder that the file names start from; None: the one that holds all of them
-) -> dict: # what a COCO file has; json.dump writes it
-    "Returns the records in COCO's format; raises ValueError for a missing id or a misplaced image."
+    images=None, # folder that the file names are relative to; None: their common folder
+) -> dict: # the content of a COCO file, for json.dump
+    "Returns the records in COCO's format; raises ValueError for a missing id or an image outside the folder."
     records = list(records)
     numbers = _numbers(class_map, category_ids)
     if images is None: images = commonpath([r.path.absolute().parent for r in records]) if records else '.'
@@ -269,8 +269,8 @@ def to_coco(
                images=[], annotations=[], categories=categories)
     for r,i in zip(records, _image_ids(records)):
         try: file = r.path.absolute().relative_to(Path(images).absolute()).as_posix()
-        except ValueError: raise ValueError(f'the image {r.path} is not in the folder {images}: give one that holds '
-            'all images, or none') from None
+        except ValueError: raise ValueError(f'the image {r.path} is not in the folder {images}: pass one that contains '
+            'all images, or leave it out') from None
         h,w = map(int, r.size)
         res['images'].append(dict(id=i, file_name=file, height=h, width=w))
         t = r.target()
@@ -286,15 +286,15 @@ def coco_results(
     records, # the images, in the same order
     class_map, # `ClassMap`
     category_ids:dict=None, # name -> id; None: the class map's
-    iou_type:str='bbox', # 'bbox' or 'segm': what is to be evaluated
+    iou_type:str='bbox', # 'bbox' or 'segm': what will be evaluated
 ) -> list: # of dicts: image_id, category_id, score, and bbox or segmentation
-    "Returns predictions in COCO's format of results; raises ValueError for missing ones or masks."
+    "Returns predictions in COCO's results format; raises ValueError for missing predictions or masks."
     if iou_type not in ('bbox','segm'): raise ValueError(f"got iou_type={iou_type!r}, expected 'bbox' or 'segm'")
-    if len(preds)!=len(records): raise ValueError(f'got {len(preds)} predictions for {len(records)} records: give one '
+    if len(preds)!=len(records): raise ValueError(f'got {len(preds)} predictions for {len(records)} records: pass one '
         'for each')
     numbers = _numbers(class_map, category_ids)
     ids = _image_ids(records)
     if iou_type=='segm' and any(p.get('masks') is None for p in preds):
-        raise ValueError("got predictions without masks, which iou_type='segm' needs: use a detector of masks")
+        raise ValueError("got predictions without masks, which iou_type='segm' needs: use a detector that predicts masks")
     return [_entry(p, j, i, numbers, iou_type=='bbox', iou_type=='segm') | dict(score=float(s))
             for p,i in zip(preds, ids) for j,s in enumerate(p['scores'])]

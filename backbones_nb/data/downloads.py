@@ -19,14 +19,14 @@ from torchvision.datasets.utils import calculate_md5
 
 # %% ../../nbs/data/141_downloads.ipynb #bbf08b0c
 def cache_dir() -> Path:
-    "Returns where data sets are kept: `$BACKBONES_NB_CACHE`, or ~/.cache/backbones_nb."
+    "Returns the folder for data sets: `$BACKBONES_NB_CACHE` or ~/.cache/backbones_nb."
     return Path(os.environ.get('BACKBONES_NB_CACHE') or Path.home()/'.cache'/'backbones_nb')
 
 # %% ../../nbs/data/141_downloads.ipynb #e872e2e1
 def _size(path): return path.stat().st_size if path.exists() else 0
 
 def _fetch(url, part, progress):
-    "Appends what is missing of `url` to `part`; returns whether it is complete."
+    "Appends the missing part of `url` to `part`; returns whether it is complete."
     have = _size(part)
     ask = urllib.request.Request(url, headers={'Range': f'bytes={have}-'} if have else {})
     try: r = urllib.request.urlopen(ask, timeout=30)
@@ -38,7 +38,7 @@ def _fetch(url, part, progress):
     with r:
         more = r.status==206
         if more and not r.headers.get('Content-Range', '').startswith(f'bytes {have}-'):
-            raise OSError('the server sent another part than the requested one')
+            raise OSError('the server sent a different range from the requested one')
         done = have if more else 0
         total = int(r.headers['Content-Length'])+done if r.headers.get('Content-Length') else None
         with open(part, 'ab' if more else 'wb') as f:
@@ -52,11 +52,11 @@ def _fetch(url, part, progress):
 def download(
     url:str,
     dest, # file to write
-    md5sum:str=None, # what its content must have; None: not checked
-    tries:int=3, # attempts in a row that bring nothing, before it gives up
-    progress=None, # called with (bytes so far, bytes in all or None)
+    md5sum:str=None, # expected MD5; None: not checked
+    tries:int=3, # consecutive attempts without progress before giving up
+    progress=None, # called with (bytes so far, total bytes or None)
 ) -> Path: # dest
-    "Returns `dest`, verified; raises RuntimeError for no answer or wrong content."
+    "Downloads to `dest`, resumes and verifies; raises RuntimeError if the server fails or the content is wrong."
     dest = Path(dest)
     part = Path(f'{dest}.part')
     left = tries
@@ -72,13 +72,13 @@ def download(
         except (OSError, HTTPException) as e: err = e
         left = tries if _size(part)>had else left-1
         if not left:
-            raise RuntimeError(f'{url} could not be downloaded ({err}): check address and network '
-                               f'and call again, {_size(part)} bytes are kept')
+            raise RuntimeError(f'{url} could not be downloaded ({err}): check the URL and the network '
+                               f'and try again, {_size(part)} bytes are kept')
         if left<tries: time.sleep(tries-left)
     if md5sum and (got := calculate_md5(part))!=md5sum:
         part.unlink()
         raise RuntimeError(f'{url} has md5 {got}, expected {md5sum}: the file was removed, '
-                           'download it again or give another source')
+                           'download it again or pass another source')
     part.replace(dest)
     return dest
 

@@ -9,7 +9,6 @@ __all__ = ['formats', 'rows', 'Formats', 'write_coco', 'write_voc_folder', 'find
            'write_data']
 
 # %% ../../nbs/data/131_formats.ipynb #b59a959d
-import xml.etree.ElementTree as ET
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,21 +24,23 @@ from .servers import (cvat_sheet, find_cvat, find_label_studio, label_studio_she
 from .sheets import copy_images, find_json, sheet_records, write_json
 from .tables import (createml_sheet, csv_sheet, find_createml, find_csv, find_jsonl, jsonl_sheet,
                                       write_createml, write_csv, write_jsonl)
-from .voc import is_voc, voc_folders, voc_names, voc_records, voc_split
+from .voc import (is_voc, voc_folders, voc_names, voc_records, voc_split, voc_xml,
+                                   write_voc_masks)
 from .yolo import find_yolo, write_yolo, yolo_parts, yolo_sheet
 
 # %% ../../nbs/data/131_formats.ipynb #254376c3
 @dataclass(frozen=True)
 class _Format:
-    "One annotation format: its name, its looks, and the functions that find, read and write it."
+    "One annotation format: its name, how to recognize it, and the functions that find, read and write it."
     name:str
     looks:str # how a person recognizes it
-    find:object # function of a file or folder: list of the paths that are of this format
+    find:object # function of a file or folder: list of the paths in this format
     sheet:object=None # function (path, images, part) -> `Sheet`
     read:object=None # instead of it: (path, images, part, class_map, masks) -> as `records`
-    parts:object=lambda path: {} # function of a path: 'train', 'valid', 'test' -> part
+    parts:object=lambda path: {} # function of a path: 'train', 'valid', 'test' -> part, or a Path
     write:object=None # function (records, class_map, folder) -> path
     masks:bool=False # whether it can hold masks
+    crowds:bool=False # whether it can mark crowds, or difficult objects
 
     def records(self, path, images=None, part=None, class_map=None, masks=False) -> tuple:
         "Returns records, ClassMap, SkipReport of a path, or of a part of it."
@@ -58,7 +59,7 @@ class Formats:
         raise ValueError(f"got format={name!r}, expected one of {', '.join(self.rows)}."
                          f'{did_you_mean(str(name), self.rows)}')
     def table(self) -> Table:
-        "Returns the table for people."
+        "Returns the formats as a table."
         heads = dict(name='format', looks='you have', masks='masks', writes='written')
         cols = {k:(v,'') for k,v in heads.items()}
         yes = {True:'yes', False:'–'}
@@ -68,17 +69,37 @@ class Formats:
 formats = Formats()
 
 # %% ../../nbs/data/131_formats.ipynb #756856cf
+_split_folder_names = dict(train=('train','training'), valid=('valid','val','validation'),
+                           test=('test','testing'))
+
 def _read_coco(path, images, part, class_map, masks):
     data = read_coco(path)
     return coco_records(data, images or coco_images(path, data), class_map, masks=masks)
 
-def _find_coco(path):
+def _is_coco(o):
     lists = ('images','annotations','categories')
-    def mine(o): return isinstance(o, dict) and all(isinstance(o.get(k), list) for k in lists)
-    return find_json(path, mine)
+    return isinstance(o, dict) and all(isinstance(o.get(k), list) for k in lists)
+
+def _find_coco(path):
+    found = find_json(path, _is_coco)
+    return [Path(path)] if len(found)>1 and _coco_pair(found) else found
+
+def _coco_pair(files):
+    "Returns files such as instances_train.json and instances_val.json by split; empty for others."
+    res = {}
+    for f in files:
+        stem,_,end = f.stem.rstrip('0123456789').rpartition('_')
+        split = next((k for k,names in _split_folder_names.items() if end in names), None)
+        if split: res.setdefault(stem, {})[split] = f
+    pairs = [v for k,v in res.items() if 'train' in v and (len(res)==1 or k=='instances')]
+    return pairs[0] if pairs and (len(res)>1 or sum(map(len, res.values()))==len(files)) else {}
+
+def _coco_parts(path):
+    "Returns the files of a folder by split."
+    return _coco_pair(find_json(path, _is_coco)) if Path(path).is_dir() else {}
 
 def write_coco(records, class_map, folder) -> Path: # of _annotations.coco.json
-    "Writes records in COCO's format, with the images beside the file."
+    "Writes records in COCO's format, with the images next to the file."
     names = copy_images(records, folder)
     copies = [replace(r, path=Path(folder)/n) for r,n in zip(records, names)]
     data = to_coco(copies, class_map, images=folder)
@@ -97,36 +118,28 @@ def _read_voc(path, images, part, class_map, masks):
     if part or is_voc(path) and not images:
         cm = class_map or ClassMap(voc_names(path/'Annotations')) # the same in every part
         records,cm,report = voc_split(path, part, cm, masks=masks)
-        if part in ('valid','test'): report.note(f'{part}.txt', 'measured on, since there is no val.txt')
+        if part in ('valid','test'): report.note(f'{part}.txt', 'used for validation, since there is no val.txt')
         return records,cm,report
     return voc_records(*voc_folders(path, images), class_map)
 
 def _voc_lists(path):
-    "Returns the lists of ImageSets/Main to learn from and, where there is one, to measure on."
+    "Returns the lists in ImageSets/Main for training and, if there is one, for validation."
     has = {o.stem for o in (Path(path)/'ImageSets'/'Main').glob('*.txt')}
     pairs = [('train','val'), ('train','valid'), ('train','test'), ('trainval','test'), ('train',), ('trainval',)]
     return next((o for o in pairs if has>=set(o)), ())
 
 def _voc_parts(path):
-    "Returns the lists of a VOC folder by split; empty where it has none to learn from."
+    "Returns the lists of a VOC folder by split; empty if there is none for training."
     return dict(zip(('train','valid'), _voc_lists(path))) if is_voc(path) else {}
 
 def write_voc_folder(records, class_map, folder) -> Path: # the folder
-    "Writes the boxes of records in VOC's layout; crowds are marked difficult."
+    "Writes records in VOC's layout, with masks that do not overlap; crowds are marked difficult."
     folder = Path(folder)
     (folder/'Annotations').mkdir(parents=True, exist_ok=True)
     for r,n in zip(records, copy_images(records, folder/'JPEGImages')):
-        root = ET.Element('annotation')
-        ET.SubElement(root, 'filename').text = n
-        size = ET.SubElement(root, 'size')
-        for k,v in dict(width=r.size[1], height=r.size[0], depth=3).items(): ET.SubElement(size, k).text = str(v)
-        for (x1,y1,x2,y2),l,d in zip(r.boxes.tolist(), r.labels.tolist(), r.iscrowd.tolist()):
-            o = ET.SubElement(root, 'object')
-            ET.SubElement(o, 'name').text = class_map.get_name(l)
-            ET.SubElement(o, 'difficult').text = str(d)
-            box = ET.SubElement(o, 'bndbox') # VOC counts pixels from 1
-            for k,v in dict(xmin=x1+1, ymin=y1+1, xmax=x2, ymax=y2).items(): ET.SubElement(box, k).text = str(v)
-        ET.ElementTree(root).write((folder/'Annotations'/n).with_suffix('.xml'), encoding='utf-8')
+        path = (folder/'Annotations'/n).with_suffix('.xml')
+        voc_xml(r, class_map, n).write(path, encoding='utf-8')
+        write_voc_masks(r, folder, path.stem)
     return folder
 
 def _read_pets(path, images, part, class_map, masks):
@@ -137,7 +150,8 @@ def _whole(sheet): return lambda path, images=None, part=None: sheet(path, image
 
 rows = (
     _Format('coco', 'a JSON file with images, annotations and categories',
-           _find_coco, read=_read_coco, write=write_coco, masks=True),
+           _find_coco, read=_read_coco, parts=_coco_parts, write=write_coco, masks=True,
+           crowds=True),
     _Format('yolo', 'data.yaml, and a .txt per image in labels/', find_yolo, yolo_sheet,
            parts=yolo_parts, write=write_yolo, masks=True),
     _Format('pets', 'images/, annotations/trainval.txt and test.txt, trimaps',
@@ -165,20 +179,17 @@ rows = (
 # %% ../../nbs/data/131_formats.ipynb #973a5341
 for o in rows: formats.add(o)
 formats.add(_Format('voc', 'an .xml per image, beside it or in Annotations/', _find_voc, read=_read_voc,
-                   parts=_voc_parts, write=write_voc_folder, masks=True))
+                   parts=_voc_parts, write=write_voc_folder, masks=True, crowds=True))
 
 # %% ../../nbs/data/131_formats.ipynb #302b8e5d
-_split_folder_names = dict(train=('train','training'), valid=('valid','val','validation'),
-                          test=('test','testing'))
-
 def _split_folders(path) -> dict: # 'train', 'valid', 'test' -> folder; empty without train
-    "Returns the folders of splits in a folder."
+    "Returns the split folders in a folder."
     rows = _split_folder_names.items()
     found = {k:[o for o in (Path(path)/n for n in names) if o.is_dir()] for k,names in rows}
     return {k:v[0] for k,v in found.items() if v} if found['train'] else {}
 
 def _direct(path):
-    "Returns the name and path of a data set that is no root of splits, or None."
+    "Returns the format and path of a data set without split folders, or None."
     for row in formats:
         found = row.find(path)
         if len(found)>1: raise ValueError(_several(path, found))
@@ -187,14 +198,14 @@ def _direct(path):
 def _several(path, files):
     names = ', '.join(o.name for o in files[:5])
     kind = files[0].suffix.lstrip('.')
-    return f'{path} has {len(files)} {kind} files ({names}): give one of them'
+    return f'{path} has {len(files)} {kind} files ({names}): pass one of them'
 
 # %% ../../nbs/data/131_formats.ipynb #bcb5ad61
 _likely = {'.json':'coco', '.csv':'csv', '.yaml':'yolo', '.yml':'yolo', '.jsonl':'jsonl'}
 _packed = ('.zip','.tar','.gz','.tgz','.rar','.7z')
 
 def _unknown(path):
-    "Returns what a file was probably meant to be; its reader says what is wrong."
+    "Returns the likely format of a file; its reader reports what is wrong."
     files = [path] if path.is_file() else sorted([*path.glob('*'), *path.glob('annotations/*')])
     for suffix,name in _likely.items():
         mine = [o for o in files if o.suffix.lower()==suffix and o.is_file()]
@@ -204,14 +215,14 @@ def _unknown(path):
     if packed:
         raise ValueError(f'got the archive {packed[0]}, expected a folder or an annotation file: '
                          'unpack it')
-    what = 'is no annotation file that is known' if path.is_file() else 'looks like no data set'
+    what = 'is not a known annotation file' if path.is_file() else 'does not look like a data set'
     names = ', '.join(formats.rows)
-    raise ValueError(f'{path} {what}: give a file or folder of one of the formats {names}')
+    raise ValueError(f'{path} {what}: pass a file or folder of one of the formats {names}')
 
 def find_format(
     path, # file or folder
-) -> tuple: # name of a row of `formats`, and the path of the file or folder itself
-    "Returns the format of a data set; raises an error for an unknown one, or for several files."
+) -> tuple: # name in `formats`, and the path of the file or folder itself
+    "Returns the format of a data set; raises FileNotFoundError or ValueError if it is missing, unknown or ambiguous."
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f'there is no {path}: check the path')
     if found := _direct(path): return found
@@ -221,16 +232,17 @@ def find_format(
 # %% ../../nbs/data/131_formats.ipynb #3250d5ad
 def find_splits(
     path, # file or folder
-) -> dict: # 'train', 'valid', 'test', or 'all' alone -> (name, path, part), for `_read_source`
-    "Returns the splits of a data set. Raises what `find_format` raises."
+) -> dict: # 'train', 'valid', 'test', or just 'all' -> (name, path, part), for `_read_source`
+    "Returns the splits of a data set; raises the errors of `find_format`."
     name,at = find_format(path)
     inside = _split_folders(at) if Path(at).is_dir() and not _direct(at) else {}
     if not inside:
-        return {k:(name,at,p) for k,p in formats[name].parts(at).items()} or {'all':(name,at,None)}
+        def source(p): return (name,p,None) if isinstance(p, Path) else (name,at,p)
+        return {k:source(p) for k,p in formats[name].parts(at).items()} or {'all':source(None)}
     res = {}
     for k,o in inside.items():
         try: res[k] = (*find_format(o), None)
-        except ValueError: # images of a test may have no annotations
+        except ValueError: # test images may have no annotations
             if k!='test': raise
     return res
 
@@ -242,22 +254,22 @@ def _read_source(source, images=None, class_map=None, masks=False) -> tuple:
 # %% ../../nbs/data/131_formats.ipynb #f653d5d6
 def relabel(
     records,
-    class_map, # `ClassMap` that their labels count in
-    to, # the one that they should count in
+    class_map, # the current `ClassMap` of their labels
+    to, # the new one
 ) -> list:
-    "Returns records with labels of another class map; raises ValueError for a missing class."
+    "Returns records with the labels of another class map; raises ValueError for a missing class."
     if class_map==to: return list(records)
     def label(o): return to.get_id(class_map.get_name(o))
     return [replace(r, labels=list(map(label, r.labels.tolist())), class_map=to) for r in records]
 
 def read_data(
-    path, # file or folder of any format in `formats`
+    path, # file or folder in any format in `formats`
     images=None, # folder of the images; None: found by convention
     class_map=None, # `ClassMap`; None: the classes of all splits
-    masks:bool=False, # read masks, too
+    masks:bool=False, # also read masks
     splits:tuple=('train','valid','test'), # which to read
 ) -> tuple: # dict: split (or 'all') -> records; ClassMap; SkipReport
-    "Returns all records of a data set by split; raises an error for an unknown format."
+    "Returns all records of a data set by split; raises ValueError for an unknown format."
     wanted = {k:v for k,v in find_splits(path).items() if k in splits or k=='all'}
     got = {k:_read_source(v, images, None, masks) for k,v in wanted.items()}
     names = dict.fromkeys(n for _,cm,_ in got.values() for n in list(cm)[1:])
@@ -277,12 +289,12 @@ def write_data(
     records, # or a dict: 'train', 'valid', 'test' -> records
     class_map, # `ClassMap`
     folder, # of the data set
-    format:str='coco', # name of a row of `formats`
-) -> Path: # what `read_data` takes
+    format:str='coco', # name in `formats`
+) -> Path: # argument for `read_data`
     "Writes records with copies of their images; a dict becomes a folder per split."
     row = formats[format]
     if row.write is None:
-        raise ValueError(f'got format={format!r}, which cannot be written: choose another')
+        raise ValueError(f'got format={format!r}, which cannot be written: choose another format')
     if not isinstance(records, dict): return row.write(records, class_map, folder)
     if row.name=='yolo': return row.write(records, class_map, folder) # one data.yaml for all
     for k,rs in records.items(): row.write(rs, class_map, Path(folder)/k)

@@ -18,19 +18,19 @@ from .sheets import Sheet, copy_images
 
 # %% ../../nbs/data/130_instances.ipynb #f3e7e84c
 def _mask_folders(path) -> dict: # class name -> folder
-    "Returns the folders of masks in a data set."
+    "Returns the mask folders of a data set."
     dirs = [o for o in sorted(Path(path).iterdir()) if o.is_dir()]
     dirs = [o for o in dirs if o.name.lower().endswith('masks')]
     return {o.name[:-5].rstrip('_- ') or 'object':o for o in dirs}
 
-def _instance_images(path, images=None) -> Path: # None where there is none
+def _instance_images(path, images=None) -> Path: # None if there is none
     "Returns the folder of the images."
     usual = [Path(path)/o for o in ('PNGImages','images','JPEGImages','.')]
     places = [Path(images)] if images else usual
     return next((o for o in places if o.is_dir() and image_files(o)), None)
 
-def _read_numbers(path) -> np.ndarray: # (H,W), 0 where there is no object
-    "Returns the objects' numbers; raises ValueError for a file that has none."
+def _read_numbers(path) -> np.ndarray: # (H,W), 0 for background
+    "Returns the object numbers; raises ValueError for a file without them."
     try: a = np.asarray(Image.open(path))
     except (OSError, SyntaxError) as e: raise ValueError(f'cannot be read ({e}): replace it') from e
     if a.ndim!=2:
@@ -42,12 +42,12 @@ def instance_sheet(
     path, # folder with images and masks
     images=None, # folder of the images; None: PNGImages or images
 ) -> Sheet:
-    "Returns what the masks say; an image without one in any folder is left out and named."
+    "Returns the objects in the masks; an image without any mask is skipped and reported."
     path = Path(path)
     pics = _instance_images(path, images)
     folders = _mask_folders(path)
     if pics is None or not folders:
-        raise FileNotFoundError(f"{path} has no {'masks' if pics else 'images'}: give a "
+        raise FileNotFoundError(f"{path} has no {'masks' if pics else 'images'}: pass a "
         'folder with PNGImages (or images) and masks, such as PedMasks')
     sheet = Sheet(path, pics, list(folders))
     for f in image_files(pics):
@@ -72,19 +72,19 @@ def find_instances(path) -> list: # paths
 
 # %% ../../nbs/data/130_instances.ipynb #c12a35df
 def write_instances(records, class_map, folder) -> Path: # the folder
-    "Writes masks, one folder per class; raises ValueError for boxes or overlapping masks."
+    "Writes masks, one folder per class; raises ValueError for missing or overlapping masks."
     names = copy_images(records, Path(folder)/'PNGImages')
     for n in list(class_map)[1:]: (Path(folder)/f'{n}Masks').mkdir(exist_ok=True)
     for r,n in zip(records, names):
         if r.masks is None:
             raise ValueError(f'record {r.image_id!r} has no masks, which this format needs: '
-            'read them with masks=True, or write another format')
+            'read the data with masks=True, or write another format')
         masks = r.target()['masks'].numpy()!=0
         for k,label in enumerate(list(class_map)[1:], 1):
             own = masks[r.labels==k]
             if (own.sum(0)>1).any():
                 raise ValueError(f'record {r.image_id!r} has masks of {label!r} that overlap, '
-                'which this format cannot hold: write another, such as COCO')
+                'which this format cannot store: write another one, such as COCO')
             a = (own*np.arange(1, len(own)+1)[:,None,None]).sum(0) if len(own) else np.zeros(r.size)
             png = Path(folder)/f'{label}Masks'/f'{Path(n).stem}_mask.png'
             Image.fromarray(a.astype(np.uint8 if len(own)<256 else np.uint16)).save(png)

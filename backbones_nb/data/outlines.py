@@ -26,7 +26,7 @@ from .sheets import (Sheet, copy_images, find_json, load_json, polygon_box, writ
 def ellipse_polygon(
     cx:float, # center, pixels
     cy:float,
-    rx:float, # half axes, pixels
+    rx:float, # semi-axes, pixels
     ry:float,
     turn:float=0, # clockwise, radians
     n:int=64, # corners
@@ -40,7 +40,7 @@ def ellipse_polygon(
 
 # %% ../../nbs/data/128_outlines.ipynb #37c152bc
 def _labelme_mask(shape, size):
-    "Returns the mask (H,W) of a shape of the kind mask."
+    "Returns the mask (H,W) of a shape of type mask."
     x,y = (int(round(o)) for o in shape['points'][0])
     small = np.asarray(Image.open(io.BytesIO(base64.b64decode(shape['mask']))))!=0
     mask = np.zeros(size, bool)
@@ -63,7 +63,7 @@ def _labelme_shape(s, size):
     raise ValueError(f'a shape of the kind {kind}, expected rectangle, polygon, circle or mask')
 
 def _labelme_objects(data, size, sheet, where):
-    "Returns the objects of a file as (class, box, polygons, mask), with their parts as one."
+    "Returns the objects of a file as (class, box, polygons, mask), merging their parts."
     res = {}
     for k,s in enumerate(data['shapes']):
         with sheet.entry(f'{where} shape {k}'):
@@ -77,9 +77,9 @@ def _labelme_objects(data, size, sheet, where):
 # %% ../../nbs/data/128_outlines.ipynb #a21c6201
 def labelme_sheet(
     path, # folder with LabelMe's files, or one of them
-    images=None, # folder of the images; None: beside the files
+    images=None, # folder of the images; None: next to the files
 ) -> Sheet:
-    "Returns what LabelMe's files say."
+    "Returns the content of LabelMe files."
     path = Path(path)
     files = [path] if path.is_file() else _labelme_files(path)
     sheet = Sheet(path.parent if path.is_file() else path, images)
@@ -96,7 +96,7 @@ def labelme_sheet(
     return sheet
 
 def _labelme_image(data, f, sheet):
-    "Returns the image of a file: as it says, or named like the file."
+    "Returns the image of a file: the one it names, or one with the file's name."
     said = data.get('imagePath') or f.with_suffix('.jpg').name
     suffixes = ('.jpg','.jpeg','.png','.JPG','.bmp','.tif','.tiff','.webp')
     if sheet.find(said).is_file(): return said
@@ -111,7 +111,7 @@ def _labelme_files(folder) -> list: # paths
 
 # %% ../../nbs/data/128_outlines.ipynb #385b4cbd
 def write_labelme(records, class_map, folder) -> Path: # the folder
-    "Writes a file per image, polygons where there are masks, and copies the images beside it."
+    "Writes a file per image, with polygons for masks, and copies the images next to it."
     for r,n in zip(records, copy_images(records, folder)):
         def shape(name, box, polygon):
             kind,v = ('polygon',polygon) if polygon else ('rectangle',box)
@@ -125,12 +125,12 @@ def write_labelme(records, class_map, folder) -> Path: # the folder
 
 # %% ../../nbs/data/128_outlines.ipynb #27f52074
 def _via_value(v):
-    "Returns the text of an attribute; a checkbox is a dict of what is ticked."
+    "Returns the text of an attribute; a checkbox is a dict of the selected options."
     if isinstance(v, dict): v = next((k for k,on in v.items() if on), '')
     return str(v).strip()
 
-def _via_attribute(regions) -> str: # None where there is none
-    "Returns which attribute of the regions is the class."
+def _via_attribute(regions) -> str: # None if there is none
+    "Returns the attribute of the regions that holds the class."
     rows = [r.get('region_attributes') or {} for r in regions]
     n = Counter(k for r in rows for k,v in r.items() if _via_value(v))
     names = ('class','label','name','category','type','class_name','object')
@@ -145,7 +145,7 @@ def _via_region(s):
         return [x, y, x+w, y+h],None
     if kind=='polygon':
         if len(s['all_points_x'])!=len(s['all_points_y']):
-            raise ValueError('corners with x or y alone')
+            raise ValueError('different numbers of x and y coordinates')
         return None,[[float(v) for o in zip(s['all_points_x'], s['all_points_y']) for v in o]]
     if kind=='circle': return None,[ellipse_polygon(*(float(s[k]) for k in ('cx','cy','r','r')))]
     if kind=='ellipse':
@@ -173,9 +173,9 @@ def _via_rows(path):
 
 def via_sheet(
     path, # CSV or JSON of VIA 1 or 2, or a saved project of VIA 2
-    images=None, # folder of the images; None: the file's, or images/ in it
+    images=None, # folder of the images; None: the file's folder, or images/ in it
 ) -> Sheet:
-    "Returns what a file of VIA says."
+    "Returns the content of a VIA file."
     path = Path(path)
     rows = _via_rows(path)
     sheet = Sheet(path.parent, images)
@@ -199,13 +199,13 @@ def _via_row(r, name, class_map):
     return dict(filename=name, size=r.path.stat().st_size, regions=regions, file_attributes={})
 
 def write_via(records, class_map, folder) -> Path: # of via_region_data.json
-    "Writes regions, polygons where there are masks, and copies the images beside the file."
+    "Writes regions, with polygons for masks, and copies the images next to the file."
     rows = [_via_row(r, n, class_map) for r,n in zip(records, copy_images(records, folder))]
     data = {f"{o['filename']}{o['size']}":o for o in rows}
     return write_json(Path(folder)/'via_region_data.json', data)
 
 def write_via_csv(records, class_map, folder) -> Path: # of via_region_data.csv
-    "Writes the same as a table."
+    "Writes the same content as a CSV file."
     path = Path(folder)/'via_region_data.csv'
     keys = ('shape_attributes','region_attributes')
     images = list(zip(records, copy_images(records, folder)))
@@ -221,7 +221,7 @@ def write_via_csv(records, class_map, folder) -> Path: # of via_region_data.csv
 
 # %% ../../nbs/data/128_outlines.ipynb #395133cb
 def find_labelme(path) -> list: # paths
-    "Returns the folder if it has LabelMe's files, or the file itself."
+    "Returns the folder if it contains LabelMe files, or the file itself."
     path = Path(path)
     files = [path] if path.is_file() else _labelme_files(path)[:5]
     mine = any(find_json(f, lambda o: isinstance(o.get('shapes'), list) and 'imagePath' in o) for f in files)
@@ -233,7 +233,7 @@ def _is_via(o):
     return bool(rows) and all('filename' in r and 'regions' in r for r in rows[:5])
 
 def find_via(path) -> list: # paths
-    "Returns VIA's files in a folder, or the file itself."
+    "Returns the VIA files in a folder, or the file itself."
     path = Path(path)
     def ok(f): return 'region_shape_attributes' in f.read_text(encoding='utf-8-sig', errors='replace')[:300]
     files = [path] if path.is_file() else sorted([*path.glob('*.csv'), *path.glob('annotations/*.csv')])

@@ -32,9 +32,9 @@ def read_list(
     path, # the data set's folder
     name:str, # 'list', 'trainval' or 'test'
 ) -> dict: # image name -> (class id, species id)
-    "Returns a list without its comments; raises an error that names the file and the line."
+    "Returns a list without its comments; raises FileNotFoundError, or ValueError naming the line."
     f = Path(path)/'annotations'/f'{name}.txt'
-    if not f.exists(): raise FileNotFoundError(f'there is no {f}: give a folder in the layout of Oxford-IIIT Pets')
+    if not f.exists(): raise FileNotFoundError(f'there is no {f}: pass a folder in the layout of Oxford-IIIT Pets')
     res = {}
     for i,l in enumerate(f.read_text(encoding='utf-8').splitlines(), 1):
         if not l.strip() or l.startswith('#'): continue
@@ -61,7 +61,7 @@ def pets_class_map(
 
 # %% ../../nbs/data/41_pets.ipynb #4bb7da5a
 def read_trimap(path) -> np.ndarray: # (H,W) uint8: 1 pet, 2 background, 3 border or unclear
-    "Returns a trimap; raises ValueError naming a file that is not a trimap."
+    "Returns a trimap; raises ValueError if the file is not one."
     try: a = np.asarray(Image.open(path))
     except (OSError, SyntaxError) as e:
         raise ValueError(f'{path} cannot be read ({e}): replace it') from e
@@ -71,9 +71,9 @@ def read_trimap(path) -> np.ndarray: # (H,W) uint8: 1 pet, 2 background, 3 borde
 
 def instances_of(
     trimap, # (H,W) of 1, 2, 3
-    instances:str='whole', # 'whole': one pet per image; 'components': one for each connected piece
+    instances:str='whole', # 'whole': one pet per image; 'components': one per connected component
     border:bool=True, # whether the border (3) belongs to the pet
-    min_share:float=0.01, # pieces smaller than this share of all are specks, and left out
+    min_share:float=0.01, # drop components below this fraction of the pet's pixels
 ) -> np.ndarray: # (N,H,W) uint8
     "Returns the masks of the pets in a trimap."
     m = trimap!=2 if border else trimap==1
@@ -97,11 +97,11 @@ _pets_files = {'images.tar.gz': '5c4f3ee8e5d25df40f4fd59a7f44e54c', # md5, as to
 
 # %% ../../nbs/data/41_pets.ipynb #9233d76e
 def is_pets(path) -> bool:
-    "Says whether a folder is laid out as Oxford-IIIT Pets."
+    "Returns whether a folder has the layout of Oxford-IIIT Pets."
     return all((Path(path)/o).exists() for o in ('images', 'annotations/trainval.txt', 'annotations/test.txt'))
 
 def _archive(name, md5sum, source, local, work, progress):
-    "Returns the path of an archive, from the local folder or downloaded into `work`, with the right checksum."
+    "Returns the path of a verified archive, from the local folder or downloaded into `work`."
     if not local:
         bar = progress_bar(name) if progress else None
         return download(f"{str(source or _pets_url).rstrip('/')}/{name}", work/name, md5sum, progress=bar)
@@ -112,12 +112,12 @@ def _archive(name, md5sum, source, local, work, progress):
 
 # %% ../../nbs/data/41_pets.ipynb #18140bc9
 def untar_pets(
-    dest=None, # folder to make; None: in `cache_dir()`, or beside the archives of a local source
+    dest=None, # folder to create; None: in `cache_dir()`, or next to the archives of a local source
     source=None, # None: the authors' server; a URL; a local folder, unpacked or with the archives
-    files=None, # name of archive -> md5; None: those of the original
+    files=None, # archive name -> MD5; None: those of the original
     progress:bool=True, # show progress bars
 ) -> Path: # folder with images/ and annotations/
-    "Returns the data set, fetched and unpacked if needed; raises an error that names what fails."
+    "Returns the data set, downloaded and unpacked if needed; raises an error that names what failed."
     files = files or _pets_files
     local = None
     if source is not None and '://' not in str(source):
@@ -125,10 +125,10 @@ def untar_pets(
         if is_pets(local): return local
         lost = [o for o in files if not (local/o).exists()]
         if lost: raise FileNotFoundError(f'{local} is neither in the layout of Oxford-IIIT Pets nor has it '
-            f"{' and '.join(lost)}: give the folder that holds images/ and annotations/, or the archives")
+            f"{' and '.join(lost)}: pass the folder that holds images/ and annotations/, or the archives")
     dest = Path(dest or (local or cache_dir())/'oxford-iiit-pet')
     if is_pets(dest): return dest
-    if dest.exists() and any(dest.iterdir()): raise ValueError(f'{dest} holds other files: give a new or empty folder')
+    if dest.exists() and any(dest.iterdir()): raise ValueError(f'{dest} holds other files: pass a new or empty folder')
     work = dest.with_name(f'.{dest.name}.download')
     shutil.rmtree(work/'data', ignore_errors=True)
     (work/'data').mkdir(parents=True)
@@ -136,7 +136,7 @@ def untar_pets(
         tar = _archive(name, h, source, local, work, progress)
         with tarfile.open(tar) as t: t.extractall(work/'data', filter='data')
     if not is_pets(work/'data'): raise RuntimeError(f"{' and '.join(files)} contain no images/ and annotations/ with "
-        'lists: give the original archives')
+        'lists: pass the original archives')
     if dest.exists(): dest.rmdir()
     (work/'data').replace(dest)
     shutil.rmtree(work)
@@ -144,13 +144,13 @@ def untar_pets(
 
 # %% ../../nbs/data/41_pets.ipynb #2ebd0d4c
 class _TrimapMasks:
-    "Masks read from a trimap when asked for; can be pickled."
+    "Masks read from a trimap on demand; picklable."
     def __init__(self, path, instances, border):
         self.path,self.instances,self.border = path,instances,border
     def __call__(self): return instances_of(read_trimap(self.path), self.instances, self.border)
 
 def _head(path, name, real, report):
-    "Returns the boxes of heads, or None where the image has to be skipped."
+    "Returns the boxes of heads, or None if the image is skipped."
     xml = path/'annotations'/'xmls'/f'{name}.xml'
     if not xml.exists(): return report.skip(name, 'without head box')
     try: size,objs = read_voc(xml)
@@ -162,7 +162,7 @@ def _head(path, name, real, report):
     return boxes[ok],None
 
 def _body(path, name, real, report, instances, border, masks):
-    "Returns the boxes of bodies and their masks, or None where the image has to be skipped."
+    "Returns the boxes of bodies and their masks, or None if the image is skipped."
     tri = path/'annotations'/'trimaps'/f'{name}.png'
     if not tri.exists(): return report.skip(name, 'without trimap')
     try: m = instances_of(read_trimap(tri), instances, border)
@@ -173,17 +173,17 @@ def _body(path, name, real, report, instances, border, masks):
 
 # %% ../../nbs/data/41_pets.ipynb #263e8850
 def _check_request(split, boxes, masks, instances):
-    "Raises ValueError for what the data set does not have."
+    "Raises ValueError for a combination that the data set does not have."
     known = dict(split=('trainval','test','all'), boxes=('body','head'), instances=(None,'whole','components'))
     for (k,ok),v in zip(known.items(), (split, boxes, instances)):
         if v not in ok: raise ValueError(f"got {k}={v!r}, expected one of {', '.join(map(repr, ok))}")
     if boxes=='head' and split!='trainval': raise ValueError(f'got head boxes for split {split!r}, but head boxes '
-        "exist in trainval only: use split='trainval' and hold a part of it out (split_stratified), or boxes='body'")
+        "exist in trainval only: use split='trainval' and hold out a part of it (split_stratified), or boxes='body'")
     if boxes=='head' and masks:
         raise ValueError("got head boxes with masks, but the masks are of whole bodies: use boxes='body'")
 
 def _unlisted(path, rows, report):
-    "Reports what lies in images/ and is in no list."
+    "Reports files in images/ that are in no list."
     for f in sorted((path/'images').iterdir(), key=lambda o: natural_key(o.name)):
         if f.suffix!='.jpg': report.note(f.name, 'in images/ but not an image')
         elif f.stem not in rows:
@@ -196,11 +196,11 @@ def pets_records(
     split:str='trainval', # 'trainval', 'test' or 'all'
     boxes:str='body', # 'body': from trimaps; 'head': from the xml files, trainval only
     classes:str='species', # 'species' or 'breed'
-    masks:bool=False, # bodies only: masks beside the boxes
-    instances:str=None, # 'whole', 'components'; None: components for toy pets, else whole
+    masks:bool=False, # bodies only: also read masks
+    instances:str=None, # 'whole' or 'components'; None: components for toy pets, otherwise whole
     border:bool=True, # whether the trimap's border belongs to the body
 ) -> tuple: # list of `Record`s, `SkipReport`
-    "Returns a split's records and what was skipped; raises ValueError for annotations it lacks."
+    "Returns a split's records and a report of what was skipped; raises ValueError for missing annotations."
     path = Path(path)
     _check_request(split, boxes, masks, instances)
     if instances is None: instances = 'components' if (path/'toy.json').exists() else 'whole'
@@ -225,12 +225,12 @@ def pets_records(
 
 # %% ../../nbs/data/41_pets.ipynb #b3c98c3a
 def split_stratified(
-    records, # to be split
-    valid_pct:float=0.2, # the part that is held out
+    records, # to split
+    valid_pct:float=0.2, # fraction to hold out
     seed:int=42,
-    key=None, # function of a record: what must be alike in both parts; None: the breed
-) -> tuple: # train records, valid records, in the order they came
-    "Returns `split_records` with the same share of each breed. Raises what that raises."
+    key=None, # function of a record to stratify by; None: the breed
+) -> tuple: # train records, valid records, in their original order
+    "Returns `split_records` stratified by breed; raises the same errors."
     return split_records(records, valid_pct, seed, key or (lambda r: breed_of(r.image_id)))
 
 # %% ../../nbs/data/41_pets.ipynb #a5b1fd20
@@ -242,7 +242,7 @@ def pets_splits(
     seed:int=42, # head boxes only
     **kwargs, # for `pets_records`: masks, instances, border
 ) -> tuple: # train records, valid records, `ClassMap`, `SkipReport`
-    "Returns both parts of the data for a training run. Raises what `pets_records` raises."
+    "Returns training and validation records; raises the errors of `pets_records`."
     train,report = pets_records(path, 'trainval', boxes, classes, **kwargs)
     if boxes=='head': train,valid = split_stratified(train, valid_pct, seed)
     else:

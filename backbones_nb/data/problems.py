@@ -21,43 +21,43 @@ from .records import natural_key
 
 # %% ../../nbs/data/101_problems.ipynb #7d808567
 problem_kinds = {
-    'missing image': ('error', 'listed or annotated, but there is no file'),
-    'unreadable image': ('error', 'the file is broken, cut off, or no image'),
+    'missing image': ('error', 'listed or annotated, but the file does not exist'),
+    'unreadable image': ('error', 'the file is broken, truncated, or not an image'),
     'huge image': ('error', 'more pixels than the limit, which BACKBONES_NB_MAX_PIXELS raises'),
     'size disagrees': ('error', 'annotated at another size than the upright one: boxes are wrong'),
-    'image twice': ('error', 'the same file, name or id again: learned twice, or all but one lost'),
+    'image twice': ('error', 'the same file, name or id again: trained on twice, or lost'),
     'broken entry': ('error', 'an annotation or list that cannot be read'),
-    'annotation without image': ('error', 'it belongs to no image of the set'),
-    'unknown class': ('error', 'the class is not among those of the set'),
+    'annotation without image': ('error', 'it belongs to no image in the data set'),
+    'unknown class': ('error', 'the class is not one of the data set'),
     'no box': ('error', 'the object has no box of four numbers'),
     'box not finite': ('error', 'NaN or infinity'),
-    'box without area': ('error', 'no width or no height, or corners swapped: left out by readers'),
+    'box without area': ('error', 'no width or height, or swapped corners: dropped by readers'),
     'relative box': ('error', 'from 0 to 1: multiply x by the width of the image, y by its height'),
-    'box outside image': ('error', 'wholly or partly: clipped or left out by readers'),
+    'box outside image': ('error', 'entirely or partly: clipped or dropped by readers'),
     'box twice': ('error', 'the same box of the same class in the same image'),
     'broken mask': ('error', 'it cannot be read, has another size, or has no pixel'),
     'mask disagrees with box': ('error', 'they overlap too little to be the same object'),
-    'in two splits': ('error', 'what is measured on is learned from'),
+    'in two splits': ('error', 'a validation image is also trained on'),
     'same content': ('hint', 'equal files: may end up in training and in validation'),
-    'image without objects': ('hint', 'good if there is nothing in it'),
-    'image not annotated': ('hint', 'it is in the folder, but no annotation or list names it'),
-    'object without mask': ('hint', 'others have one: its image is skipped if masks are needed'),
-    'class spelled twice': ('hint', 'names that differ in case, spaces or hyphens only'),
-    'turned image': ('hint', 'its EXIF data turn it and keep its size: look whether the boxes fit'),
-    'dark image': ('hint', 'it uses little of its 16 bits: multiply it, or it is nearly black'),
-    'counts from 0': ('hint', 'VOC counts from 1; the boxes are taken as they stand'),
-    'parent class': ('hint', 'a category without objects above others: left out'),
-    'vanishing object': ('hint', 'smaller than a pixel at the size of training: cannot be learned'),
-    'tiny box': ('hint', 'so small that it may be a slip of the mouse'),
+    'image without objects': ('hint', 'fine if there is nothing in it'),
+    'image not annotated': ('hint', 'it is in the folder, but in no annotation or list'),
+    'object without mask': ('hint', 'other objects have one: its image is skipped if masks are needed'),
+    'class spelled twice': ('hint', 'names that differ only in case, spaces or hyphens'),
+    'turned image': ('hint', 'its EXIF data rotate or mirror it: check whether the boxes fit'),
+    'dark image': ('hint', 'it uses few of its 16 bits and looks nearly black: rescale it'),
+    'counts from 0': ('hint', 'VOC counts from 1; the boxes are used as they are'),
+    'parent class': ('hint', 'a supercategory without objects of its own: dropped'),
+    'vanishing object': ('hint', 'smaller than a pixel at the training size: cannot be learned'),
+    'tiny box': ('hint', 'so small that it may be an annotation error'),
 }
 
 # %% ../../nbs/data/101_problems.ipynb #74771d11
 @dataclass(frozen=True)
 class Problem:
-    "One finding."
+    "One problem found in a data set."
     kind: str # one of `problem_kinds`
     where: str # image, annotation or list
-    what: str = '' # particulars
+    what: str = '' # details
 
     @property
     def severity(self): return problem_kinds[self.kind][0]
@@ -65,15 +65,15 @@ class Problem:
 
 # %% ../../nbs/data/101_problems.ipynb #92203e25
 class DataReport:
-    "What a data set holds and what is wrong with it; shown as text, or as Markdown in a notebook."
+    "What a data set contains and what is wrong with it; displayed as text, or as Markdown in a notebook."
     def __init__(self,
         title:str, # what was checked
         images:int, # entries
-        readable:int, # of them, images that could be decoded
+        readable:int, # how many of them could be decoded
         boxes:int,
         classes:dict, # name -> number of boxes
         problems, # list of `Problem`
-        visible_from=None, # size of training at which every object has a pixel left
+        visible_from=None, # training size at which every object keeps a pixel
     ):
         self.title = title
         self.visible_from = visible_from
@@ -83,7 +83,7 @@ class DataReport:
         self.problems = sorted(problems, key=key)
 
     def __len__(self): return len(self.problems)
-    def __bool__(self): return True # a report of no problems is a report
+    def __bool__(self): return True # also without problems
 
     @property
     def ok(self):
@@ -92,7 +92,7 @@ class DataReport:
 
     @property
     def counts(self):
-        "Kind -> how many, for the problem_kinds that occur."
+        "Kind -> number of problems, for the kinds that occur."
         return dict(Counter(p.kind for p in self.problems))
 
 # %% ../../nbs/data/101_problems.ipynb #25a4a600
@@ -100,7 +100,7 @@ def _count(n, word): return f"{n} {word}{'' if n==1 else 'es' if word[-1] in 'sx
 
 @patch
 def facts(self:DataReport) -> str:
-    "Returns what the data set holds, in a sentence."
+    "Returns the content of the data set, in a sentence."
     most = sorted(self.classes.items(), key=lambda o: (-o[1], o[0]))
     names = ', '.join(f'{n} {c}' for n,c in most[:12]) + (', ...' if len(most)>12 else '')
     images = f"{_count(self.images, 'image')}, {'all' if self.readable==self.images else self.readable} readable"
@@ -133,7 +133,7 @@ def listing(self:DataReport) -> str:
 def verdict(self:DataReport) -> str:
     "Returns the verdict, in a sentence."
     n = Counter(p.severity for p in self.problems)
-    if not self.problems: return 'nothing is wrong'
+    if not self.problems: return 'no problems found'
     return f"{'ok' if self.ok else 'not ok'}: {_count(n['error'], 'error')}, {_count(n['hint'], 'hint')}"
 
 @patch
@@ -151,11 +151,11 @@ def _repr_markdown_(self:DataReport):
 # %% ../../nbs/data/101_problems.ipynb #1288d6c6
 @dataclass
 class Annotation:
-    "One object as it is annotated."
-    where: str # what a report calls it
-    name: str # class, or None where it is unknown
-    box: list # x1, y1, x2, y2 as they stand there, or None
-    raw_class: str = '' # what stands there instead of a known class
+    "One object as annotated."
+    where: str # its name in reports
+    name: str # class, or None if it is unknown
+    box: list # x1, y1, x2, y2 as annotated, or None
+    raw_class: str = '' # the annotated class if it is unknown
 
     @property
     def has_area(self):
@@ -165,12 +165,12 @@ class Annotation:
 
 @dataclass
 class ImageEntry:
-    "One image as it is annotated."
+    "One image as annotated."
     name: str
     path: Path
     size: tuple = None # (height, width) as annotated
     annotations: list = field(default_factory=list)
-    masks: object = None # None, or a function of the real size that gives problems
+    masks: object = None # None, or a function of the actual size that returns problems
     expected: bool = True # whether an image without objects is worth a hint
 
 # %% ../../nbs/data/101_problems.ipynb #c7d62de4
@@ -188,7 +188,7 @@ def box_overlap(
 def mask_problems(
     mask, # (H,W), zero outside of the object
     ann:Annotation,
-    min_iou:float, # a smaller overlap of the mask's box with the object's is a problem
+    min_iou:float, # minimum IoU of the mask's box and the object's
 ) -> list:
     "Returns the problems of an object's mask."
     if not mask.any(): return [Problem('broken mask', ann.where, 'no pixel')]

@@ -26,7 +26,7 @@ def shortest_sides(
     image, # (height, width) of their image
     size, # int or (height, width) of the letterbox
 ) -> np.ndarray: # (N,), pixels
-    "Returns the shorter sides of boxes after the letterbox."
+    "Returns the shorter sides of boxes after letterboxing."
     h,w = fit_size(image, hw(size))
     b = np.asarray(boxes, float).reshape(-1, 4)
     return ((b[:,2:]-b[:,:2])*[w/image[1], h/image[0]]).min(1)
@@ -36,28 +36,28 @@ def size_for(
     image, # (height, width) of their image
     size, # int or (height, width) of the letterbox
 ): # int or (height, width)
-    "Returns the size of that shape, in multiples of 32, at which the smallest box is a pixel."
+    "Returns the size with that aspect, in multiples of 32, at which the smallest box keeps a pixel."
     side = max(shortest_sides(boxes, image, size).min(), 1e-3)
-    for k in 1.02**np.arange(50)/side: # more than once where the letterbox rounds down
+    for k in 1.02**np.arange(50)/side: # more than once if the letterbox rounds down
         h,w = (32*ceil(o*k/32) for o in hw(size))
         if shortest_sides(boxes, image, (h,w)).min()>=1: break
     return h if isinstance(size, int) else (h,w)
 
 # %% ../../nbs/data/136_ready.ipynb #61d00e0b
 def file_name(
-    record, # or whatever has an id
+    record, # or anything with an id
 ) -> str:
-    "Returns what a report calls a record: its file, whose name a user knows better than its id."
+    "Returns the name of a record in reports: its file, which users know better than its id."
     path = getattr(record, 'path', None)
     return path.name if path is not None else str(getattr(record, 'image_id', '?'))
 
 # %% ../../nbs/data/136_ready.ipynb #0f48bad8
 def small_objects(
-    records, # with boxes and size; others pass
+    records, # with boxes and size; others are ignored
     size, # int or (height, width) of the letterbox
-    class_map=None, # gives the names of classes
+    class_map=None, # class names
 ) -> str: # empty if there are none
-    "Says how many objects are under a pixel after the letterbox, and what size keeps them."
+    "Returns how many objects are smaller than a pixel after letterboxing, and which size keeps them."
     total,lost,where,need = Counter(),Counter(),[],[]
     for r in records:
         if not len(getattr(r, 'boxes', ())): continue
@@ -73,27 +73,27 @@ def small_objects(
     classes = ', '.join(f'{n} of {total[l]} {name(l)}' for l,n in lost.most_common(5))
     where = ', '.join(where[:5] + ['...']*(len(where)>5))
     return (f'{sum(lost.values())} of {sum(total.values())} objects ({classes}) are smaller than a '
-            f'pixel at size {size}, in {where}: they cannot be learned and count as missed; '
+            f'pixel at size {size}, in {where}: they cannot be learned and count as misses; '
             f'size {max(need)} keeps all')
 
 # %% ../../nbs/data/136_ready.ipynb #c04dd574
 def failure(
     record,
-) -> str: # None if there is nothing wrong
-    "Says why a record's image cannot be decoded."
+) -> str: # None if it can be decoded
+    "Returns why a record's image cannot be decoded."
     try: record.image()
-    except Exception as e: return str(e) # whatever a broken file makes the decoder do
+    except Exception as e: return str(e) # a broken file can make a decoder raise anything
 
 def _partly(record):
-    "Returns a copy of the record that reads its image as far as it goes."
+    "Returns a copy of the record that reads as much of its image as possible."
     record = copy(record)
     record.truncated = True
     return record
 
 def usable_images(
     records,
-    report, # `SkipReport` that takes what is left out, or read in part
-    broken:str='stop', # what is cut off: 'stop' (an error), 'skip', or 'read' as far as it goes
+    report, # `SkipReport` for images that are skipped or read in part
+    broken:str='stop', # for truncated images: 'stop' (an error), 'skip', or 'read' as much as possible
 ) -> list: # records
     "Returns the records whose images can be decoded; raises ValueError naming those that cannot."
     if broken not in ('stop','skip','read'):
@@ -111,7 +111,7 @@ def usable_images(
     if bad: raise ValueError(
         f'{len(bad)} of {len(found)} images cannot be decoded: '
         f"{'; '.join(bad[:3] + ['...']*(len(bad)>3))}; "
-        "broken='skip' leaves them out, broken='read' reads them as far as they go")
+        "broken='skip' leaves them out, broken='read' reads as much of them as possible")
     return res
 
 # %% ../../nbs/data/136_ready.ipynb #8251743b
@@ -122,7 +122,7 @@ def _length(r):
 def content_groups(
     records,
 ) -> list: # one key per record; equal for equal files
-    "Returns groups for `split_records`: records whose files have the same bytes belong together."
+    "Returns groups for `split_records`: records with identical files belong together."
     lengths = [_length(r) for r in records]
     often = Counter(lengths)
     def key(i, r, n):
@@ -134,7 +134,7 @@ def shared_images(
     train, # records
     valid, # records
 ) -> list: # file names, of `valid`
-    "Returns what is measured on and learned from: files of both sides that have the same bytes."
+    "Returns the validation images that are also trained on: identical files in both parts."
     train,valid = list(train),list(valid)
     keys = content_groups([*train, *valid])
     known = set(keys[:len(train)])

@@ -33,7 +33,7 @@ class ClassMap:
         names = list(names)
         if twice := sorted({o for o in names if names.count(o)>1}):
             raise ValueError(f"got class names with {', '.join(map(repr, twice))} more than once, "
-                             "expected each once: remove the repetition")
+                             "expected each once: remove the duplicates")
         if background in names:
             raise ValueError(f'got {background!r} among the classes, which is the name of id 0: '
                              'leave it out')
@@ -41,13 +41,13 @@ class ClassMap:
         self._ids = {o:i for i,o in enumerate(self.names)}
 
     def get_id(self, name):
-        "Returns the id of a name; raises ValueError suggesting the nearest names."
+        "Returns the id of a name; raises ValueError suggesting similar names."
         if name in self._ids: return self._ids[name]
         raise ValueError(f"there is no class {name!r}.{did_you_mean(str(name), self.names[1:])} "
             f"The class map has {', '.join(self.names[1:6])}{', ...' if len(self.names)>6 else ''}")
 
     def get_name(self, id):
-        "Returns the name of an id; raises ValueError outside of the range."
+        "Returns the name of an id; raises ValueError if it is out of range."
         if 0<=id<len(self.names): return self.names[id]
         raise ValueError(f'there is no class id {id}: '
                          f'ids go from 0 (background) to {len(self.names)-1}')
@@ -61,7 +61,7 @@ class ClassMap:
 # %% ../../nbs/data/40_records.ipynb #fdd0faee
 @dataclass(eq=False)
 class Record:
-    "One image with its annotations; the image and the masks are read when asked for."
+    "One image with its annotations; the image and the masks are read on demand."
     image_id: str
     path: Path # of the image
     size: tuple # (height, width), pixels
@@ -107,7 +107,7 @@ def target(self:Record) -> dict:
 
 # %% ../../nbs/data/40_records.ipynb #c7d06444
 class SkipReport:
-    "What a reader left out (`skip`) or fixed (`note`), by reason, with names."
+    "What a reader skipped (`skip`) or fixed (`note`), by reason, with names."
     def __init__(self, total=0):
         self.total,self.reasons,self.notes = total,defaultdict(list),defaultdict(list)
     def skip(self, name, reason): self.reasons[reason].append(str(name))
@@ -115,7 +115,7 @@ class SkipReport:
     def __len__(self): return sum(map(len, self.reasons.values()))
 
     def add(self, other):
-        "Takes over what another report says."
+        "Merges another report into this one."
         self.total += other.total
         for k in ('reasons','notes'):
             for r,v in getattr(other, k).items(): getattr(self, k)[r] += v
@@ -144,7 +144,7 @@ def clean_boxes(
 def look_relative(
     boxes, # (N,4) xyxy
 ) -> np.ndarray: # (N,) bool
-    "Says which boxes can only be meant relative to the image: fractions, within its first pixel."
+    "Returns which boxes must be relative to the image: fractions within its first pixel."
     b = np.asarray(boxes, float).reshape(-1, 4)
     return (b>=-1).all(1) & (b[:,:2]<=1).all(1) & (b[:,2:]<=2).all(1) & (b%1!=0).any(1)
 
@@ -166,9 +166,9 @@ def fix_boxes(
     boxes, # (N,4) xyxy, pixels
     size, # (height, width) of the image
     name, # of the image
-    report, # `SkipReport` that takes the notes
+    report, # `SkipReport` for the notes
 ) -> tuple: # as `clean_boxes`
-    "Returns what `clean_boxes` returns, and notes in the report what was fixed."
+    "Returns the result of `clean_boxes`, noting in the report what was fixed."
     raw = np.array(boxes, np.float32).reshape(-1, 4)
     boxes,ok = clean_boxes(raw, size)
     if not ok.all(): report.note(name, 'with a box without area, left out')
@@ -181,9 +181,9 @@ _formats = {'.jpg','.jpeg','.png','.bmp','.gif','.webp','.tif','.tiff'}
 def natural_key(s): return [int(o) if o.isdigit() else o for o in re.split(r'(\d+)', str(s))]
 
 def image_files(
-    folder, # searched without its sub-folders
+    folder, # searched without its subfolders
 ) -> list: # paths, in natural order
-    "Returns the images of a folder, by their suffixes; raises FileNotFoundError if it is missing."
+    "Returns the images in a folder, by suffix; raises FileNotFoundError if it is missing."
     if not Path(folder).is_dir(): raise FileNotFoundError(f'there is no folder {folder}: check the path')
     files = [o for o in Path(folder).iterdir() if o.suffix.lower() in _formats and not o.name.startswith('.')]
     return sorted(files, key=lambda o: natural_key(o.name))
@@ -191,9 +191,9 @@ def image_files(
 # %% ../../nbs/data/40_records.ipynb #39178a9b
 def read_names(
     path, # text file, one name per line
-    flags:bool=False, # may list a class: names with 1 (shows it), -1 (does not) or 0 (difficult)
+    flags:bool=False, # names may be followed by 1 (shows the class), -1 (does not) or 0 (difficult)
 ) -> list:
-    "Returns a list's names without those flagged -1; raises FileNotFoundError naming the lists beside it."
+    "Returns the names in a list, except those flagged -1; raises FileNotFoundError listing the available lists."
     f = Path(path)
     if not f.is_file(): raise FileNotFoundError(f"there is no list {f}: {f.parent} has "
         f"{', '.join(sorted(o.stem for o in f.parent.glob('*.txt'))) or 'none'}")
@@ -204,9 +204,9 @@ def read_names(
 # %% ../../nbs/data/40_records.ipynb #fdd68acf
 def show_records(
     records,
-    class_map=None, # gives the names; None: ids are shown
-    n:int=6, # how many of them
-    ncols:int=3, # images in a row
+    class_map=None, # class names; None: show ids
+    n:int=6, # number of records
+    ncols:int=3, # images per row
     **kwargs, # for `show_side_by_side`, such as figsize
 ): # the Figure
     "Draws the first records with boxes, names and masks."
@@ -216,7 +216,7 @@ def show_records(
 
 # %% ../../nbs/data/40_records.ipynb #16140b3f
 def _draw(rng, members, valid_pct):
-    "Returns members of random groups, until the share is reached."
+    "Returns the members of random groups until the share is reached."
     n = round(valid_pct*sum(map(len, members)))
     out = set()
     for j in rng.permutation(len(members)):
@@ -226,20 +226,20 @@ def _draw(rng, members, valid_pct):
 
 # %% ../../nbs/data/40_records.ipynb #02c84d8c
 def split_records(
-    records, # to be split
-    valid_pct:float=0.2, # the part that is held out
+    records, # to split
+    valid_pct:float=0.2, # fraction to hold out
     seed:int=42,
-    key=None, # function of a record: what must be alike in both parts; None: chance alone
+    key=None, # function of a record to stratify by; None: no stratification
     groups=None, # function of a record, or a list: records of one group stay together
-) -> tuple: # train records, valid records, in the order they came
-    "Returns a random split, with the same share of each key; raises ValueError for an empty part."
+) -> tuple: # train records, valid records, in their original order
+    "Returns a random split with the same share of each key; raises ValueError for an empty part."
     records = list(records)
     if not 0<valid_pct<1:
         raise ValueError(f'got valid_pct={valid_pct}, '
-                         'expected a share between 0 and 1, such as 0.2')
+                         'expected a fraction between 0 and 1, such as 0.2')
     of = list(map(groups, records)) if callable(groups) else list(groups or range(len(records)))
     if len(of)!=len(records):
-        raise ValueError(f'got {len(of)} groups for {len(records)} records: give one for each')
+        raise ValueError(f'got {len(of)} groups for {len(records)} records: pass one for each')
     members = defaultdict(list)
     for i,g in enumerate(of): members[g].append(i)
     strata = defaultdict(list)
@@ -250,25 +250,25 @@ def split_records(
     parts = tuple([r for i,r in enumerate(records) if (i in out)==held] for held in (False, True))
     if not all(parts):
         grouped = f' in {len(members)} groups' if len(members)<len(records) else ''
-        use = 'measure on' if parts[0] else 'learn from'
+        use = 'validate on' if parts[0] else 'train on'
         raise ValueError(f'valid_pct={valid_pct} of {len(records)} images{grouped} leaves none to '
-                         f'{use}: give more images, another share, or images to measure on')
+                         f'{use}: pass more images, another share, or images to validate on')
     return parts
 
 # %% ../../nbs/data/40_records.ipynb #665614b6
 def _called(r):
-    "All that a record may be called in a list: its id, its file and the end of its path, with suffix and without."
+    "Returns the names of a record in lists: its id, its file and trailing parts of its path, with or without suffix."
     p = r.path.as_posix().split('/')
     ends = ['/'.join(p[i:]) for i in range(len(p))]
     return {str(r.image_id), *ends, *(o.removesuffix(r.path.suffix) for o in ends)}
 
 def split_listed(
-    records, # to be split
-    valid, # names of images to hold out (ids or file names), or the text file that lists them
-    train=None, # the same of images to learn from; None: all others
+    records, # to split
+    valid, # names of images to hold out (ids or file names), or a text file that lists them
+    train=None, # the same for images to train on; None: all others
     strict:bool=True, # whether a name without a record is an error
-) -> tuple: # train records, valid records, in the order they came
-    "Returns a split by names; raises ValueError for names of no record or in both lists."
+) -> tuple: # train records, valid records, in their original order
+    "Returns a split by names; raises ValueError for names without a record or in both lists."
     as_set = lambda o: {n.removeprefix('./') for n in (read_names(o) if isinstance(o, (str,Path)) else map(str, o))}
     lists = [as_set(o) for o in (valid, train) if o is not None]
     records = list(records)

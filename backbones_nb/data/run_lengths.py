@@ -18,7 +18,7 @@ from torch import Tensor
 # %% ../../nbs/data/100_run_lengths.ipynb #c4315745
 def polygons(
     seg, # the `segmentation` of an annotation
-) -> list: # those that have at least three corners, none of them far from any image
+) -> list: # those with at least three corners, all of them at plausible coordinates
     "Returns the usable polygons of a segmentation."
     def ok(p):
         try: # no image is larger than 1e5
@@ -28,10 +28,10 @@ def polygons(
 
 # %% ../../nbs/data/100_run_lengths.ipynb #4162a2d3
 def read_segmentation(
-    seg, # polygons, or run lengths, as numbers or packed
+    seg, # polygons or run lengths, as numbers or compressed
     size, # (height, width) of the image
-) -> dict: # packed run lengths
-    "Returns a segmentation in the library's form; raises ValueError for one that is unusable."
+) -> dict: # compressed run lengths
+    "Returns a segmentation in the library's format; raises ValueError if it is unusable."
     h,w = size
     parts = polygons(seg)
     if parts:
@@ -48,19 +48,19 @@ def read_segmentation(
         return mask_api.frPyObjects(dict(size=[h,w], counts=counts), h, w)
     try: mask_api.decode(dict(size=[h,w], counts=counts))
     except (ValueError, RuntimeError, TypeError):
-        raise ValueError('packed run lengths that are broken') from None
+        raise ValueError('invalid compressed run lengths') from None
     return dict(size=[h,w], counts=counts)
 
 def decode_mask(
-    seg, # as for `read_segmentation`
+    seg, # see `read_segmentation`
     size, # (height, width) of the image
 ) -> np.ndarray: # (H,W) uint8
-    "Returns the mask of a segmentation. Raises what `read_segmentation` raises."
+    "Returns the mask of a segmentation; raises the errors of `read_segmentation`."
     return np.ascontiguousarray(mask_api.decode(read_segmentation(seg, size)))
 
 # %% ../../nbs/data/100_run_lengths.ipynb #ca00c301
 class CocoMasks:
-    "Masks of an image's objects, decoded when asked for."
+    "Masks of an image's objects, decoded on demand."
     def __init__(self,
         segs, # list of segmentations, as in the file
         size, # (height, width), pixels
@@ -74,8 +74,8 @@ class CocoMasks:
 class RunLengths(Sequence):
     """Binary masks of one image as COCO's run lengths.
 
-    A number gives one mask (H,W) uint8; bools, a list of numbers or a slice give some of them
-    as `RunLengths`."""
+    Indexing with an int returns one mask (H,W) uint8; with bools, a list of ints or a slice, it
+    returns `RunLengths`."""
     def __init__(self,
         counts, # one compressed code per mask, bytes
         size, # (height, width), pixels
@@ -97,26 +97,26 @@ class RunLengths(Sequence):
     def rles(self) -> list: return [dict(size=list(self.size), counts=o) for o in self.counts]
 
     def tensor(self) -> Tensor: # (N,H,W) uint8
-        "Returns the masks with all their pixels."
+        "Returns the decoded masks."
         if not len(self): return torch.zeros(self.shape, dtype=torch.uint8)
         return torch.from_numpy(mask_api.decode(self.rles()).transpose(2,0,1).copy())
 
 # %% ../../nbs/data/100_run_lengths.ipynb #a7c61ba4
 def run_lengths(
-    masks, # (N,H,W) or (N,1,H,W): floats in [0,1], uint8 or bool; or `RunLengths`, kept as they are
-    thr:float=0.5, # from here on a pixel belongs to the object
+    masks, # (N,H,W) or (N,1,H,W): floats in [0,1], uint8 or bool; or `RunLengths`, returned unchanged
+    thr:float=0.5, # pixels at or above this value belong to the object
 ) -> RunLengths:
     "Returns masks as run lengths."
     if isinstance(masks, RunLengths): return masks
     m = torch.as_tensor(masks)
     m = m.reshape(len(m), *m.shape[-2:])>=thr
     cols = m.transpose(1,2).contiguous().byte().cpu().numpy() # (N,W,H)
-    cols = cols.transpose(2,1,0) # (H,W,N), one column after the other
+    cols = cols.transpose(2,1,0) # (H,W,N), column by column
     return RunLengths([o['counts'] for o in mask_api.encode(cols)] if len(m) else [], m.shape[1:])
 
 def to_cpu_rle(
     det:dict, # detections or targets of one image
-    masks:bool=True, # keep masks, as run lengths; False: leave them out
+    masks:bool=True, # keep masks as run lengths; False: drop them
 ) -> dict: # the same on the CPU
     "Returns detections or targets on the CPU with masks as `RunLengths`, small enough to keep."
     res = {k:v.detach().cpu() if isinstance(v, Tensor) else v for k,v in det.items() if k!='masks'}

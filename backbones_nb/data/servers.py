@@ -20,11 +20,11 @@ from .sheets import Sheet, copy_images, find_json, load_json, write_json, writte
 
 # %% ../../nbs/data/129_servers.ipynb #43f1b15a
 def _turned_box(
-    box, # x1, y1, x2, y2 before it is turned
-    center, # x, y: the point that it is turned about
+    box, # x1, y1, x2, y2 before the rotation
+    center, # x, y of the rotation's center
     degrees:float, # clockwise
 ) -> list: # x1, y1, x2, y2
-    "Returns the upright box around a turned one."
+    "Returns the upright box around a rotated one."
     x1,y1,x2,y2 = box
     a,(cx,cy) = np.deg2rad(degrees),center
     x,y = np.array([x1,x2,x2,x1])-cx,np.array([y1,y1,y2,y2])-cy
@@ -65,13 +65,13 @@ def _xml_root(path):
 # %% ../../nbs/data/129_servers.ipynb #2cf5ccf8
 def cvat_sheet(
     path, # annotations.xml of an export "CVAT for images"
-    images=None, # folder of the images; None: the file's, or images/ in it
+    images=None, # folder of the images; None: the file's folder, or images/ in it
 ) -> Sheet:
-    "Returns what CVAT's file says; raises ValueError for one of a video."
+    "Returns the content of a CVAT file; raises ValueError for a video's."
     path = Path(path)
     root = _xml_root(path)
     if root.find('track') is not None:
-        raise ValueError(f"{path} has tracks of a video, expected images: export it as "
+        raise ValueError(f"{path} has the tracks of a video, expected images: export it as "
         "'CVAT for images'")
     listed = [n.strip() for n in (o.findtext('name') for o in root.iter('label')) if n]
     used = {(o.get('label') or '').strip() for i in root.iter('image') for o in i}
@@ -91,7 +91,7 @@ def cvat_sheet(
 
 # %% ../../nbs/data/129_servers.ipynb #371ad9f7
 def write_cvat(records, class_map, folder) -> Path: # of annotations.xml
-    "Writes records as CVAT does, polygons where there are masks, with the images in images/."
+    "Writes records in CVAT's format, with polygons for masks, and the images in images/."
     root = ET.Element('annotations')
     ET.SubElement(root, 'version').text = '1.1'
     labels = ET.SubElement(ET.SubElement(ET.SubElement(root, 'meta'), 'task'), 'labels')
@@ -109,7 +109,7 @@ def write_cvat(records, class_map, folder) -> Path: # of annotations.xml
 
 # %% ../../nbs/data/129_servers.ipynb #cf3ea3f9
 def _studio_image(task, sheet) -> str:
-    "Returns the name of a task's image, as it is found on the disk."
+    "Returns the name of a task's image on disk."
     data = task.get('data', task)
     texts = [v for v in data.values() if isinstance(v, str)]
     files = [v for v in texts if re.search(r'\.\w{3,4}$', v)]
@@ -139,7 +139,7 @@ def _studio_region(o):
 
 # %% ../../nbs/data/129_servers.ipynb #b6044651
 def _studio_regions(task, sheet, where):
-    "Returns the regions of a task, of one annotator; JSON-MIN has them in the task itself."
+    "Returns the regions of a task by one annotator; JSON-MIN stores them in the task itself."
     if 'data' not in task:
         rows = [o for v in task.values() if isinstance(v, list) for o in v]
         return [o for o in rows if isinstance(o, dict) and 'original_width' in o]
@@ -153,16 +153,16 @@ def _studio_regions(task, sheet, where):
 
 def label_studio_sheet(
     path, # JSON or JSON-MIN of Label Studio
-    images=None, # folder of the images; None: the file's, or images/ in it
+    images=None, # folder of the images; None: the file's folder, or images/ in it
 ) -> Sheet:
-    "Returns what Label Studio's file says; tasks that nobody has annotated are left out."
+    "Returns the content of a Label Studio file, without tasks that nobody has annotated."
     path = Path(path)
     sheet = Sheet(path.parent, images)
     for k,task in enumerate(load_json(path)):
         where = f"{path.name} task {task.get('id', k) if isinstance(task, dict) else k}"
         with sheet.entry(where):
             regions = _studio_regions(task, sheet, where)
-            if regions is None: continue # as the check says: not annotated
+            if regions is None: continue # the check reports it as not annotated
             sized = next((o for o in regions if 'original_width' in o), None)
             size = sized and (sized['original_height'], sized['original_width'])
             key = sheet.image(_studio_image(task, sheet), size)
@@ -172,7 +172,7 @@ def label_studio_sheet(
 
 # %% ../../nbs/data/129_servers.ipynb #0527f41d
 def write_label_studio(records, class_map, folder) -> Path: # of tasks.json
-    "Writes tasks with one annotation, polygons where there are masks, the images in images/."
+    "Writes tasks with one annotation each, with polygons for masks, and the images in images/."
     def region(r, label, box, p):
         h,w = r.size
         kind = 'polygonlabels' if p else 'rectanglelabels'
@@ -191,7 +191,7 @@ def write_label_studio(records, class_map, folder) -> Path: # of tasks.json
 
 # %% ../../nbs/data/129_servers.ipynb #8f9f60ec
 def find_cvat(path) -> list: # paths
-    "Returns CVAT's files in a folder, or the file itself."
+    "Returns the CVAT files in a folder, or the file itself."
     path = Path(path)
     def ok(f):
         try: return next(ET.iterparse(f, events=('start',)))[1].tag=='annotations'
@@ -200,7 +200,7 @@ def find_cvat(path) -> list: # paths
     return [o for o in dict.fromkeys(files) if o.suffix.lower()=='.xml' and o.is_file() and ok(o)]
 
 def find_label_studio(path) -> list: # paths
-    "Returns Label Studio's files in a folder, or the file itself."
+    "Returns the Label Studio files in a folder, or the file itself."
     def mine(o):
         def task(t): return 'data' in t and ('annotations' in t or 'completions' in t) or any(
             isinstance(v, list) and v and isinstance(v[0], dict) and 'original_width' in v[0] for v in t.values())

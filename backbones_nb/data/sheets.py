@@ -28,10 +28,10 @@ from .run_lengths import run_lengths
 
 # %% ../../nbs/data/125_sheets.ipynb #47808ecb
 class Sheet:
-    "Images and objects of a data set, on their way into COCO's form, and what could not be read."
+    "Images and objects of a data set, to be converted to COCO's format, and what could not be read."
     def __init__(self,
-        root, # folder that image names start from
-        images=None, # folder that has the images; None: the usual ones
+        root, # folder that image names are relative to
+        images=None, # folder with the images; None: the usual ones
         names=None, # class names in the order of their ids; None: those that occur, sorted
     ):
         self.root = Path(root)
@@ -41,13 +41,13 @@ class Sheet:
         self.images,self.objects,self.problems = {},[],[]
 
     def find(self, name) -> Path:
-        "Returns where the image is; a path without a file if it is nowhere."
+        "Returns the path of an image, which does not exist if it is not found."
         name = str(name).replace('\\', '/')
         places = [f/n for n in (name, name.split('/')[-1]) for f in self.folders]
         return next((o for o in places if o.is_file()), places[0])
 
-    def image(self, name, size=None) -> str: # what `add` calls it
-        "Adds an image unless it is there; `size` is (height, width) as annotated."
+    def image(self, name, size=None) -> str: # its key for `add`
+        "Adds an image unless it exists; `size` is (height, width) as annotated."
         path = Path(os.path.normpath(self.find(name)))
         try: key = path.relative_to(os.path.normpath(self.root)).as_posix()
         except ValueError: key = path.absolute().as_posix()
@@ -57,9 +57,9 @@ class Sheet:
 
 # %% ../../nbs/data/125_sheets.ipynb #7c793404
 def polygon_box(polygons) -> list: # x1, y1, x2, y2
-    "Returns the box around polygons x, y, ...; raises ValueError for less than three corners."
+    "Returns the box around polygons x, y, ...; raises ValueError for fewer than three corners."
     if not polygons or any(len(p)<6 or len(p)%2 for p in polygons):
-        raise ValueError('a polygon of less than three corners')
+        raise ValueError('a polygon with fewer than three corners')
     xs,ys = ([float(v) for p in polygons for v in p[i::2]] for i in (0,1))
     return [min(xs), min(ys), max(xs), max(ys)]
 
@@ -88,13 +88,13 @@ def add(self:Sheet, image, label, box=None, polygons=None, mask=None):
 
 @patch
 def broken(self:Sheet, where, what):
-    "Notes an entry that could not be read."
+    "Records an entry that could not be read."
     self.problems.append(Problem('broken entry', str(where), what))
 
 @patch
 @contextmanager
 def entry(self:Sheet, where):
-    "Turns an error into a problem, so that the next entry can be read."
+    "Turns an error into a problem, so that reading continues with the next entry."
     try: yield
     except KeyError as e: self.broken(where, f'without {e}')
     except ValueError as e: self.broken(where, str(e))
@@ -102,7 +102,7 @@ def entry(self:Sheet, where):
 
 @patch
 def coco(self:Sheet) -> dict:
-    "Returns all in COCO's form; ids of classes count from 1, those of images are names."
+    "Returns everything in COCO's format; class ids count from 1, image ids are names."
     used = {o['category_id'] for o in self.objects}
     names = sorted(used, key=natural_key) if self.names is None else self.names
     ids = {n:i for i,n in enumerate(names, 1)}
@@ -114,9 +114,9 @@ def coco(self:Sheet) -> dict:
 def sheet_records(
     sheet:Sheet,
     class_map=None, # `ClassMap`; None: the classes of the sheet
-    masks:bool=False, # masks beside the boxes; an image with an object without mask is skipped then
+    masks:bool=False, # also read masks; images with an object that has none are skipped
 ) -> tuple: # records (their ids are file names), ClassMap, SkipReport
-    "Returns the records of a sheet. Raises what `coco_records` raises."
+    "Returns the records of a sheet; raises the errors of `coco_records`."
     try: records,cm,report = coco_records(sheet.coco(), sheet.root, class_map, masks=masks)
     except ValueError as e:
         if not sheet.problems: raise
@@ -127,7 +127,7 @@ def sheet_records(
 
 # %% ../../nbs/data/125_sheets.ipynb #75a72716
 def _steps(mask):
-    "Returns corner -> corners one step on along the outline, with the object on the right."
+    "Returns corner -> next corners along the outline, with the object on the right."
     m = np.pad(np.asarray(mask)!=0, 1)
     res = {}
     sides = (((0,-1),(0,0),(1,0)), ((1,0),(1,0),(1,1)), ((0,1),(1,1),(0,1)), ((-1,0),(0,1),(0,0)))
@@ -138,9 +138,9 @@ def _steps(mask):
     return res
 
 def _mask_rings(
-    mask, # (H,W), zero outside of the object
-) -> list: # of lists of corners (x, y); holes run the other way round
-    "Returns the exact outlines of a mask along the edges of its pixels, without corners on a line."
+    mask, # (H,W), zero outside the object
+) -> list: # of lists of corners (x, y); holes have the opposite orientation
+    "Returns the exact outlines of a mask along its pixel edges, without collinear corners."
     steps,rings = _steps(mask),[]
     while steps:
         ring = [next(iter(steps))]
@@ -155,9 +155,9 @@ def _mask_rings(
 
 # %% ../../nbs/data/125_sheets.ipynb #c4c183f5
 def _mask_polygon(mask) -> list: # x, y, x, y, ..., pixels
-    "Returns a mask (H,W) as one polygon, with its parts and holes; raises ValueError for no pixel."
+    "Returns a mask (H,W) as one polygon, including parts and holes; raises ValueError for an empty mask."
     rings = _mask_rings(mask)
-    if not rings: raise ValueError('got a mask without a pixel, expected an object: leave it out')
+    if not rings: raise ValueError('got an empty mask, expected an object: leave it out')
     first,*others = rings
     points = [*first, *(first[:1] if others else [])]
     for r in others: points += [*r, r[0], first[0]]
@@ -167,7 +167,7 @@ def _mask_polygon(mask) -> list: # x, y, x, y, ..., pixels
 def copy_images(
     records,
     folder, # of the copies
-) -> list: # names of the copies, in the order of the records; no two share a stem
+) -> list: # names of the copies, in the order of the records, with unique stems
     "Copies the images of records into a folder; raises FileNotFoundError for a missing one."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,14 +189,14 @@ def written_objects(
 ) -> list: # (class name, [x1, y1, x2, y2], polygon or None) per object
     "Returns a record's objects for a writer; raises ValueError for crowds."
     if record.iscrowd.any(): raise ValueError(f'record {record.image_id!r} has crowd or difficult objects, which this '
-        'format cannot mark: write COCO, or read the data without them')
+        'format cannot represent: write COCO, or read the data without them')
     t = record.target()
     polys = [_mask_polygon(m) for m in t['masks'].numpy()] if 'masks' in t else [None]*len(t['labels'])
     names = map(class_map.get_name, t['labels'].tolist())
     return list(zip(names, t['boxes'].tolist(), polys))
 
 def write_json(path, content) -> Path:
-    "Writes JSON as UTF-8, with its folder where it is missing; returns the path."
+    "Writes JSON as UTF-8, creating its folder if needed; returns the path."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
@@ -207,7 +207,7 @@ def write_json(path, content) -> Path:
 def _parsed(path, stamp): return json.loads(Path(path).read_text(encoding='utf-8-sig'))
 
 def load_json(path):
-    "Returns the content of a JSON file, which must not be changed; raises ValueError naming a broken file."
+    "Returns the content of a JSON file, which must not be modified; raises ValueError for a broken file."
     path = Path(path)
     try:
         s = path.stat()
@@ -217,18 +217,18 @@ def load_json(path):
 
 def find_json(
     path, # file or folder
-    is_mine, # function of the content: whether it is of the format
+    is_mine, # function of the content: whether it is in the format
 ) -> list: # paths
-    "Returns the JSON files of a format: the file itself, or those in the folder or in its annotations/."
+    "Returns the JSON files in a format: the file itself, or those in the folder or its annotations/."
     path = Path(path)
     files = [path] if path.is_file() else sorted([*path.glob('*.json'), *path.glob('annotations/*.json')])
     files = [o for o in files if o.suffix.lower()=='.json' and not o.name.startswith('.')]
     def ok(f):
         try: return bool(is_mine(load_json(f)))
         except (ValueError, OSError, TypeError, AttributeError, KeyError, IndexError): return False
-    return [o for o in files[:20] if ok(o)] # of thousands, the first tell which format it is
+    return [o for o in files[:20] if ok(o)] # the first few identify the format
 
 def all_images(folder) -> list: # paths, in natural order
-    "Returns the images of a folder and of those in it; raises FileNotFoundError if it is missing."
+    "Returns the images of a folder and its subfolders; raises FileNotFoundError if it is missing."
     subs = sorted((o for o in Path(folder).rglob('*') if o.is_dir() and not o.name.startswith('.')), key=natural_key)
     return [f for d in (Path(folder), *subs) for f in image_files(d)]

@@ -24,8 +24,8 @@ _retinanet = ('file','x1','y1','x2','y2','label')
 
 def _csv_layout(
     rows:list, # the first rows of the file, as lists of words
-) -> tuple: # what -> column, and number of rows above the first box; (None, 0) for another table
-    "Returns which column means what."
+) -> tuple: # field -> column, and number of header rows; (None, 0) for another table
+    "Returns the meaning of the columns."
     if not rows: return None,0
     head = [o.strip().lower() for o in rows[0]]
     found = {k:[n for n in names if n in head] for k,names in _csv_columns.items()}
@@ -40,7 +40,7 @@ def _number(word):
 
 # %% ../../nbs/data/127_tables.ipynb #4aecd147
 def read_csv(path) -> list: # of lists of words
-    "Returns the rows of a table with commas or semicolons; raises ValueError for another file."
+    "Returns the rows of a comma- or semicolon-separated file; raises ValueError if it is not UTF-8."
     try: text = Path(path).read_text(encoding='utf-8-sig')
     except UnicodeDecodeError as e:
         raise ValueError(f'{path} is not UTF-8 ({e}): save it as UTF-8') from e
@@ -51,9 +51,9 @@ def read_csv(path) -> list: # of lists of words
 
 def csv_sheet(
     path, # a CSV file
-    images=None, # folder of the images; None: the file's, or images/ in it
+    images=None, # folder of the images; None: the file's folder, or images/ in it
 ) -> Sheet:
-    "Returns what a table of boxes says; raises ValueError for one with other columns."
+    "Returns the content of a CSV file with boxes; raises ValueError for other columns."
     path,rows = Path(path),read_csv(path)
     at,skip = _csv_layout(rows[:20])
     if at is None:
@@ -79,7 +79,7 @@ def write_csv(
     folder, # of the images and the table
     header:bool=True, # TensorFlow's columns; False: keras-retinanet's, without a header
 ) -> Path: # of _annotations.csv
-    "Writes the boxes of records as a table."
+    "Writes the boxes of records as CSV."
     rows = [['filename','width','height','class','xmin','ymin','xmax','ymax']] if header else []
     for r,n in zip(records, copy_images(records, folder)):
         size = [r.size[1], r.size[0]]
@@ -90,12 +90,12 @@ def write_csv(
     return path
 
 def write_retinanet(records, class_map, folder) -> Path:
-    "Writes the boxes of records as keras-retinanet's table."
+    "Writes the boxes of records as keras-retinanet's CSV."
     return write_csv(records, class_map, folder, header=False)
 
 # %% ../../nbs/data/127_tables.ipynb #83b518b4
 def _objects(o):
-    "Returns (box x, y, width, height, class) of the `objects` of a line, in lists or one by one."
+    "Returns (box x, y, width, height, class) of the `objects` of a line, stored as lists or one by one."
     if isinstance(o, list): return [(b['bbox'], next(b[k] for k in _classes if k in b)) for b in o]
     boxes,key = o['bbox'],next((k for k in _classes if k in o), None)
     if key is None: raise ValueError(f"objects with {', '.join(o)}, expected bbox and categories")
@@ -106,9 +106,9 @@ _classes = ('categories','category','labels','label','category_id','class')
 
 def jsonl_sheet(
     path, # metadata.jsonl
-    images=None, # folder of the images; None: the file's
+    images=None, # folder of the images; None: the file's folder
 ) -> Sheet:
-    "Returns what the lines say."
+    "Returns the content of a metadata.jsonl."
     path = Path(path)
     sheet = Sheet(path.parent, images)
     for i,line in enumerate(path.read_text(encoding='utf-8-sig').splitlines(), 1):
@@ -126,7 +126,7 @@ def jsonl_sheet(
 
 # %% ../../nbs/data/127_tables.ipynb #e6f2c491
 def write_jsonl(records, class_map, folder) -> Path:
-    "Writes the boxes of records, and copies the images beside them."
+    "Writes the boxes of records and copies the images next to them."
     lines = []
     for r,n in zip(records, copy_images(records, folder)):
         objs = written_objects(r, class_map)
@@ -141,9 +141,9 @@ def write_jsonl(records, class_map, folder) -> Path:
 # %% ../../nbs/data/127_tables.ipynb #a1db82b9
 def createml_sheet(
     path, # JSON of CreateML
-    images=None, # folder of the images; None: the file's, or images/ in it
+    images=None, # folder of the images; None: the file's folder, or images/ in it
 ) -> Sheet:
-    "Returns what the file says."
+    "Returns the content of a CreateML file."
     path = Path(path)
     sheet = Sheet(path.parent, images)
     for i,row in enumerate(load_json(path)):
@@ -157,7 +157,7 @@ def createml_sheet(
     return sheet
 
 def write_createml(records, class_map, folder) -> Path:
-    "Writes the boxes of records, and copies the images beside them."
+    "Writes the boxes of records and copies the images next to them."
     def one(name, b):
         xywh = ((b[0]+b[2])/2, (b[1]+b[3])/2, b[2]-b[0], b[3]-b[1])
         return dict(label=name, coordinates=dict(zip(('x','y','width','height'), xywh)))
@@ -167,7 +167,7 @@ def write_createml(records, class_map, folder) -> Path:
 
 # %% ../../nbs/data/127_tables.ipynb #e3fca547
 def find_csv(path) -> list: # paths
-    "Returns the tables of boxes in a folder, or the file itself."
+    "Returns the CSV files with boxes in a folder, or the file itself."
     path = Path(path)
     def ok(f):
         try: return _csv_layout(read_csv(f)[:20])[0] is not None
@@ -183,7 +183,7 @@ def find_jsonl(path) -> list: # paths
     return [o for o in [path/'metadata.jsonl'] if o.is_file() and '"objects"' in first(o)]
 
 def find_createml(path) -> list: # paths
-    "Returns the files of CreateML in a folder, or the file itself."
+    "Returns the CreateML files in a folder, or the file itself."
     def mine(o):
         return isinstance(o, list) and ('image' in o[0] or 'imagefilename' in o[0]) and (
             any('coordinates' in a for r in o[:20] for a in r.get('annotations', r.get('annotation', [])))

@@ -23,7 +23,7 @@ from .toy_draw import breeds, crop_to_pet, draw_pet, fur_colors, light_pet, shad
 
 # %% ../../nbs/data/42_toy.ipynb #39e32985
 def _shape(d, rng, x, y, r, c):
-    "One thing that is not a pet: a cushion, ball, box, plank or plant, in any color."
+    "Draws an object that is not a pet: a cushion, ball, box, plank or plant, in any color."
     k = rng.integers(5)
     w,h = r*rng.uniform(.5, 1.4),r*rng.uniform(.4, 1.2)
     if k==0: d.rounded_rectangle([x-w,y-h,x+w,y+h], r*.3, fill=c)
@@ -46,12 +46,12 @@ def _shape(d, rng, x, y, r, c):
 
 # %% ../../nbs/data/42_toy.ipynb #0447832e
 def _color(rng):
-    "Mostly a color that pets have too."
+    "Returns a color, mostly one that pets have too."
     if rng.random()<.6: return fur_colors[rng.integers(len(fur_colors))]
     return tuple(int(v) for v in rng.integers(30, 235, 3))
 
 def _background(rng, w, h):
-    "Wall and floor in two gradients with texture, and a clutter of things."
+    "Returns a background: wall and floor in two textured gradients, and some clutter."
     top,bottom = (np.array(_color(rng), float) for _ in range(2))
     t = np.linspace(0, 1, h)[:,None,None]
     a = top*(1-t)+bottom*t + rng.normal(0, 1, (h,w,1))*rng.uniform(3, 12)
@@ -71,7 +71,7 @@ def _background(rng, w, h):
 def _in_one_piece(mask): return ndimage.label(mask, np.ones((3,3)))[1]==1
 
 def _place(rng, img, breed, n, taken):
-    "Pastes a pet where it touches no other; returns masks of it and its head (H,W), bool, or None."
+    "Pastes a pet where it touches no other; returns masks (H,W) of it and its head, or None."
     w,h = img.size
     side = min(w, h)
     s = rng.uniform(*((.34,.8), (.26,.55), (.22,.44))[n-1])*side
@@ -95,7 +95,7 @@ def _place(rng, img, breed, n, taken):
 
 # %% ../../nbs/data/42_toy.ipynb #29409792
 def _occlude(rng, img, pets, max_hidden):
-    "Puts a thing in front of a pet, if every pet stays one piece with enough of it seen."
+    "Puts an object in front of a pet, if enough of every pet stays visible, in one piece."
     w,h = img.size
     m = pets[rng.integers(len(pets))]['whole']
     ys,xs = np.nonzero(m)
@@ -117,9 +117,9 @@ def draw_scene(
     rng, # numpy Generator
     breed:str, # name in `breeds`: one breed in an image
     size=(144,144), # (height, width), pixels
-    max_hidden:float=0.35, # the largest share of a pet that things in front may hide
+    max_hidden:float=0.35, # maximum fraction of a pet that objects in front may hide
 ) -> tuple: # RGB image, list of dicts with 'seen' and 'head': (H,W) bool masks of what is visible
-    "Returns an image of one to three pets, each in one piece, no two touching, and its truth."
+    "Returns an image of one to three pets, each in one piece, not touching, and its ground truth."
     h,w = (2*o for o in size)
     img = _background(rng, w, h)
     n = int(rng.choice([1,2,3], p=(.6,.26,.14)))
@@ -146,7 +146,7 @@ def _box(m):
     return [int(xs.min()), int(ys.min()), int(xs.max())+1, int(ys.max())+1]
 
 def _good(pets):
-    "Whether the pieces can be told apart from the trimap alone, and none is too small."
+    "Returns whether the pets can be separated from the trimap alone, and none is too small."
     if not pets: return False
     both = np.logical_or.reduce([p['seen'] for p in pets])
     def large(b): return max(b[2]-b[0], b[3]-b[1])>=.2*min(both.shape)
@@ -163,7 +163,7 @@ def _xml(name, size, species, boxes):
             f'<height>{size[0]}</height><depth>3</depth></size><segmented>0</segmented>{one}</annotation>\n')
 
 def _write_one(job):
-    "Draws one image and writes its files; `job` says which."
+    "Draws one image, described by `job`, and writes its files."
     path,i,seed,side,breed,number,head = job
     rng = np.random.default_rng([seed, i])
     while True:
@@ -184,21 +184,21 @@ def _write_one(job):
     (path/'images'/f'{name}.part').replace(path/'images'/f'{name}.jpg') # last, so an image stands for all its files
 
 # %% ../../nbs/data/42_toy.ipynb #8cfde76a
-_version = 3 # of the drawing: a folder drawn by another one is drawn again
+_version = 3 # of the drawing code: folders from another version are drawn again
 
 def _mark(path, args, **kw): (path/'toy.json').write_text(json.dumps(args | dict(version=_version) | kw))
 
 def _finished(path, args):
-    "Whether `path` holds exactly these pets; raises ValueError if it holds something else."
+    "Returns whether `path` contains exactly these pets; raises ValueError if it contains something else."
     f = path/'toy.json'
     if not f.exists():
         if path.exists() and any(path.iterdir()):
-            raise ValueError(f'{path} holds other files: give a new or empty folder')
+            raise ValueError(f'{path} holds other files: pass a new or empty folder')
         return False
     old = json.loads(f.read_text())
     had = {k:old.get(k) for k in args}
-    if had!=args: raise ValueError(f'{path} holds toy pets made with {had}, but {args} was asked for: '
-        'give another folder or the same arguments')
+    if had!=args: raise ValueError(f'{path} holds toy pets drawn with {had}, but {args} was requested: '
+        'pass another folder or the same arguments')
     if old.get('version')!=_version:
         for o in ('images', 'annotations'): shutil.rmtree(path/o, ignore_errors=True)
         return False
@@ -210,7 +210,7 @@ _header = ('#Image CLASS-ID SPECIES BREED ID', '#ID: 1:6 Class ids', '#SPECIES: 
            '#All images with a capital first letter are cats', '#All images with a small first letter are dogs')
 
 def _split(n, seed, test_pct):
-    "Which of `n` images are for test, and which have no head box."
+    "Returns which of `n` images are for testing, and which have no head box."
     rng = np.random.default_rng([seed])
     k = len(breeds)
     test = {i for b in range(k) for i in rng.permutation(range(b, n, k))[:round(test_pct*len(range(b, n, k)))]}
@@ -226,7 +226,7 @@ def _write_lists(path, rows, order, test):
     for k,v in lists.items(): (path/'annotations'/f'{k}.txt').write_text('\n'.join(v)+'\n')
 
 def _quirks(path, rows, order):
-    "What a reader of the original stumbles over: other formats under the name .jpg, and stray files."
+    "Adds the quirks of the original: other formats named .jpg, and stray files."
     a,b = (path/'images'/'{}_{}.jpg'.format(*rows[order[i]]) for i in (0, 1))
     Image.open(a).convert('P').save(a.with_suffix('.gif'))
     a.with_suffix('.gif').replace(a)
@@ -236,20 +236,20 @@ def _quirks(path, rows, order):
 
 # %% ../../nbs/data/42_toy.ipynb #c365665c
 def toy_pets(
-    dest, # folder to make
+    dest, # folder to create
     n:int=400, # images
     seed:int=0,
     side:int=144, # the longer side of the images, pixels
-    test_pct:float=0.25, # share of the official test list
+    test_pct:float=0.25, # fraction in the official test list
     quirks:bool=False, # also a GIF and an RGBA PNG named .jpg and stray files, as in the original
-    workers:int=0, # processes that draw; 0: this one does
+    workers:int=0, # worker processes; 0: draw in this one
 ) -> Path: # the folder
     """Draws a data set of toy pets in the layout of Oxford-IIIT Pets; returns its folder.
 
-    The same arguments give the same data. A finished folder is left alone, an unfinished one
-    is completed; raises ValueError where the folder holds something else."""
+    The same arguments produce the same data. A finished folder is reused, an unfinished one is
+    completed; raises ValueError if the folder holds something else."""
     if n<1:
-        raise ValueError(f'got n={n}, expected at least 1 image: give {len(breeds)} or more to see every breed')
+        raise ValueError(f'got n={n}, expected at least 1 image: pass {len(breeds)} or more to see every breed')
     path = Path(dest)
     args = dict(n=n, seed=seed, side=side, test_pct=test_pct, quirks=quirks)
     if _finished(path, args): return path

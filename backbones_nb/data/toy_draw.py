@@ -29,15 +29,15 @@ breeds = dict( # name -> id, species, build
 
 def shade(
     c, # color, RGB of 0 to 255
-    f, # factor: below 1 darker
+    f, # factor; below 1 is darker
 ) -> tuple:
-    "Returns a color made darker or lighter."
+    "Returns a darker or lighter color."
     return tuple(int(max(0, min(255, v*f))) for v in c)
 
 def _pick(rng, xs): return xs[rng.integers(len(xs))]
 
 def _coat(rng, marks):
-    "The color of each part: one rule for both species."
+    "Returns the color of each part, by one rule for both species."
     base,second = (fur_colors[i] for i in rng.choice(len(fur_colors), 2, replace=False))
     parts = (second,) if marks=='points' else (base, second, shade(base, .6))
     return dict(
@@ -58,7 +58,7 @@ class _Pen:
         self.img,self.head = Image.new('RGBA', (120*_S,)*2),Image.new('L', (120*_S,)*2)
         self.draws,self.on_head = (ImageDraw.Draw(self.img),ImageDraw.Draw(self.head)),None
     def _do(self, kind, xy, fill, **kw):
-        if self.on_head: # larger than life, since it tells the species
+        if self.on_head: # enlarged, since it shows the species
             pts,(cx,cy) = np.array(xy, float).reshape(-1, 2),self.on_head
             xy = [tuple(o) for o in ((pts-(cx*_S,cy*_S))*1.45+(cx*_S,cy*_S)).tolist()]
         getattr(self.draws[0], kind)(xy, fill=(*fill,255), **kw)
@@ -74,7 +74,7 @@ class _Pen:
             for t in np.linspace(0, 1, 2+int(4*(abs(x1-x0)+abs(y1-y0))/w)):
                 self.oval(x0+(x1-x0)*t, y0+(y1-y0)*t, w/2, w/2, c)
     def over(self, layer, c):
-        "Paints where `layer` (L) and the pet both are."
+        "Paints where `layer` (L) and the pet overlap."
         both = ImageChops.multiply(layer, self.img.getchannel('A'))
         self.img.paste(Image.new('RGBA', self.img.size, (*c,255)), mask=both)
 
@@ -171,7 +171,7 @@ def _marks(pen, rng, kind, c):
 def draw_pet(
     rng, # numpy Generator
     breed:str, # name in `breeds`
-) -> tuple: # RGBA image cut to the pet, and an L image of the same size that marks its head
+) -> tuple: # RGBA image cropped to the pet, and an L image of the same size that marks its head
     "Returns one pet in a random pose, color, and direction."
     b,pen = breeds[breed],_Pen()
     c = _coat(rng, b['marks'])
@@ -189,7 +189,7 @@ def crop_to_pet(
     img, # RGBA image of a pet
     head, # L image of the same size that marks its head
 ) -> tuple: # both, without the empty border
-    "Returns a pet and its head cut to what is drawn."
+    "Returns a pet and its head, cropped."
     box = img.getchannel('A').point([255*(v>127) for v in range(256)]).getbbox()
     return img.crop(box),head.crop(box)
 
@@ -198,7 +198,7 @@ def light_pet(
     rng, # numpy Generator
     pet, # RGBA image
 ): # RGBA image
-    "Returns the pet lit from one side and grainy as fur: no part keeps one exact color."
+    "Returns the pet lit from one side, with grain like fur: no part keeps one exact color."
     a = np.asarray(pet).astype(float)
     y,x = np.mgrid[-1:1:a.shape[0]*1j, -1:1:a.shape[1]*1j]
     turn = rng.uniform(0, 2*pi)

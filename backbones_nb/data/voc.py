@@ -6,7 +6,7 @@ Docs: https://backbones-nb.github.io/backbones-nb/data/voc.html.md"""
 
 # %% auto #0
 __all__ = ['read_voc', 'read_instances', 'xml_files', 'counts_from_zero', 'voc_records', 'is_voc', 'voc_names', 'voc_folders',
-           'voc_split']
+           'voc_split', 'voc_xml', 'write_voc_masks']
 
 # %% ../../nbs/data/97_voc.ipynb #f046749e
 import xml.etree.ElementTree as ET
@@ -25,8 +25,8 @@ def read_voc(
 ) -> tuple: # (height, width) or None, [(name, [x1,y1,x2,y2], difficult)]
     """Returns the size and objects of a VOC file.
 
-    VOC counts pixels from 1 and its xmax belongs to the box, so a box covers xmin-1 to xmax
-    in continuous coordinates. Raises ValueError naming a file that is not a VOC annotation."""
+    VOC counts pixels from 1 and includes xmax, so a box covers xmin-1 to xmax in continuous
+    coordinates. Raises ValueError for a file that is not a VOC annotation."""
     try:
         root = ET.parse(xml).getroot()
         s = root.find('size')
@@ -41,7 +41,7 @@ def read_voc(
 
 # %% ../../nbs/data/97_voc.ipynb #3fa3bede
 def read_instances(path) -> np.ndarray: # (H,W) uint8: object number, 0 background, 255 border
-    "Returns an image of VOC's SegmentationObject; raises ValueError naming a file without object numbers."
+    "Returns an image of VOC's SegmentationObject; raises ValueError if it has no object numbers."
     try: a = np.asarray(Image.open(path))
     except (OSError, SyntaxError) as e: raise ValueError(f'{path} cannot be read ({e}): replace it') from e
     if a.ndim!=2 or a.dtype!=np.uint8:
@@ -49,10 +49,10 @@ def read_instances(path) -> np.ndarray: # (H,W) uint8: object number, 0 backgrou
     return a
 
 class _VocMasks:
-    "Masks of the objects of a VOC image, read when asked for."
+    "Masks of the objects of a VOC image, read on demand."
     def __init__(self,
-        path, # as for `read_instances`
-        numbers, # of the objects wanted, from 1
+        path, # see `read_instances`
+        numbers, # of the objects, from 1
     ): self.path,self.numbers = path,list(numbers)
 
     def __call__(self) -> np.ndarray: # (N,H,W) uint8
@@ -68,7 +68,7 @@ def _mask_problem(png, n, size):
     if set(np.unique(a).tolist())-{0,255}!=set(range(1, n+1)): return 'with masks of other objects'
 
 def _voc_file(f, xml, masks, seen, report):
-    "Returns (size, objects) of an image, or None where it has to be skipped."
+    "Returns (size, objects) of an image, or None if it is skipped."
     if f.stem in seen: return report.skip(f.name, 'named like another image')
     seen.add(f.stem)
     if xml is None: return report.skip(f.stem, 'without annotation')
@@ -97,13 +97,13 @@ def xml_files(folder) -> dict: # name without suffix -> path
 
 # %% ../../nbs/data/97_voc.ipynb #a2e2e031
 def counts_from_zero(
-    boxes, # as `read_voc` returns them
+    boxes, # as returned by `read_voc`
 ) -> bool:
-    "Says whether a box begins at 0, which pixels that are counted from 1 never do."
+    "Returns whether a box starts at 0, which is impossible if pixels count from 1."
     return any(-1<=o<0 for b in boxes for o in b[:2])
 
 def _from_zero(parsed, report):
-    "Takes the boxes of files that count from 0 as they stand there, and notes why."
+    "Keeps the boxes of files that count from 0 as they are, and notes why."
     for f,_,objs in parsed:
         boxes = [b for _,b,_ in objs]
         if counts_from_zero(boxes):
@@ -115,11 +115,11 @@ def voc_records(
     images, # folder of images
     xmls, # folder of VOC annotations, named like the images
     class_map=None, # `ClassMap`; None: all names found, sorted
-    difficult:str='crowd', # difficult objects: 'crowd' (not learned, not counted), 'keep' or 'skip'
-    names:list=None, # of the images wanted, without suffix; None: all
+    difficult:str='crowd', # difficult objects: 'crowd' (ignored in training and evaluation), 'keep' or 'skip'
+    names:list=None, # of the images to read, without suffix; None: all
     masks=None, # folder like SegmentationObject: images without one are skipped; None: no masks
 ) -> tuple: # records, ClassMap, SkipReport
-    "Returns the records of a VOC folder, the rest skipped and named; raises ValueError if all are skipped."
+    "Returns the records of a VOC folder and a report of skipped images; raises ValueError if all are skipped."
     if difficult not in ('crowd','keep','skip'):
         raise ValueError(f"got difficult={difficult!r}, expected 'crowd', 'keep' or 'skip'")
     files = image_files(images)
@@ -144,7 +144,7 @@ def voc_records(
 
 # %% ../../nbs/data/97_voc.ipynb #2409ce7d
 def is_voc(path) -> bool:
-    "Says whether a folder is laid out as a year of Pascal VOC."
+    "Returns whether a folder has the layout of one year of Pascal VOC."
     return all((Path(path)/o).is_dir() for o in ('JPEGImages', 'Annotations'))
 
 def voc_names(
@@ -158,7 +158,7 @@ def voc_names(
     return sorted(res)
 
 def _xml_folder(path):
-    "Returns the only sub-folder that has VOC annotations, whatever it is called; None for none or several."
+    "Returns the only subfolder with VOC annotations, whatever its name; None if there are none or several."
     def is_one(o):
         try: return ET.parse(next(iter(xml_files(o).values()))).getroot().tag=='annotation'
         except (StopIteration, ET.ParseError, OSError): return False
@@ -169,7 +169,7 @@ def voc_folders(
     path, # of a data set
     images=None, # folder of images; None: JPEGImages, images, or `path` itself
 ) -> tuple: # folder of images, folder of annotations; None for one that does not exist
-    "Returns where a VOC data set has its images and annotations, under the usual names."
+    "Returns the image and annotation folders of a VOC data set, under their usual names."
     path = Path(path)
     pics = [Path(images)] if images else [path/o for o in ('JPEGImages','images','.')]
     anns = [path/o for o in ('Annotations','annotations','xmls','annotations/xmls','.')]
@@ -181,13 +181,13 @@ def voc_split(
     path, # folder with JPEGImages, Annotations and ImageSets, or one above it
     split:str='trainval', # name of a list in ImageSets; None: all images
     class_map=None, # `ClassMap`; None: all names of the folder's annotations, sorted
-    difficult:str='crowd', # as for `voc_records`
-    masks:bool=False, # with masks: the list is one of ImageSets/Segmentation, where there are such
+    difficult:str='crowd', # see `voc_records`
+    masks:bool=False, # also read masks: the list is then one of ImageSets/Segmentation, if that exists
 ) -> tuple: # records, ClassMap, SkipReport
-    "Returns the records of a split of Pascal VOC. Raises what `voc_records` raises."
+    "Returns the records of a Pascal VOC split; raises the errors of `voc_records`."
     path = Path(path)
     found = [o for o in (path, *sorted(path.glob('*')), *sorted(path.glob('*/*'))) if is_voc(o)]
-    if len(found)!=1: raise ValueError(f"{path} has {len(found) or 'no'} folders with JPEGImages and Annotations: give "
+    if len(found)!=1: raise ValueError(f"{path} has {len(found) or 'no'} folders with JPEGImages and Annotations: pass "
         f"the folder of one year{', such as '+str(found[0]) if found else ''}")
     root, = found
     lists = root/'ImageSets'/'Segmentation'
@@ -196,3 +196,46 @@ def voc_split(
     if class_map is None: class_map = ClassMap(voc_names(root/'Annotations'))
     return voc_records(root/'JPEGImages', root/'Annotations', class_map, difficult, names,
                        root/'SegmentationObject' if masks else None)
+
+# %% ../../nbs/data/97_voc.ipynb #1be2c532
+def voc_xml(
+    record,
+    class_map, # `ClassMap`
+    file_name, # of the image
+) -> ET.ElementTree:
+    "Returns the annotation of a record in VOC's format; crowds are marked difficult."
+    root = ET.Element('annotation')
+    def add(to, **values):
+        for k,v in values.items(): ET.SubElement(to, k).text = str(v)
+    add(root, filename=file_name)
+    add(ET.SubElement(root, 'size'), width=record.size[1], height=record.size[0], depth=3)
+    add(root, segmented=int(record.masks is not None))
+    rows = zip(*(o.tolist() for o in (record.boxes, record.labels, record.iscrowd)))
+    for (x1,y1,x2,y2),l,d in rows:
+        o = ET.SubElement(root, 'object')
+        add(o, name=class_map.get_name(l), difficult=d)
+        add(ET.SubElement(o, 'bndbox'), xmin=x1+1, ymin=y1+1, xmax=x2, ymax=y2) # counted from 1
+    return ET.ElementTree(root)
+
+def _palette(): # VOC's: the bits of the number, spread over red, green, blue
+    def channel(i, c): return sum((i>>(3*j+c)&1)<<(7-j) for j in range(3))
+    return [channel(i, c) for i in range(256) for c in range(3)]
+
+def write_voc_masks(
+    record,
+    folder, # of the data set
+    stem, # of the image's name
+) -> bool: # False: nothing is written, since the masks overlap or are missing or too many
+    "Writes the masks of a record into SegmentationObject and SegmentationClass."
+    masks = record.target().get('masks') if record.masks is not None else None
+    n = 0 if masks is None else len(masks)
+    if masks is None or n>254 or n and (masks.sum(0)>1).any(): return False
+    which = (masks.numpy()!=0)*np.arange(1, n+1)[:,None,None]
+    numbers = which.sum(0) if n else np.zeros(record.size, int)
+    for name,values in (('SegmentationObject',np.arange(n+1)), ('SegmentationClass',np.r_[0,record.labels])):
+        path = Path(folder)/name/f'{stem}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        im = Image.fromarray(values[numbers].astype(np.uint8))
+        im.putpalette(_palette())
+        im.save(path)
+    return True

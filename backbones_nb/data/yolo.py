@@ -19,7 +19,7 @@ from .sheets import Sheet, all_images, copy_images, written_objects
 
 # %% ../../nbs/data/126_yolo.ipynb #21b6a679
 def read_yolo(path) -> dict: # of the file, with `names` as a list
-    "Returns the content of a data.yaml; raises ValueError naming a file without class names."
+    "Returns the content of a data.yaml; raises ValueError if it has no class names."
     try: data = yaml.safe_load(Path(path).read_text(encoding='utf-8-sig'))
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         why = ' '.join(str(e).split())
@@ -30,14 +30,14 @@ def read_yolo(path) -> dict: # of the file, with `names` as a list
     if isinstance(names, dict):
         if sorted(names)!=list(range(len(names))):
             raise ValueError(f'{path} has names for the classes '
-            f'{sorted(names, key=str)}, expected 0 to {len(names)-1}: number them without holes')
+            f'{sorted(names, key=str)}, expected 0 to {len(names)-1}: number them consecutively')
         names = [names[k] for k in range(len(names))]
     if not isinstance(names, (list,range)) or not len(names): raise ValueError(
         f'{path} has no names of classes, expected names: [cat, dog]: add them')
     return data | dict(names=[str(o).strip() for o in names])
 
 def _folder_of(path, data, entry):
-    "Returns the folder or list that an entry of data.yaml means, or None."
+    "Returns the folder or list that an entry of data.yaml refers to, or None."
     entry = Path(str(entry).replace('\\', '/'))
     short = Path(*(o for o in entry.parts if o not in ('..', entry.anchor)))
     root = path.parent/str(data.get('path') or '.')
@@ -52,7 +52,7 @@ def _entries(data, split):
     return v if isinstance(v, list) else [v] if v else []
 
 def yolo_parts(path) -> dict: # 'train', 'valid' and 'test' -> the same
-    "Returns the splits that have a folder; raises FileNotFoundError for a missing one."
+    "Returns the splits with a folder; raises FileNotFoundError for a missing folder."
     if Path(path).is_dir(): return {}
     path,data,res = Path(path),read_yolo(path),{}
     for k in _split_keys:
@@ -65,13 +65,13 @@ def yolo_parts(path) -> dict: # 'train', 'valid' and 'test' -> the same
     return res
 
 def _images(path, data, split):
-    "Returns the images of a split, in folders or in lists."
+    "Returns the images of a split, from folders or lists."
     res = []
     for o in _entries(data, split):
         at = _folder_of(path, data, o)
         if at is None:
-            raise FileNotFoundError(f'{path} names {o!r} as {split}, but there is none: '
-                                    'correct it')
+            raise FileNotFoundError(f'{path} names {o!r} as {split}, which does not exist: '
+                                    'correct the entry')
         if at.is_dir(): res += all_images(at)
         else: res += [at.parent/n.removeprefix('./') for n in read_names(at)]
     return res
@@ -95,7 +95,7 @@ def _label(line, names, size):
         raise ValueError(f'{len(v)} numbers after the class, expected 4 of a '
         'box, or x and y of at least 3 corners')
     if not max(map(abs, v))<=1.5:
-        raise ValueError(f'{max(v, key=abs):g} among coordinates, expected shares of the '
+        raise ValueError(f'{max(v, key=abs):g} among coordinates, expected fractions of the '
         'image, 0 to 1')
     if float(k)!=int(float(k)): raise ValueError(f'class {k}, expected a whole number')
     k,(h,w) = int(float(k)),size
@@ -106,11 +106,11 @@ def _label(line, names, size):
 
 # %% ../../nbs/data/126_yolo.ipynb #5079bc4f
 def yolo_sheet(
-    path, # a data.yaml; or a folder with images, labels and maybe classes.txt
-    images=None, # folder of the images; None: what data.yaml says
+    path, # a data.yaml, or a folder with images, labels and possibly classes.txt
+    images=None, # folder of the images; None: as in data.yaml
     part:str=None, # 'train', 'valid' or 'test'; None: all
 ) -> Sheet:
-    "Returns what a YOLO data set says. Raises ValueError or FileNotFoundError for a bad data.yaml."
+    "Returns the content of a YOLO data set; raises ValueError or FileNotFoundError for a bad data.yaml."
     path = Path(path)
     root = path if path.is_dir() else path.parent
     if path.is_dir():
@@ -140,7 +140,7 @@ def _read_labels(sheet, f, names):
 
 # %% ../../nbs/data/126_yolo.ipynb #4612aa4f
 def find_yolo(path) -> list: # paths
-    "Returns the files with class names of a folder, or the folder itself if it has images and labels."
+    "Returns the files with class names in a folder, or the folder itself if it contains images and labels."
     path = Path(path)
     files = [path] if path.is_file() else sorted([*path.glob('*.yaml'), *path.glob('*.yml')])
     def ok(f):
@@ -158,7 +158,7 @@ def write_yolo(
     class_map, # `ClassMap`
     folder, # of the data set
 ) -> Path: # of data.yaml
-    "Writes records in YOLO's layout: polygons where they have masks, boxes where not."
+    "Writes records in YOLO's layout: polygons for objects with masks, boxes for others."
     folder = Path(folder)
     splits = records if isinstance(records, dict) else dict(train=records)
     for k,rs in splits.items():

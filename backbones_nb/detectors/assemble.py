@@ -23,18 +23,18 @@ from .detector import (Detector, check_num_classes, count_classes, mean_std,
 
 # %% ../../nbs/detectors/38_assemble.ipynb #0edf698d
 class Resize(GeneralizedRCNNTransform):
-    "torchvision's transform; `img_size` may also keep images as they are or bound both sides."
+    "torchvision's transform; `img_size` can also leave images as they are or limit both sides."
     def __init__(self,
         img_size=None, # None: as given; int: longer side, px; (height, width): box to fit into, px
         mean=(0.,0.,0.), # of RGB
         std=(1.,1.,1.),
         size_divisible:int=32, # batches are padded to multiples of this, px
         min_size=None, # torchvision's rule instead of `img_size`: shorter side, px
-        max_size=None, # its bound of the longer side, px
+        max_size=None, # its limit for the longer side, px
     ):
         if img_size is not None and (min_size or max_size): raise ValueError(
-            f'got img_size={img_size} beside min_size or max_size, which mean the same thing: '
-            'give one of them')
+            f'got img_size={img_size} together with min_size or max_size, which set the same thing: '
+            'pass one of them')
         super().__init__(min_size or 800, max_size or 1333, list(mean), list(std), size_divisible)
         self.img_size = img_size
         self.torchvision_rule = bool(min_size or max_size)
@@ -56,15 +56,15 @@ class Resize(GeneralizedRCNNTransform):
 # %% ../../nbs/detectors/38_assemble.ipynb #62ebfd0c
 def to_float32(
     x:Tensor, # what a layer returned
-) -> Tensor: # float32 under autocast, else as it was
-    "Returns the tensor in float32 where autocast is on: geometry needs more than eight bits."
+) -> Tensor: # float32 under autocast, otherwise unchanged
+    "Returns the tensor in float32 if autocast is on: geometry needs more than eight bits."
     return x.float() if torch.is_autocast_enabled(x.device.type) else x
 
 # %% ../../nbs/detectors/38_assemble.ipynb #831baca1
 def pick_levels(
     backbone:nn.Module, # knows channels and strides
 ) -> list: # indices of maps
-    "Returns all maps if they have equal channels, else only the last: one head serves all."
+    "Returns all maps if they have the same channels, otherwise only the last: the head is shared."
     n = len(backbone.strides)
     return list(range(n)) if len(set(backbone.channels))==1 else [n-1]
 
@@ -72,7 +72,7 @@ def roi_levels(
     backbone:nn.Module,
     levels, # indices of the maps in use
 ) -> list: # indices of maps
-    "Returns the maps that boxes are pooled from: a neck's real levels, else those up to stride 32."
+    "Returns the maps to pool boxes from: a neck's levels without extra ones, or those up to stride 32."
     neck = getattr(backbone, 'neck', None)
     real = getattr(neck, 'in_strides', None) or [s for s in backbone.strides if s<=32]
     return [i for i in levels if backbone.strides[i] in real] or list(levels)[:1]
@@ -80,11 +80,11 @@ def roi_levels(
 # %% ../../nbs/detectors/38_assemble.ipynb #e10bd5f0
 def check_names(
     kwargs, # names to check
-    who:str, # the caller, for the message
-    reference, # torchvision's class, whose constructor takes them
-    more=(), # names that the caller takes itself
+    who:str, # name of the caller in the message
+    reference, # torchvision's class, whose constructor accepts them
+    more=(), # names that the caller accepts itself
 ):
-    "Raises TypeError for a name that neither the caller nor torchvision takes, with the nearest."
+    "Raises TypeError, with similar names, for a name that neither the caller nor torchvision accepts."
     known = {*inspect.signature(reference.__init__).parameters, *more, 'size_divisible'}
     known = sorted(known - {'self','kwargs'})
     for k in kwargs:
@@ -94,7 +94,7 @@ def check_names(
 def backbone_stub(
     channels:int, # of the maps
 ) -> nn.Module:
-    "Returns a stand-in for a backbone: torchvision's constructor only asks it for its width."
+    "Returns a placeholder for a backbone: torchvision's constructor only reads its width."
     res = nn.Module()
     res.out_channels = channels
     return res
@@ -108,11 +108,11 @@ class Plan:
     kind:type # class of the detector; its `reference` is torchvision's
     prepare:callable # (backbone, neck, pretrained, channels, norm) -> `Backbone` with its neck
     parts:callable # (backbone, num_classes) -> arguments of torchvision's constructor
-    passed:tuple=() # names of such arguments that `parts` takes, too
+    passed:tuple=() # names of such arguments that `parts` also takes
 
     @property
     def own(self):
-        "The family's own arguments, as its `model` got them."
+        "The family's own arguments, as passed to its `model`."
         bound = [getattr(o, 'keywords', {}) for o in (self.prepare, self.parts)]
         return bound[0] | bound[1]
 
@@ -125,7 +125,7 @@ def _wrap_torchvision(
     img_size=None, # see `Resize`
     normalize:bool=True, # see `Detector`
 ) -> Detector: # in training mode
-    "Returns the detector; `size_divisible`, mean and std follow from the backbone unless given."
+    "Returns the detector; `size_divisible`, mean and std come from the backbone unless given."
     levels = pick_levels(backbone)
     mean,std = mean_std(backbone, normalize)
     coarsest = max(backbone.strides[i] for i in roi_levels(backbone, levels))
@@ -148,12 +148,12 @@ def assemble(
     neck_norm=None, # 'bn' or 'gn' in the neck helps training from scratch; None: its own default
     img_size=None, # None: as given; int: longer side, px; (height, width): box to fit into, px
     pretrained_backbone=False, # weights of a backbone given by name, see `create_backbone`
-    normalize:bool=True, # images come in [0,1]; False: they come normalized
-    pretrained=False, # weights of the whole: True, 'coco', what `pick_coco` takes, a path or URL
-    class_map=None, # names, label 0 first: pretrained rows of classes with equal names stay
+    normalize:bool=True, # images are in [0,1]; False: they are already normalized
+    pretrained=False, # weights of the whole detector: True, 'coco', see `pick_coco`, a path or URL
+    class_map=None, # names, label 0 first: pretrained rows of classes with equal names are kept
     **kwargs, # arguments of torchvision's constructor
 ) -> Detector: # in training mode
-    "Returns the planned detector; raises TypeError or ValueError where arguments do not fit."
+    "Returns the planned detector; raises TypeError or ValueError if the arguments do not fit."
     shared = {k:v for k,v in locals().items() if k not in ('plan','kwargs')}
     takes = inspect.signature(plan.build).parameters
     check_names(kwargs, f'{plan.family}.model', plan.kind.reference, takes)

@@ -33,10 +33,10 @@ from ..necks.neck import WithNeck
 class DetectorRecord(WeightRecord):
     "What is known about a whole detector's weights; `config` holds arguments of its `model`."
     family:str=None # 'faster_rcnn', 'mask_rcnn', 'retinanet', 'fcos' or 'efficientdet'
-    backbone:str=None # registered name; None: as the model's name says
+    backbone:str=None # registered name; None: part of the model's name
     frozen_eps:float=None # of the frozen batch norms in the backbone; None: they were trained
-    num_params:int=None # of the model as it was published
-    classes:tuple=field(default=None, repr=False) # names by label, the background's first
+    num_params:int=None # of the published model
+    classes:tuple=field(default=None, repr=False) # names by label, background first
 
 # %% ../../nbs/detectors/36_coco_weights.ipynb #7c878da8
 class _EveryMap:
@@ -64,7 +64,7 @@ class _TwoTapsFPN(_EveryMap, WithNeck):
 def _mobile_maps(
     channels:int=256, # of every map
 ) -> _TwoTapsFPN:
-    "Returns the backbone of torchvision's mobile Faster R-CNN with its neck, at random weights."
+    "Returns the backbone of torchvision's mobile Faster R-CNN with its neck, randomly initialized."
     body = _TwoTaps()
     return _TwoTapsFPN(body, FPN(body.channels, body.strides, channels, 'pool'))
 
@@ -108,7 +108,7 @@ def _torchvision_record(
     family,backbone,eps,config = _TORCHVISION_DETECTORS[name]
     return DetectorRecord(
         family, str(weights), 'torchvision', weights.url,
-        sha256=weights.url.rpartition('-')[2].split('.')[0], # as far as the file's name tells it
+        sha256=weights.url.rpartition('-')[2].split('.')[0], # the part in the file name
         mean=IMAGENET_MEAN, std=IMAGENET_STD, # the detectors' own defaults
         metrics=dict(meta['_metrics']['COCO-val2017']), num_params=meta['num_params'],
         recipe=meta.get('recipe'), license=meta.get('license'),
@@ -123,10 +123,10 @@ def _torchvision_record(
 class CocoFamily:
     "Where the published weights of a family of detectors come from."
     records:callable # () -> list of `DetectorRecord`s
-    pick:callable # (pretrained, backbone) -> the `DetectorRecord` that is meant
+    pick:callable # (pretrained, backbone) -> the matching `DetectorRecord`
 
 class _CocoFamilies(dict):
-    "Families by name; an unknown name raises ValueError suggesting the nearest."
+    "Families by name; an unknown name raises ValueError suggesting similar ones."
     def __missing__(self, family):
         raise ValueError(f"there is no family {family!r}.{did_you_mean(str(family), self)} "
             f"Choose one of {', '.join(self)}, or import the module that registers it, "
@@ -140,18 +140,18 @@ def _tag(pretrained): return repr(getattr(pretrained, 'tag', pretrained))
 def _tags(records): return ', '.join(f'{r.tag!r} ({r.backbone})' for r in records)
 
 def matching_detectors(
-    name:str, # of the family, or of the model where each has weights of its own
+    name:str, # of the family, or of the model if each has its own weights
     pretrained, # see `pick_coco`
-    have:list, # the records there are
+    have:list, # the available records
 ) -> list: # of records, best AP first
-    "Returns the records that `pretrained` means; raises ValueError listing those that exist."
+    "Returns the records that match `pretrained`; raises ValueError listing those that exist."
     if isinstance(pretrained, WeightRecord):
         if pretrained.name==name: return [pretrained]
-        raise ValueError(f'got a record of weights for {pretrained.name}, expected one for {name}: '
+        raise ValueError(f'got a weight record for {pretrained.name}, expected one for {name}: '
                          'detector_records() lists them')
     if pretrained is True or pretrained=='coco': return sorted(have, key=lambda r: -r.metrics.get('box_map', 0))
     if found := [r for r in have if r.tag==str(pretrained)]: return found
-    raise ValueError(f"{name} has no weights {str(pretrained)!r}: give True, 'coco' or one of {_tags(have)}")
+    raise ValueError(f"{name} has no weights {str(pretrained)!r}: pass True, 'coco' or one of {_tags(have)}")
 
 def _torchvision_records(
     family:str, # 'faster_rcnn', 'mask_rcnn', 'retinanet' or 'fcos'
@@ -165,15 +165,15 @@ def _pick_torchvision(
     pretrained=True, # see `pick_coco`
     backbone=None, # see `pick_coco`
 ) -> DetectorRecord:
-    "Returns the record that `pretrained` asks for; raises ValueError listing those that exist."
+    "Returns the record that matches `pretrained`; raises ValueError listing those that exist."
     have = _torchvision_records(family)
     found = matching_detectors(family, pretrained, have)
     wanted = backbone or (getattr(found[0], 'backbone', None) if len(found)==1 else 'resnet50')
     for r in found:
         if getattr(r, 'backbone', None)==wanted: return r
-    what = repr(wanted) if isinstance(wanted, str) else f'a built {type(wanted).__name__}'
-    raise ValueError(f'got pretrained={_tag(pretrained)} beside the backbone {what}, but the weights are those of the '
-        f'whole detector: leave the backbone out, choose among {_tags(have)}, or give pretrained_backbone=')
+    what = repr(wanted) if isinstance(wanted, str) else f'an existing {type(wanted).__name__}'
+    raise ValueError(f'got pretrained={_tag(pretrained)} together with the backbone {what}, but the weights are those of the '
+        f'whole detector: leave the backbone out, choose from {_tags(have)}, or pass pretrained_backbone=')
 
 coco_families.update({
     o:CocoFamily(partial(_torchvision_records, o), partial(_pick_torchvision, o))
@@ -191,7 +191,7 @@ def detector_records(
 def list_coco(
     family:str='*', # see `detector_records`
 ) -> Table: # a row for each record; what is unknown is None
-    "Returns a table of the published weights of whole detectors, with the AP that their publishers state."
+    "Returns a table of the published weights of whole detectors, with the AP stated by their publishers."
     rows = [dict(name=r.name, tag=r.tag, backbone=r.backbone, box=r.metrics.get('box_map'),
                  mask=r.metrics.get('mask_map'), params=r.num_params and r.num_params/1e6, license=r.license,
                  use=r.license or 'none stated', sha256=r.sha256) for r in detector_records(family)]
@@ -205,7 +205,7 @@ def pick_coco(
     pretrained=True, # True or 'coco': the best for the backbone; a member of torchvision's enums, its string; a record
     backbone=None, # registered name; None: resnet50, or that of the weights named; for 'efficientdet' effdet's name
 ) -> DetectorRecord:
-    "Returns the record of the weights that `pretrained` asks for; raises ValueError listing those that exist."
+    "Returns the record of the weights that match `pretrained`; raises ValueError listing those that exist."
     given = () if backbone is None else (backbone,)
     return coco_families[family].pick(pretrained, *given)
 
@@ -214,7 +214,7 @@ def _freeze_norms(
     module:nn.Module, # changed in place
     eps:float, # added to the variance
 ) -> nn.Module: # itself
-    "Replaces each batch norm by torchvision's frozen one, which has four buffers and no parameter."
+    "Replaces each batch norm with torchvision's frozen one, which has four buffers and no parameters."
     for name,m in list(module.named_modules()):
         if isinstance(m, nn.BatchNorm2d):
             parent,_,last = name.rpartition('.')
@@ -226,7 +226,7 @@ def load_detector(
     net:nn.Module, # a `Detector` built with the record's config and classes; changed in place
     record, # see `pick_coco`
     num_classes:int=None, # background counted; None: as in the weights; another number: new heads
-    class_map=None, # names of the classes, label 0 first: rows of COCO's with equal names are kept
+    class_map=None, # class names, label 0 first: rows of COCO classes with equal names are kept
 ) -> nn.Module: # `net`
     "Loads the published weights strictly, then replaces the heads if the classes differ."
     body = getattr(net.backbone, 'body', net.backbone)
@@ -243,24 +243,24 @@ def load_detector(
 _shape_args = ( # arguments that the shapes of the weights depend on
     'neck','neck_channels','neck_norm','head_channels','mask_channels','rpn_convs','box_convs',
     'head_norm','aspect_ratios','from_c5','min_stride','octaves')
-COCO_CLASSES = 91 # of all weights: COCO's ids go up to 90, some are unused, and 0 is the background
+COCO_CLASSES = 91 # in all weights: COCO's ids go up to 90, some are unused, and 0 is the background
 
 def _given(build, asked):
-    "The arguments that differ from the defaults of `build`."
+    "Returns the arguments that differ from the defaults of `build`."
     defaults = {k:p.default for k,p in inspect.signature(build).parameters.items()}
     def same(k, v): return k in defaults and (v is defaults[k] or v==defaults[k])
     return {k:v for k,v in asked.items() if not same(k, v)}
 
 def _file_renames(family):
-    "The renames of all published detectors of a family, each once: files may have their names."
+    "Returns the renames of all published detectors of a family, each once: files may use their names."
     return [*dict.fromkeys(r.renames for r in coco_families[family].records())]
 
 def build_coco(
     build, # the family's `model`
     family:str, # see `pick_coco`
-    asked:dict, # arguments of `build` as the caller gave them, `pretrained` among them
+    asked:dict, # the caller's arguments for `build`, including `pretrained`
 ) -> nn.Module: # the detector, in training mode
-    "Returns the detector of published weights; raises ValueError for parts that do not fit."
+    "Returns the detector with published weights; raises ValueError for parts that do not fit."
     given = _given(build, asked)
     if is_weight_file(given.get('pretrained')):
         return build_from_detector_file(build, family, given, _file_renames(family))
@@ -269,14 +269,14 @@ def build_coco(
     backbone = given.pop('backbone', None)
     classes = count_classes(given.pop('num_classes', None), class_map)
     if given.get('pretrained_backbone'):
-        raise ValueError(f'got pretrained={_tag(pretrained)} beside pretrained_backbone, '
-            'but the weights of the whole detector include the backbone: give one of the two')
+        raise ValueError(f'got pretrained={_tag(pretrained)} together with pretrained_backbone, '
+            'but the weights of the whole detector include the backbone: pass one of them')
     record = pick_coco(family, pretrained, backbone)
     same = record.config | dict(neck='fpn')
     bad = {k:v for k,v in given.items() if k in _shape_args and v!=same.get(k)}
     if bad:
         raise ValueError(f"got {', '.join(f'{k}={v!r}' for k,v in bad.items())} "
-            f"beside the weights {record.tag!r}, which use a different configuration: "
+            f"together with the weights {record.tag!r}, which use a different configuration: "
             f"leave {' and '.join(bad)} out, or build with pretrained=False")
     if classes is not None: check_num_classes(classes)
     sizes = ('min_size','max_size') if given.get('img_size') else ()

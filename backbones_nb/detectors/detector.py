@@ -27,16 +27,16 @@ from ..necks.neck import WithNeck
 class _Parts(nn.Module):
     "What a detector consists of; a subclass of `Detector` defines all three."
     def encode(self, images, targets): # checked images (3,H,W) and targets, which are None in eval
-        "Returns an `Encoded`, from which losses and detections start."
+        "Returns an `Encoded`, from which losses and detections are computed."
         raise NotImplementedError(f'{type(self).__name__} has no encode(images, targets): '
             'define it in the subclass')
 
-    def losses(self, encoded): # what `encode` returned
+    def losses(self, encoded): # the output of `encode`
         "Returns a dict of losses."
         raise NotImplementedError(f'{type(self).__name__} has no losses(encoded): '
             'define it in the subclass')
 
-    def detections(self, encoded): # what `encode` returned
+    def detections(self, encoded): # the output of `encode`
         "Returns one dict of boxes, labels and scores per image, in pixels of the input."
         raise NotImplementedError(f'{type(self).__name__} has no detections(encoded): '
             'define it in the subclass')
@@ -44,10 +44,10 @@ class _Parts(nn.Module):
 # %% ../../nbs/detectors/30_detector.ipynb #36b026e9
 @dataclass
 class Encoded:
-    "What `encode` returns: everything that losses and detections start from."
-    images:ImageList # padded batch that the net saw, and the true sizes of its images
+    "The output of `encode`: everything that losses and detections are computed from."
+    images:ImageList # padded batch and the sizes of its images without padding
     targets:list=None # at the batch's scale; None for detections
-    sizes:list=None # (h,w) of the images as they came, px
+    sizes:list=None # (h,w) of the original images, px
     features:dict=None # name -> map, finest first: two-stage detectors
     outputs:dict=None # name -> what the heads returned: one-stage detectors
     anchors:list=None # (anchors of all levels,4) xyxy px of the batch, one per image
@@ -72,23 +72,23 @@ def check_num_classes(
     whole = isinstance(num_classes, int) and not isinstance(num_classes, bool)
     if not whole or num_classes<2: raise ValueError(
         f'got num_classes={num_classes!r}, expected at least 2: '
-        'it counts the background, as len(class_map) does')
+        'it includes the background, like len(class_map)')
 
 def count_classes(
     num_classes=None, # background counted, or None
     class_map=None, # names of the classes, the background's first, or None
 ): # the number, or None
-    "Returns the number of classes; raises ValueError where number and names differ."
+    "Returns the number of classes; raises ValueError if number and names disagree."
     if class_map is None: return num_classes
     if num_classes not in (None,len(class_map)): raise ValueError(
-        f'got num_classes={num_classes} beside a class map of {len(class_map)} names, '
-        'the background included: leave num_classes out')
+        f'got num_classes={num_classes} and a class map of {len(class_map)} names, '
+        'including the background: leave num_classes out')
     return len(class_map)
 
 def parse_img_size(
     img_size, # None, int or a sequence (height, width), px
 ): # None, an int or a tuple
-    "Returns the size with a tuple for a sequence; raises ValueError if it is invalid."
+    "Returns the size, as a tuple if it is a sequence; raises ValueError if it is invalid."
     if img_size is None: return None
     if not isinstance(img_size, int): img_size = tuple(img_size)
     valid = img_size>=1 if isinstance(img_size, int) else len(img_size)==2
@@ -100,15 +100,16 @@ def parse_img_size(
 class Detector(_Parts):
     """Base of all detectors: losses in training, detections in eval, both from one backbone pass.
 
-    A subclass defines `encode(images, targets)`, which passes the images through the backbone, and
-    `losses` and `detections`, which start from what `encode` returned."""
+    A subclass defines `encode(images, targets)`, which runs the backbone, and `losses` and
+    `detections`, which take the output of `encode`."""
     target_keys = 'boxes','labels' # tensors of a target that the losses read
+    lr = 1e-3 # peak rate that suits its neck and heads, with Adam
 
     def __init__(self,
         backbone:nn.Module, # a `Backbone`, with or without a neck
         num_classes:int, # background counted
         img_size=None, # None: as given; int: longer side, px; (height, width): box to fit into, px
-        normalize:bool=True, # images come in [0,1]; False: they come normalized
+        normalize:bool=True, # images are in [0,1]; False: they are already normalized
     ):
         super().__init__()
         check_num_classes(num_classes)
@@ -118,7 +119,7 @@ class Detector(_Parts):
     def forward(self,
         images, # RGB float in [0,1], list of (3,H,W) or batch (B,3,H,W)
         targets=None, # list of dicts, needed for losses
-        both:bool=False, # losses and detections, whatever the mode is
+        both:bool=False, # return losses and detections, whatever the mode
     ): # training: dict of losses; eval: dicts of boxes, labels, scores; both: the two as a tuple
         "Returns losses, detections or both; raises TypeError or ValueError for invalid input."
         if both: return self._both(images, targets)
@@ -139,7 +140,7 @@ def _both(self:Detector, images, targets):
 
 @patch
 def losses_and_detections(self:Detector, images, targets):
-    "Returns (losses, detections) in eval mode from one backbone pass; no statistics change."
+    "Returns (losses, detections) in eval mode from one backbone pass, without changing batch norm statistics."
     return self(images, targets, both=True)
 
 # %% ../../nbs/detectors/30_detector.ipynb #2fdaa324
@@ -179,13 +180,13 @@ def param_groups(self:Detector) -> list: # lists of parameters
 
 @patch
 def freeze_to(self:Detector,
-    n:int, # groups before the n-th are frozen; n<0 counts from the end, -1 leaves the heads
+    n:int, # number of groups to freeze; n<0 counts from the end, -1 trains only the heads
 ) -> Detector: # itself
-    "Freezes the first `n` groups, batch norm only where pretrained; raises ValueError beyond them."
+    "Freezes the first `n` groups, batch norm only if pretrained; raises ValueError if there are fewer."
     groups = self.param_groups()
     if not -len(groups)<=n<=len(groups): raise ValueError(
         f'got freeze_to({n}), but there are {len(groups)} groups: '
-        f'give a number from {-len(groups)} to {len(groups)}')
+        f'pass a number from {-len(groups)} to {len(groups)}')
     n = n+len(groups) if n<0 else n
     *own,heads = groups
     self.backbone.freeze_to(min(n, len(own)))
@@ -196,10 +197,10 @@ def freeze_to(self:Detector,
 
 # %% ../../nbs/detectors/30_detector.ipynb #fe895786
 def mean_std(
-    backbone:nn.Module, # its `record` says what its weights were trained with
+    backbone:nn.Module, # its `record` holds the normalization of its weights
     normalize:bool=True,
 ) -> tuple: # (mean, std) of RGB in [0,1], lists of three
-    "Returns the record's numbers, or ImageNet's if it has none; 0 and 1 where `normalize` is off."
+    "Returns the record's values, or ImageNet's if it has none; 0 and 1 if `normalize` is off."
     if not normalize: return [0.]*3,[1.]*3
     r = getattr(backbone, 'record', None) or {}
     get = r.get if isinstance(r, dict) else lambda k: getattr(r, k, None)
@@ -211,15 +212,15 @@ def prepare_backbone(
     default:str='resnet50',
     neck='auto', # see `attach_neck`
     pretrained=False, # weights of a backbone given by name
-    **neck_config, # channels, norm: for a neck that is built here
-) -> nn.Module: # a `Backbone`, with a neck where one was wanted
-    "Returns a detector's backbone; raises ValueError for `pretrained` beside a built module."
+    **neck_config, # channels, norm: for a neck built here
+) -> nn.Module: # a `Backbone`, with a neck if one was requested
+    "Returns a detector's backbone; raises ValueError for `pretrained` together with an existing module."
     if pretrained and isinstance(backbone, nn.Module): raise ValueError(
-        f'got a built {type(backbone).__name__} and pretrained_backbone={pretrained!r}: '
-        'load its weights when you create it, or give its name')
+        f'got an existing {type(backbone).__name__} and pretrained_backbone={pretrained!r}: '
+        'load its weights when you create it, or pass its name')
     weights = dict(pretrained=pretrained) if pretrained else {}
     bb = create_backbone(default if backbone is None else backbone, **weights)
-    one = len(bb.strides)==1 # one map stays one map
+    one = len(bb.strides)==1 # a single map gets no extra levels
     if neck_config.get('extra') and one: neck_config['extra'] = None
     if neck_config.get('norm', 0) is None: del neck_config['norm'] # the neck's own default
     return attach_neck(bb, neck, **neck_config if isinstance(neck, str) else {})
@@ -230,7 +231,7 @@ def describe_backbone(
 ) -> str: # one line
     "Returns name, weights, neck and maps of a backbone."
     bb = backbone.body if isinstance(backbone, WithNeck) else backbone
-    weights = f'weights {bb.pretrained}' if bb.pretrained else 'random weights at the start'
+    weights = f'weights {bb.pretrained}' if bb.pretrained else 'random weights'
     name = bb.name or type(getattr(bb, 'body', bb)).__name__
     neck = f', {type(backbone.neck).__name__}' if isinstance(backbone, WithNeck) else ''
     return f'{name} ({weights}){neck}'

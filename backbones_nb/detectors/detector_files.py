@@ -23,7 +23,7 @@ from .detector import Detector, check_num_classes
 from ..necks.neck import WithNeck
 
 # %% ../../nbs/detectors/122_detector_files.ipynb #6872ffb7
-# beginning of the names -> label of the first row, and whether the rows of one class lie together
+# prefix of the names -> label of the first row, and whether the rows of one class are adjacent
 _CLASS_LAYERS = {
     'roi_heads.box_predictor.cls_score.':(0, True),
     'roi_heads.box_predictor.bbox_pred.':(0, True),
@@ -36,7 +36,7 @@ def _class_rows(
     sd:dict, # state dict of a detector
     num_classes:int, # background counted
 ) -> dict: # name -> (view with a row for each class, label of the first)
-    "Returns what belongs to classes; writing to a view writes to the tensor."
+    "Returns the per-class parts of the weights; writing to a view writes to the tensor."
     res = {}
     for k,t in sd.items():
         layer = next((v for o,v in _CLASS_LAYERS.items() if k.startswith(o)), None)
@@ -52,9 +52,9 @@ def _class_rows(
 def change_classes(
     net:Detector, # changed in place
     names, # of the new classes, label 0 first
-    old_names, # of those it has
+    old_names, # of the current classes
 ) -> Detector: # `net`
-    "Gives a detector new classes: rows of classes with equal names are copied, others start new."
+    "Changes a detector's classes: rows of classes with equal names are copied, others are initialized."
     names,old_names = list(names),list(old_names)
     if names[1:]==old_names[1:]: return net
     old = {k:(v.clone(),f) for k,(v,f) in _class_rows(net.state_dict(), net.num_classes).items()}
@@ -63,7 +63,7 @@ def change_classes(
     same = [(i, place[o]) for i,o in enumerate(names) if i and o in place]
     if not same: return net
     for k,(new,first) in _class_rows(net.state_dict(), len(names)).items():
-        for i,j in [(0,0), *same]: # the background stays with the classes
+        for i,j in [(0,0), *same]: # the background is kept, too
             if min(i, j)>=first: new[i-first] = old[k][0][j-first]
     return net
 
@@ -83,20 +83,20 @@ def _backbone_facts(net):
 def save_detector(
     net:Detector,
     path, # file to write, .safetensors
-    class_map=None, # names of its classes, label 0 first; a `ClassMap`, too
+    class_map=None, # names of its classes, label 0 first, or a `ClassMap`
 ):
-    "Writes a detector that `model(pretrained=path)` loads; raises ValueError for missing names."
+    "Saves a detector for `model(pretrained=path)`; raises ValueError for a wrong number of names."
     names = None if class_map is None else list(class_map)
     if names and len(names)!=net.num_classes: raise ValueError(
         f'got {len(names)} names for the {net.num_classes} classes of a detector, expected one '
-        'for each, the background first: give the class map that it was trained with')
+        'for each, the background first: pass the class map that it was trained with')
     facts = dict(family=_family(net), classes=names, backbone=_backbone_facts(net))
     tensors = {k:v.detach().cpu().contiguous().clone() for k,v in net.state_dict().items()}
     save_file(tensors, path, metadata=dict(backbones_nb=json.dumps(facts)))
 
 # %% ../../nbs/detectors/122_detector_files.ipynb #cf7ef570
 def _file_classes(net, fit, facts):
-    "How many classes the file has, `net` having two."
+    "Returns the number of classes in the file; `net` has two."
     if facts.get('classes'): return len(facts['classes'])
     for k,(view,first) in _class_rows(net.state_dict(), net.num_classes).items():
         rows,have = [len(o[k]) if k in o else 0 for o in (fit.tensors, net.state_dict())]
@@ -104,7 +104,7 @@ def _file_classes(net, fit, facts):
     return net.num_classes
 
 def _set_source(net, record, facts):
-    "Says on each part where its weights came from, and normalizes as the file was trained."
+    "Records the source of the weights on each part and sets the normalization that they were trained with."
     body = net.backbone.body if isinstance(net.backbone, WithNeck) else net.backbone
     for o in (net, net.backbone, body): o.pretrained,o.record = record.tag,record
     if net.backbone is not body: net.backbone.neck.pretrained = record.tag
@@ -114,19 +114,19 @@ def _set_source(net, record, facts):
 
 def _check_asked(family, path, facts, asked):
     if asked.get('pretrained_backbone'): raise ValueError(
-        f'got pretrained={path.name!r} beside pretrained_backbone, '
-        'but a whole detector includes its backbone: give one of the two')
+        f'got pretrained={path.name!r} together with pretrained_backbone, '
+        'but a whole detector includes its backbone: pass one of them')
     if facts.get('family', family)!=family: raise ValueError(
-        f"got {path.name}, the file of a {facts['family']}, for a "
-        f"{family}: build that family, or give the file as pretrained_backbone")
+        f"got {path.name}, which is the file of a {facts['family']}, for a "
+        f"{family}: build that family, or pass the file as pretrained_backbone")
 
 def build_from_detector_file(
     build, # the family's `model`
     family:str, # its name
-    asked:dict, # arguments of `build`, `pretrained` among them
-    renames=(), # of published detectors of the family: their files are recognized, too
+    asked:dict, # arguments of `build`, including `pretrained`
+    renames=(), # of published detectors of the family, whose files are recognized too
 ) -> Detector: # in training mode
-    "Returns the detector of a file for the requested classes; raises RuntimeError for a misfit."
+    "Returns the detector from a file with the requested classes; raises RuntimeError if it does not fit."
     asked = dict(asked)
     path,record = get_weight_file(asked.pop('pretrained'), family)
     names,n = [asked.pop(k, None) for k in ('class_map','num_classes')]

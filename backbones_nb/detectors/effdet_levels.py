@@ -37,7 +37,7 @@ def list_models(
     pattern:str='*', # shell wildcards, as in 'tf_*'
     pretrained:bool=False, # only those with published weights
 ) -> list: # effdet's names
-    "Returns the names that `model` takes; it takes `efficientdet_d6`, `d7`, `d7x` as with `tf_`."
+    "Returns the names that `model` accepts; for `efficientdet_d6`, `d7` and `d7x` it adds `tf_`."
     return [k for k,v in effdet_rows.items()
             if fnmatch(k, pattern) and (v.get('url') or not pretrained)]
 
@@ -46,7 +46,7 @@ def with_changes(
     cfg, # effdet's configuration
     **changes, # new values
 ):
-    "Returns a copy of the configuration with new values; the one that is given stays as it is."
+    "Returns a copy of the configuration with new values; the original is unchanged."
     res = copy.deepcopy(cfg)
     for k,v in changes.items(): res[k] = v
     return res
@@ -56,37 +56,37 @@ def effdet_config(
     name:str, # 'tf_efficientdet_lite0'
     **changes, # override effdet's row: anchor_scale, fpn_channels, max_det_per_image ...
 ):
-    "Returns effdet's configuration with the changes; errors suggest the nearest names."
+    "Returns effdet's configuration with the changes; errors suggest similar names."
     if not isinstance(name, str):
         raise TypeError(f'got model_name={name!r}, expected a name such as '
-            "'tf_efficientdet_lite0': give the number of classes as num_classes=")
+            "'tf_efficientdet_lite0': pass the number of classes as num_classes=")
     if name not in effdet_rows and f'tf_{name}' in effdet_rows:
         warnings.warn(f'effdet has {name} only as tf_{name}, '
-            'the same model with the padding of TensorFlow: using that')
+            'the same model with TensorFlow padding: using that')
         name = f'tf_{name}'
     if name not in effdet_rows:
         raise ValueError(f'there is no EfficientDet {name!r}.{did_you_mean(name, effdet_rows)} '
-            'efficientdet.list_models() gives all names')
+            'efficientdet.list_models() lists all names')
     cfg = get_efficientdet_config(name)
     known = [k for k in cfg if k not in _derived]
     for k in changes:
         if k not in known:
             raise TypeError(f'efficientdet.model takes no argument {k!r}.{did_you_mean(k, known)} '
-                "Apart from its own arguments it takes those of effdet's configuration")
+                "Besides its own arguments, it accepts those of effdet's configuration")
     return with_changes(cfg, **changes)
 
 # %% ../../nbs/detectors/39_effdet_levels.ipynb #2e4d18f0
 def consecutive_levels(
     strides, # of a backbone's maps, ascending
-    min_level:int=3, # the finest level wanted, stride 2**min_level
+    min_level:int=3, # the finest level requested, stride 2**min_level
     max_level:int=7, # the coarsest
 ) -> list: # indices of maps
-    "Returns the maps from `min_level` on, the last if all are finer; raises ValueError for a gap."
+    "Returns the maps from `min_level` on, or the last if all are finer; raises ValueError for a gap."
     res = [i for i,s in enumerate(strides) if 2**min_level<=s<=2**max_level] or [len(strides)-1]
     at = [strides[i] for i in res]
     if any(b!=2*a for a,b in zip(at, at[1:])):
-        raise ValueError(f'got maps at strides {tuple(at)}, expected each twice '
-            'the one before: select strides without a gap, such as (8,16,32)')
+        raise ValueError(f'got maps at strides {tuple(at)}, expected each to be twice '
+            'the previous one: select strides without a gap, such as (8,16,32)')
     return res
 
 # %% ../../nbs/detectors/39_effdet_levels.ipynb #94377ac3
@@ -95,7 +95,7 @@ def with_levels(
     strides, # of the maps in use, ascending
     top=None, # stride of the coarsest level; None: effdet's, but at least one level above the first
 ):
-    "Returns a copy of the configuration whose levels begin at the finest of the maps."
+    "Returns a copy of the configuration whose levels start at the finest map."
     low = int(log2(strides[0]))
     most = max(cfg.max_level, low+len(strides)-1, low+1)
     high = most if top is None else int(log2(top))
@@ -107,24 +107,24 @@ def _map_sizes(
     backbone:nn.Module, # returns feature maps
     size, # (height, width) of the image, px
 ) -> list: # (height, width) of each map
-    "Returns the sizes of the maps, computed on the meta device where the model allows it."
+    "Returns the sizes of the maps, computed on the meta device if possible."
     p = next(backbone.parameters(), torch.zeros(1))
     meta = {k:v.to('meta') for k,v in [*backbone.named_parameters(), *backbone.named_buffers()]}
     with eval_mode(backbone):
         try: maps = functional_call(backbone, meta, torch.zeros(2, 3, *size, device='meta'))
-        except ValueError: raise # a backbone of ours that refuses the size
-        except Exception: # values are looked at, or the size does not fit: ask the real model
+        except ValueError: raise # one of our backbones rejects the size
+        except Exception: # the model depends on values, or the size does not fit: run it for real
             maps = backbone(torch.zeros(1, 3, *size, device=p.device, dtype=p.dtype))
     return [tuple(o.shape[-2:]) for o in as_list(maps)]
 
 # %% ../../nbs/detectors/39_effdet_levels.ipynb #419737b2
 def _size_error(
-    backbone:nn.Module, # gives `strides`
-    levels, # (level, index of the map) that are used
+    backbone:nn.Module, # has `strides`
+    levels, # (level, index of the map) pairs in use
     size, # (height, width), px
     top:int, # the coarsest level
 ) -> str: # one clause
-    "Returns why EfficientDet cannot work at a size, '' where it can."
+    "Returns why EfficientDet cannot work at a size, or '' if it can."
     want = get_feat_sizes(size, top)
     for a,b in zip(want[levels[-1][0]:], want[levels[-1][0]+1:]):
         if (a[0]>b[0])!=(a[1]>b[1]):
@@ -142,7 +142,7 @@ def _nearest_sizes(
     levels, # see `_size_error`
     size, # (height, width), px
     top:int, # the coarsest level
-) -> list: # one below and one above, as far as there are
+) -> list: # one below and one above, if there are any
     "Returns the nearest sizes that work, found by trying multiples of the coarsest stride."
     step = max(backbone.strides[i] for _,i in levels)
     res = []
@@ -160,16 +160,16 @@ def check_size(
     size, # (height, width), px
     top:int, # the coarsest level
 ):
-    "Raises ValueError for a size that cannot work, naming the nearest that do."
+    "Raises ValueError for a size that cannot work, suggesting the nearest ones that do."
     if not (reason := _size_error(backbone, levels, size, top)): return
     near = ' or '.join(f'({h}, {w})' for h,w in _nearest_sizes(backbone, levels, size, top))
     raise ValueError(f'EfficientDet on {backbone.name or type(backbone).__name__} cannot work at '
         f"{size[0]}x{size[1]} ({reason}): "
-        f"{f'give img_size={near}' if near else 'choose another backbone'}")
+        f"{f'pass img_size={near}' if near else 'choose another backbone'}")
 
 # %% ../../nbs/detectors/39_effdet_levels.ipynb #38561784
 class FixedSize(Resize):
-    "Normalizes, resizes into the box of (height, width) and pads every batch to just that box."
+    "Normalizes, resizes to fit into (height, width), and pads every batch to exactly that size."
     def batch_images(self, images, size_divisible=None):
         res = images[0].new_zeros(len(images), images[0].shape[0], *self.img_size)
         for dst,o in zip(res, images): dst[:, :o.shape[1], :o.shape[2]].copy_(o)

@@ -31,15 +31,15 @@ with warnings.catch_warnings():
 # %% ../../nbs/detectors/93_effdet_neck.ipynb #fe9f8f81
 def init_effdet_weights(
     module:nn.Module, # changed in place
-    name:str, # the module's name in effdet, which marks the heads
+    name:str, # the module's name in effdet, which identifies the heads
 ) -> nn.Module: # itself
-    "Draws effdet's initial weights."
+    "Initializes the weights as effdet does."
     for k,m in module.named_modules(prefix=name): _init_weight(m, k)
     return module
 
 # %% ../../nbs/detectors/93_effdet_neck.ipynb #fdd30221
 class BiFpnNeck(Neck):
-    "effdet's BiFPN wrapped to meet the contract of a neck; it is made for one image size."
+    "effdet's BiFPN as a neck; it is built for one image size."
     def __init__(self,
         in_channels, # channels of the incoming maps, finest first
         in_strides, # their strides
@@ -54,16 +54,16 @@ class BiFpnNeck(Neck):
 
     def forward(self, maps):
         maps = self.check(maps)
-        return self.fpn([maps[i] for i in self.picked]) # a list of its own: effdet appends to it
+        return self.fpn([maps[i] for i in self.picked]) # a new list, since effdet appends to it
 
 # %% ../../nbs/detectors/93_effdet_neck.ipynb #f3c5c6d8
 class _SafeBatchNorm(nn.BatchNorm2d):
-    "Batch norm that takes its running statistics if a channel has one value, and so no variance."
+    "Batch norm that uses its running statistics if a channel has a single value, and so no variance."
     @classmethod
     def like(cls,
-        norm:nn.BatchNorm2d, # whose tensors are taken over
+        norm:nn.BatchNorm2d, # whose tensors are shared
     ):
-        "Returns a safe norm with the settings and the very tensors of another."
+        "Returns a safe norm with the settings of another, sharing its tensors."
         res = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         res._parameters.update(norm._parameters)
         res._buffers.update(norm._buffers)
@@ -77,7 +77,7 @@ class _SafeBatchNorm(nn.BatchNorm2d):
 def safe_norms(
     module:nn.Module, # changed in place
 ) -> nn.Module: # itself
-    "Replaces all batch norms inside, so that a single image may have a coarsest map of one cell."
+    "Replaces all batch norms inside, so that a batch of one image works with a coarsest map of one cell."
     for parent in list(module.modules()):
         for name,child in parent.named_children():
             if type(child) is nn.BatchNorm2d: setattr(parent, name, _SafeBatchNorm.like(child))
@@ -86,26 +86,26 @@ def safe_norms(
 # %% ../../nbs/detectors/93_effdet_neck.ipynb #a9e74041
 def find_body(
     backbone, # a name of ours or timm's, 'timm/' optional; a `Backbone`; a module returning maps
-    size, # (height, width) that the model will get, px
+    size, # (height, width) of the model's input, px
     pretrained=False, # weights of a backbone given by name
-    min_stride:int=8, # of the first map that is wanted
+    min_stride:int=8, # of the first map
     **config, # for a backbone given by name
 ) -> nn.Module: # a `Backbone`
-    "Returns the backbone; raises ValueError suggesting the nearest names, ours and timm's."
+    "Returns the backbone; raises ValueError suggesting similar names, ours and timm's."
     if isinstance(backbone, nn.Module) or not isinstance(backbone, str):
         if pretrained:
-            raise ValueError(f'got a built {type(backbone).__name__} and pretrained_backbone='
-                f'{pretrained!r}: load its weights when you create it, or give its name')
+            raise ValueError(f'got an existing {type(backbone).__name__} and pretrained_backbone='
+                f'{pretrained!r}: load its weights when you create it, or pass its name')
         return create_backbone(backbone)
     name = next((o for o in (backbone, f'timm/{backbone}') if has_backbone(o)), None)
     if name is None:
         known = list_backbones() + [o.removeprefix('timm/') for o in list_backbones('timm/*')]
         raise ValueError(f"there is no backbone {backbone!r}, neither ours nor timm's."
             f"{did_you_mean(backbone.removeprefix('timm/'), known)} "
-            "list_backbones('timm/*') gives timm's names")
+            "list_backbones('timm/*') lists timm's names")
     if name.startswith('timm/'): config['device'] = str(torch.get_default_device())
     body = create_backbone(name, pretrained, **config)
-    if getattr(body, 'img_size', None) not in (None, size): # made for one size: this one, if it can
+    if getattr(body, 'img_size', None) not in (None, size): # built for one size: try this one
         try: body = create_backbone(name, pretrained, img_size=size, **config)
         except Exception: pass # `check_size` will name the sizes that work
     if carries_neck(body): return body
@@ -114,7 +114,7 @@ def find_body(
 
 # %% ../../nbs/detectors/93_effdet_neck.ipynb #e0257c16
 def _attach_ours(neck, body, cfg):
-    "A neck of ours by name, of the configuration's width and depth; any other as in `attach_neck`."
+    "Attaches one of our necks by name, with the configuration's width and depth; any other as in `attach_neck`."
     more = max(cfg.max_level - int(log2(body.strides[-1])), 0)
     extra = {0:None, 1:'pool'}.get(more, 'p6p7')
     known = dict(fpn=dict(extra=extra), pan=dict(extra=extra),
@@ -128,10 +128,10 @@ def _attach_ours(neck, body, cfg):
 # %% ../../nbs/detectors/93_effdet_neck.ipynb #4fd62ba9
 def attach_effdet_neck(
     body:nn.Module, # a `Backbone`
-    neck, # 'auto': effdet's BiFPN, none if the backbone carries a neck; or what `attach_neck` takes
+    neck, # 'auto': effdet's BiFPN, or none if the backbone carries a neck; else see `attach_neck`
     cfg, # effdet's configuration
-) -> tuple: # (a `Backbone` whose maps the heads take, the configuration with its levels)
-    "Returns the backbone with its neck; raises ValueError for a size or maps that cannot work."
+) -> tuple: # (a `Backbone` whose maps feed the heads, the configuration with its levels)
+    "Returns the backbone with its neck; raises ValueError for an unsuitable size or maps."
     auto = isinstance(neck, str) and neck=='auto' and not carries_neck(body)
     if auto:
         picked = consecutive_levels(body.strides, cfg.min_level, cfg.max_level)
@@ -141,7 +141,7 @@ def attach_effdet_neck(
         picked = consecutive_levels(body.strides, 0, 99)
         if len(set(body.channels))>1:
             raise ValueError(f'the maps have channels {tuple(body.channels)}, expected one '
-                "number for all, since the heads are shared: give neck='auto'")
+                "number for all, since the heads are shared: pass neck='auto'")
         cfg = with_levels(cfg, body.strides, body.strides[-1])
         cfg = with_changes(cfg, fpn_channels=body.channels[0])
     levels = [(int(log2(body.strides[i])), i) for i in picked]

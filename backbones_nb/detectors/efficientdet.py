@@ -42,7 +42,7 @@ with warnings.catch_warnings():
 def _make_anchors(
     cfg, # effdet's configuration, with image size and levels
 ) -> Anchors: # its `boxes` (N,4) are yxyx in pixels of the net's input
-    "Returns effdet's anchors; they follow from the configuration and are not saved as weights."
+    "Returns effdet's anchors, which are computed from the configuration and not saved as weights."
     res = Anchors.from_config(cfg)
     boxes = res.boxes
     del res.boxes
@@ -53,6 +53,7 @@ def _make_anchors(
 class EfficientDet(Detector):
     "effdet's heads and default BiFPN on any backbone (Tan et al. 2020, arXiv:1911.09070)."
     loss_names = 'loss_classifier','loss_box_reg'
+    lr = 4e-3 # batch norm after every convolution stands high rates
     pretrained,record = None,None # tag and record of weights for the whole detector
 
     def __init__(self,
@@ -60,7 +61,7 @@ class EfficientDet(Detector):
         backbone:nn.Module, # with its neck
         mean=(0.,0.,0.), # of RGB
         std=(1.,1.,1.),
-        score_thr:float=0., # detections below are left out
+        score_thr:float=0., # drop detections below
         **config, # num_classes, normalize
     ):
         super().__init__(backbone, img_size=tuple(cfg.image_size), **config)
@@ -85,8 +86,8 @@ def encode(self:EfficientDet, images, targets):
 @patch
 def label_anchors(self:EfficientDet,
     targets, # dicts of boxes (N,4) xyxy in pixels of the net's input, and labels (N,) from 1
-): # (classes from 0, -1 is background; box codes; how many anchors have an object)
-    "Returns for every level what each anchor should predict."
+): # (classes from 0, -1 for background; box codes; number of anchors with an object)
+    "Returns the training targets of the anchors at every level."
     labeler = AnchorLabeler(self.anchors, self.cfg.num_classes, match_threshold=.5)
     boxes = [t['boxes'][:, [1,0,3,2]] for t in targets]
     return labeler.batch_label_anchors(boxes, [t['labels'] for t in targets])
@@ -101,7 +102,7 @@ def losses(self:EfficientDet, encoded):
 # %% ../../nbs/detectors/33_efficientdet.ipynb #360a2ac9
 @cache
 def _stated_ap() -> dict: # effdet's name -> COCO AP on val2017, percent
-    "Returns what the table in effdet's own description states."
+    "Returns the numbers stated in the table of effdet's package description."
     text = metadata('effdet').json.get('description', '')
     rows = re.findall(r'^\| *(\w+) *\| *(\d+\.\d+) *\|', text, re.M)
     return {k:float(v) for k,v in rows}
@@ -115,7 +116,7 @@ def _effdet_record(
     "Returns what effdet states about its published weights; raises ValueError if there are none."
     cfg = effdet_config(name)
     if not cfg.get('url'): raise ValueError(f'effdet publishes no weights for {cfg.name}: '
-        'build it with pretrained=False, or choose among list_models(pretrained=True).'
+        'build it with pretrained=False, or choose from list_models(pretrained=True).'
         f'{did_you_mean(cfg.name, list_models(pretrained=True))}')
     stated = cfg.url.rpartition('-')[2].removesuffix('.pth')
     ap = _stated_ap().get(cfg.name)
@@ -132,11 +133,11 @@ def _pick_effdet(
     pretrained=True, # True or 'coco'; or a record
     name:str='tf_efficientdet_lite0', # effdet's
 ) -> DetectorRecord:
-    "Returns the record that `pretrained` asks for; raises ValueError if effdet has none."
+    "Returns the record that matches `pretrained`; raises ValueError if effdet has none."
     if isinstance(pretrained, WeightRecord): return matching_detectors(name, pretrained, [])[0]
     if pretrained is True or pretrained=='coco': return _effdet_record(name)
     raise ValueError(f"got pretrained={pretrained!r}, expected True or 'coco', the one data set "
-        'that effdet publishes weights for; for a backbone alone give pretrained_backbone=')
+        'that effdet publishes weights for; for a backbone alone pass pretrained_backbone=')
 
 def _effdet_records() -> list: # of `DetectorRecord`s
     "Returns the records of all weights that effdet publishes."
@@ -149,7 +150,7 @@ coco_families['efficientdet'] = CocoFamily(_effdet_records, _pick_effdet)
 def replace_heads(self:EfficientDet,
     num_classes:int, # background counted
 ) -> EfficientDet: # itself
-    "Replaces the last class layer by one initialized as in effdet; all other weights stay."
+    "Replaces the last class layer with one initialized as in effdet; all other weights stay."
     check_num_classes(num_classes)
     self.num_classes = num_classes
     self.cfg = with_changes(self.cfg, num_classes=num_classes-1)
@@ -163,14 +164,14 @@ def replace_heads(self:EfficientDet,
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #1408c4c8
 def _published(pretrained, name, **others):
-    "The record of the weights that are meant; raises ValueError beside parts that these weights bring themselves."
+    "Returns the record of the requested weights; raises ValueError for parts that these weights already include."
     if given := [k for k,v in others.items() if v not in (None,False,'auto')]: raise ValueError(
-        f"got pretrained={pretrained!r} beside {' and '.join(given)}, but the weights are those of the whole detector: "
-        f"leave {' and '.join(given)} out, or give pretrained_backbone= for a backbone alone")
+        f"got pretrained={pretrained!r} together with {' and '.join(given)}, but the weights are those of the whole detector: "
+        f"leave {' and '.join(given)} out, or pass pretrained_backbone= for a backbone alone")
     return _pick_effdet(pretrained, name)
 
 def _mean_std(backbone, cfg, normalize):
-    "The numbers of the backbone's record; without a record those of effdet's row, if it is given."
+    "Returns the values of the backbone's record; without a record, those of effdet's row if given."
     stated = cfg and cfg.get('mean') and cfg.get('std')
     if normalize and stated and not backbone.record: return list(cfg.mean),list(cfg.std)
     return mean_std(backbone, normalize)
@@ -179,19 +180,19 @@ def _mean_std(backbone, cfg, normalize):
 _norm_kwargs = dict(norm_kwargs=dict(eps=.001, momentum=.1))
 
 def model(
-    model_name:str='tf_efficientdet_lite0', # `list_models()` gives all
+    model_name:str='tf_efficientdet_lite0', # one of `list_models()`
     num_classes:int=None, # with background, as len(class_map); None: as in the pretrained weights
-    img_size=None, # the net's input, px: an int (square) or (height, width); None: the row's own
-    backbone=None, # None: the row's own; a name, ours or timm's; a `Backbone`; any module with maps
+    img_size=None, # the net's input, px: an int (square) or (height, width); None: the default
+    backbone=None, # None: the default; a name, ours or timm's; a `Backbone`; any module with maps
     neck='auto', # 'auto': effdet's; 'bifpn', 'fpn', 'pan', a `Neck`, or (channels, strides) -> Neck
     pretrained=False, # whole detector: True or 'coco': effdet's; a `WeightRecord`, a path or URL
-    pretrained_backbone=False, # weights of the backbone, if it is given by name or the row's own
-    normalize:bool=True, # images are in [0,1] and normalized inside; False: they come normalized
-    score_thr:float=0., # detections below are left out
-    class_map=None, # names, label 0 first: pretrained rows of classes with equal names stay
+    pretrained_backbone=False, # weights of the backbone, if it is the default or given by name
+    normalize:bool=True, # images are in [0,1] and normalized here; False: already normalized
+    score_thr:float=0., # drop detections below
+    class_map=None, # names, label 0 first: pretrained rows of classes with equal names are kept
     **kwargs, # effdet's: anchor_scale, aspect_ratios, fpn_channels, max_det_per_image ...
 ) -> EfficientDet: # in training mode
-    "Returns EfficientDet on any backbone; raises TypeError or ValueError where parts do not fit."
+    "Returns EfficientDet on any backbone; raises TypeError or ValueError if the parts do not fit."
     if is_weight_file(pretrained):
         asked = {k:v for k,v in locals().items() if k!='kwargs'} | kwargs
         return build_from_detector_file(model, 'efficientdet', asked, [_renames])
@@ -220,7 +221,7 @@ def __repr__(self:EfficientDet):
     top = self.strides[-1]
     exact = all(n%top==0 for n in (h,w))
     fit = ('centered on the cells' if exact else
-           f'stretched: only multiples of {top} divide without remainder')
+           f'stretched: the size is not a multiple of {top}')
     return (f'{self.name}, {Detector.__repr__(self)}\n'
             f'  input {h}x{w}, {len(self.anchors.boxes)} anchors, {fit}')
 
@@ -234,11 +235,11 @@ def _image_detections(
     score_thr=0.,
     **config, # max_det_per_image, soft_nms
 ) -> dict: # boxes, labels, scores
-    "Returns the detections of one image in pixels of the net's input, without those outside of it."
+    "Returns the detections of one image in pixels of the net's input, without those outside it."
     clip = box.new_tensor(size[::-1])
     d = generate_detections(cls, box, anchors, torch.arange(len(cls), device=cls.device), labels,
                             torch.ones_like(clip[:1]), clip, **config)
-    real = (d[:,5]>0) & (d[:,2:4]>d[:,:2]).all(1) # effdet fills up with class 0
+    real = (d[:,5]>0) & (d[:,2:4]>d[:,:2]).all(1) # effdet pads with class 0
     d = d[real & (d[:,4]>=score_thr)]
     return dict(boxes=d[:,:4], labels=d[:,5].long(), scores=d[:,4])
 

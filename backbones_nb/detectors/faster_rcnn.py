@@ -40,10 +40,10 @@ def rpn_anchor_sizes(
 
 # %% ../../nbs/detectors/31_faster_rcnn.ipynb #51e45666
 class StrideLevelMapper(LevelMapper):
-    "The FPN paper's equation 1 for any strides: a missing level falls to the next finer map."
+    "The FPN paper's equation 1 for any strides: a missing level maps to the next finer one."
     def __init__(self,
         strides, # of the maps to pool from, ascending
-        anchor_scale=8, # the canonical 224 px of the paper belong to 8
+        anchor_scale=8, # 8 corresponds to the paper's canonical 224 px
     ):
         ks = [int(log2(s)) for s in strides]
         super().__init__(ks[0], ks[-1], canonical_scale=28*anchor_scale, canonical_level=4)
@@ -55,7 +55,7 @@ class StrideLevelMapper(LevelMapper):
 
 def roi_pool(
     strides, # of the maps to pool from, ascending
-    names, # of these maps, in the dict that the pooling is given
+    names, # of these maps, in the dict that is pooled from
     anchor_scale=8, # see `StrideLevelMapper`
     sampling_ratio:int=2, # points per side of each bin
     size:int=7, # bins per side
@@ -78,7 +78,7 @@ class _Float32Predictor(FastRCNNPredictor):
 
 # %% ../../nbs/detectors/31_faster_rcnn.ipynb #1e42ddde
 class _TwoStages(Detector):
-    "What both modes share with the two modules that tell them apart, `rpn` and `roi_heads`."
+    "Losses and detections from the two modules that depend on the mode, `rpn` and `roi_heads`."
     loss_names = 'loss_classifier','loss_box_reg','loss_objectness','loss_rpn_box_reg'
 
     def losses(self, encoded):
@@ -102,9 +102,9 @@ class FasterRCNN(_TwoStages):
     pretrained,record = None,None # tag and record of weights for the whole detector
 
     def __init__(self,
-        net:nn.Module, # torchvision's detector, whose RPN, heads and transform are taken
-        backbone:nn.Module, # gives the maps
-        levels, # indices of the maps that are used
+        net:nn.Module, # torchvision's detector, whose RPN, heads and transform are used
+        backbone:nn.Module, # returns the maps
+        levels, # indices of the maps in use
         **config, # num_classes, img_size, normalize
     ):
         super().__init__(backbone, **config)
@@ -124,7 +124,7 @@ class FasterRCNN(_TwoStages):
 def replace_heads(self:FasterRCNN,
     num_classes:int, # background counted
 ) -> FasterRCNN: # itself
-    "Replaces the box predictor by one initialized as in torchvision; all other weights stay."
+    "Replaces the box predictor with one initialized as in torchvision; all other weights stay."
     check_num_classes(num_classes)
     old = self.roi_heads.box_predictor.cls_score
     self.roi_heads.box_predictor = _Float32Predictor(old.in_features, num_classes).to(old.weight)
@@ -135,7 +135,7 @@ def replace_heads(self:FasterRCNN,
 def _make_box_head(
     channels:int, # of the maps
     head_channels:int=1024, # width of the linear layers
-    convs:int=0, # 3x3 convolutions before them; with some there is one linear layer, without two
+    convs:int=0, # 3x3 convolutions before them; with any there is one linear layer, otherwise two
     norm=None, # after each convolution: a name in `norms`, a callable taking the channels, or None
 ) -> nn.Module: # (N,channels,7,7) -> (N,head_channels)
     "Returns one of torchvision's two box heads."
@@ -146,16 +146,16 @@ def _make_box_head(
 # %% ../../nbs/detectors/31_faster_rcnn.ipynb #77488a7c
 def _rcnn_backbone(
     backbone=None, # None: resnet50
-    neck='auto', # see `attach_neck`; one that is built here gets one level above the last map
+    neck='auto', # see `attach_neck`; one built here gets an extra level
     **config, # pretrained, channels, norm: see `prepare_backbone`
-) -> nn.Module: # a `Backbone`, with a neck where one was wanted
+) -> nn.Module: # a `Backbone`, with a neck if one was requested
     "Returns the backbone of an R-CNN."
     return prepare_backbone(backbone, 'resnet50', neck, extra='pool', **config)
 
 def _rcnn_parts(
     backbone:nn.Module, # with its neck
     num_classes:int, # background counted
-    head_channels:int=1024, # see `model`, like all that follow
+    head_channels:int=1024, # see `model`, like the rest
     anchor_scale=8,
     aspect_ratios=(.5,1.,2.),
     sampling_ratio:int=2,
@@ -189,7 +189,7 @@ def model(
     neck='auto', # 'auto': an FPN on several maps; see `assemble`
     *,
     head_channels:int=1024, # width of the box head's linear layers
-    anchor_scale=8, # base anchor / stride; objects of your images smaller than usual want less
+    anchor_scale=8, # base anchor / stride; use less for unusually small objects
     aspect_ratios=(.5,1.,2.), # height / width of the anchors
     sampling_ratio:int=2, # points per side that RoIAlign reads in a bin; 1 trains faster on a CPU
     anchor_sizes=None, # base anchors (px), a tuple for each map, instead of `anchor_scale`
@@ -198,7 +198,7 @@ def model(
     head_norm=None, # 'bn' or 'gn': normalization after these
     **kwargs, # shared by all families, see `assemble`; and torchvision's
 ) -> FasterRCNN: # in training mode
-    """Returns Faster R-CNN on any backbone; raises TypeError or ValueError where parts do not fit.
+    """Returns Faster R-CNN on any backbone; raises TypeError or ValueError if the parts do not fit.
 
     Other keyword arguments are those of torchvision's `FasterRCNN`: `box_detections_per_img`,
     `box_score_thresh`, `rpn_post_nms_top_n_train`, `min_size` and so on."""

@@ -28,7 +28,7 @@ class _NormedHead(FCOSHead):
         num_classes:int, # background counted
         norm='gn', # see `model`
     ):
-        nn.Module.__init__(self) # its own fixes 32 groups
+        nn.Module.__init__(self) # FCOSHead's own hard-codes 32 groups
         kw = dict(norm_layer=head_norms(norm))
         self.box_coder = BoxLinearCoder(normalize_by_size=True)
         self.classification_head = FCOSClassificationHead(channels, 1, num_classes, **kw)
@@ -55,7 +55,7 @@ def _fcos_parts(
     anchor_generator=None,
     head=None,
 ) -> dict: # arguments of torchvision's detector
-    "Returns one square per cell, as large as the stride, and the head that fits the backbone."
+    "Returns one square anchor per cell, as large as the stride, and a head that fits the backbone."
     levels = pick_levels(backbone)
     squares = tuple((backbone.strides[i],) for i in levels)
     shapes = ((1.,),)*len(squares)
@@ -75,7 +75,7 @@ def model(
     from_c5:bool=False, # first extra level from the backbone's last map instead of the neck's
     **kwargs, # shared by all families, see `assemble`; and torchvision's
 ) -> FCOS: # in training mode
-    """Returns FCOS on any backbone; raises TypeError or ValueError where parts do not fit.
+    """Returns FCOS on any backbone; raises TypeError or ValueError if the parts do not fit.
 
     Other keyword arguments are those of torchvision's `FCOS`: `center_sampling_radius`,
     `score_thresh`, `nms_thresh`, `detections_per_img`, `min_size` and so on."""

@@ -47,7 +47,7 @@ def mask_parts(
 # %% ../../nbs/detectors/32_mask_rcnn.ipynb #aadf2946
 def _with_masks(
     target, # one image's dict
-    i:int, # its number in the batch, for the message
+    i:int, # its index in the batch, for the message
     image, # its image (3,H,W)
 ): # the target
     "Returns the target, with empty masks if it has no boxes; raises ValueError for missing masks."
@@ -70,9 +70,9 @@ class MaskRCNN(FasterRCNN):
     loss_names = *FasterRCNN.loss_names,'loss_mask'
 
     def __init__(self,
-        net:FasterRCNN, # whose backbone, RPN, RoI heads and transform are taken
-        mask_roi_pool:nn.Module, # cuts boxes out of the maps
-        mask_head:nn.Module, # cut-outs -> features
+        net:FasterRCNN, # whose backbone, RPN, RoI heads and transform are used
+        mask_roi_pool:nn.Module, # crops boxes from the maps
+        mask_head:nn.Module, # crops -> features
         mask_predictor:nn.Module, # features -> logits, one map per class
     ):
         super().__init__(net, net.backbone, net.levels, num_classes=net.num_classes,
@@ -92,7 +92,7 @@ class MaskRCNN(FasterRCNN):
 def replace_heads(self:MaskRCNN,
     num_classes:int, # background counted
 ) -> MaskRCNN: # itself
-    "Replaces the box predictor and the last mask layer by new ones; all other weights stay."
+    "Replaces the box predictor and the last mask layer with new ones; all other weights stay."
     FasterRCNN.replace_heads(self, num_classes)
     old = self.roi_heads.mask_predictor
     conv = old.conv5_mask
@@ -112,7 +112,7 @@ def model(
     mask_channels:int=256, # width of the mask head's layers
     **kwargs, # for `faster_rcnn.model`
 ) -> MaskRCNN: # in training mode
-    """Returns Mask R-CNN on any backbone; raises TypeError or ValueError where parts do not fit.
+    """Returns Mask R-CNN on any backbone; raises TypeError or ValueError if the parts do not fit.
 
     Other keyword arguments are those of torchvision's `MaskRCNN`: `box_detections_per_img`,
     `mask_head`, `mask_predictor`, `min_size` and so on."""

@@ -29,22 +29,22 @@ from ..necks.build import carries_neck
 # %% ../../nbs/detectors/34_retinanet.ipynb #7be929e7
 def _from_stride(
     backbone:nn.Module, # a `Backbone`
-    min_stride:int=8, # of the first map that is wanted
-) -> nn.Module: # itself, or a view with the same weights that selects fewer maps
-    "Returns the backbone with maps from `min_stride` on, at least the last; never changes it."
+    min_stride:int=8, # of the first map
+) -> nn.Module: # itself, or a shallow copy that shares the weights and selects fewer maps
+    "Returns the backbone with maps from `min_stride` on, at least the last, without changing it."
     keep = tuple(s for s in backbone.strides if s>=min_stride) or backbone.strides[-1:]
     return backbone if keep==tuple(backbone.strides) else copy.copy(backbone).select(keep)
 
 # %% ../../nbs/detectors/34_retinanet.ipynb #f19d1d41
 def dense_backbone(
     backbone=None, # None: resnet50; a name; a `Backbone`; any module that returns maps
-    neck='auto', # see `attach_neck`; one that is built here gets two levels above the last map
+    neck='auto', # see `attach_neck`; one built here gets two extra levels
     pretrained=False, # weights of a backbone given by name
-    min_stride:int=8, # see `_from_stride`; a neck that is already built keeps its maps
+    min_stride:int=8, # see `_from_stride`; an existing neck keeps its maps
     channels:int=256, # of the neck
     norm=None, # of the neck
     from_c5:bool=False, # FPN, PAN: first extra level from the backbone's last map, not the neck's
-) -> nn.Module: # a `Backbone`, with a neck where one was wanted
+) -> nn.Module: # a `Backbone`, with a neck if one was requested
     "Returns the backbone for a one-stage detector: maps from stride 8 on, plus two coarser levels."
     bb = prepare_backbone(backbone, neck=None, pretrained=pretrained)
     if not (carries_neck(bb) or isinstance(neck, nn.Module)): bb = _from_stride(bb, min_stride)
@@ -56,9 +56,9 @@ def dense_backbone(
 def octave_anchor_sizes(
     strides, # of the maps in use
     anchor_scale=4, # smallest size / stride
-    octaves:int=3, # sizes within a doubling
+    octaves:int=3, # sizes per octave
 ) -> tuple: # a tuple of sizes (px) for each map
-    "Returns `octaves` sizes for each map; a single map gets those of all five usual levels."
+    "Returns `octaves` sizes for each map; a single map gets those of the usual five levels."
     levels = [(s,) for s in strides] if len(strides)>1 else [(8,16,32,64,128)]
     def sizes(s): return [int(anchor_scale*s*2**(i/octaves)) for i in range(octaves)]
     return tuple(tuple(o for s in l for o in sizes(s)) for l in levels)
@@ -67,14 +67,14 @@ def octave_anchor_sizes(
 def _group_norm(
     nf:int, # channels
 ) -> nn.GroupNorm:
-    "Returns GroupNorm with 32 groups, or fewer that divide 32 and `nf`, of two channels at least."
+    "Returns GroupNorm with 32 groups, or fewer that divide 32 and `nf`, with at least two channels each."
     groups = gcd(32, nf)
     return nn.GroupNorm(groups if nf>groups else max(groups//2, 1), nf)
 
 def head_norms(
     norm, # 'gn', another name in `norms`, a callable taking the channels, or None
 ): # a callable taking the channels, for torchvision's heads
-    "Returns what makes the norms of a head, `_group_norm` for 'gn'."
+    "Returns a function that builds a head's norms, `_group_norm` for 'gn'."
     return _group_norm if norm=='gn' else partial(make_norm, norm)
 
 # %% ../../nbs/detectors/34_retinanet.ipynb #583a90a0
@@ -86,9 +86,9 @@ class OneStage(Detector):
     settings = 'score_thresh','nms_thresh','detections_per_img','topk_candidates','box_coder'
 
     def __init__(self,
-        net:nn.Module, # torchvision's detector: gives head, anchors, settings and transform
-        backbone:nn.Module, # gives the maps
-        levels, # indices of the maps that are used
+        net:nn.Module, # torchvision's detector, whose head, anchors, settings and transform are used
+        backbone:nn.Module, # returns the maps
+        levels, # indices of the maps in use
         **config, # num_classes, img_size, normalize
     ):
         super().__init__(backbone, **config)
@@ -123,7 +123,7 @@ def detections(self:OneStage, encoded):
 def replace_heads(self:OneStage,
     num_classes:int, # background counted
 ) -> OneStage: # itself
-    "Replaces the last class layer by one initialized as in torchvision; all other weights stay."
+    "Replaces the last class layer with one initialized as in torchvision; all other weights stay."
     check_num_classes(num_classes)
     head = self.head.classification_head
     old = head.cls_logits
@@ -154,7 +154,7 @@ _box_losses = 'l1','smooth_l1','giou','diou','ciou'
 def _retinanet_parts(
     backbone:nn.Module, # with its neck
     num_classes:int, # background counted
-    head_norm=None, # see `model`, like all that follow
+    head_norm=None, # see `model`, like the rest
     anchor_scale=4,
     aspect_ratios=(.5,1.,2.),
     octaves:int=3,
@@ -162,7 +162,7 @@ def _retinanet_parts(
     anchor_generator=None,
     head=None,
 ) -> dict: # arguments of torchvision's detector
-    "Returns anchors and head that fit the backbone; raises ValueError for unknown losses."
+    "Returns anchors and a head that fit the backbone; raises ValueError for an unknown loss."
     if box_loss not in _box_losses:
         raise ValueError(f'got box_loss={box_loss!r}, expected one of '
             f"{', '.join(_box_losses)}.{did_you_mean(box_loss, _box_losses)}")
@@ -183,16 +183,16 @@ def model(
     backbone=None, # None: resnet50; a name, a `Backbone`, any module: see `assemble`
     neck='auto', # 'auto': an FPN on several maps; see `assemble`
     *,
-    anchor_scale=4, # smallest anchor / stride; objects of your images smaller than usual want less
+    anchor_scale=4, # smallest anchor / stride; use less for unusually small objects
     aspect_ratios=(.5,1.,2.), # height / width of the anchors
-    octaves:int=3, # sizes of anchors within a doubling
+    octaves:int=3, # anchor sizes per octave
     head_norm=None, # 'gn', another name in `norms` or a callable: in the heads; None: no norm
     box_loss:str='l1', # 'l1', 'smooth_l1', 'giou', 'diou' or 'ciou'
     min_stride:int=8, # of the finest map in use; 4 for small objects, at four times the cost
     from_c5:bool=False, # first extra level from the backbone's last map instead of the neck's
     **kwargs, # shared by all families, see `assemble`; and torchvision's
 ) -> RetinaNet: # in training mode
-    """Returns RetinaNet on any backbone; raises TypeError or ValueError where parts do not fit.
+    """Returns RetinaNet on any backbone; raises TypeError or ValueError if the parts do not fit.
 
     Other keyword arguments are those of torchvision's `RetinaNet`: `score_thresh`, `nms_thresh`,
     `detections_per_img`, `topk_candidates`, `min_size` and so on."""

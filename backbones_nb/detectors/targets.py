@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.tv_tensors import BoundingBoxes
 
 # %% ../../nbs/detectors/37_targets.ipynb #0caadcb5
-def _plain(x): return x.as_subclass(Tensor) # fastai's and torchvision's tensor types out
+def _plain(x): return x.as_subclass(Tensor) # without fastai's and torchvision's tensor types
 
 def _check_image(o, i):
     if not isinstance(o, Tensor): raise TypeError(f'image {i} is of type {type(o).__name__}, '
@@ -29,7 +29,7 @@ def _check_range(images, normalize):
     ends = torch.stack([torch.stack(o.detach().aminmax()) for o in images])
     for i,(lo,hi) in enumerate(ends.tolist()): # one transfer from a GPU
         if not hi-lo<float('inf'): raise ValueError(
-            f'image {i} contains NaN or infinite values: repair or skip it')
+            f'image {i} contains NaN or infinite values: fix or skip it')
         if normalize and (lo<-.5 or hi>1.5): raise ValueError(
             f'image {i} has values from {lo:.3g} to {hi:.3g}, expected [0,1]: divide bytes by 255, '
             'or build the model with normalize=False if the images are already normalized')
@@ -47,7 +47,7 @@ def check_images(
         f'got images of type {type(images).__name__}, '
         'expected a tensor (B,3,H,W) or a list of tensors (3,H,W)')
     if not len(images): raise ValueError(
-        'got no images, expected at least one: leave empty batches out')
+        'got an empty batch, expected at least one image: skip empty batches')
     for i,o in enumerate(images): _check_image(o, i)
     images = [_plain(o) for o in images]
     _check_range(images, normalize)
@@ -55,7 +55,7 @@ def check_images(
 
 # %% ../../nbs/detectors/37_targets.ipynb #6d05a6ab
 def _check_form(t, i, image, keys):
-    "Returns the target's name in messages; raises TypeError or ValueError if a key is wrong."
+    "Returns the target's name for messages; raises TypeError or ValueError if a key is wrong."
     if not isinstance(t, dict) or not {'boxes','labels'}<=set(t):
         got = type(t).__name__
         if isinstance(t, dict): got = 'a dict with '+(', '.join(map(str, t)) or 'no keys')
@@ -69,14 +69,14 @@ def _check_form(t, i, image, keys):
         if not isinstance(t.get(k), Tensor): raise TypeError(
             f'{who} has {k} of type {type(t.get(k)).__name__}, expected a tensor')
         if t[k].device!=image.device: raise ValueError(f'{who} has {k} on {t[k].device} '
-            f'and its image on {image.device}: move both to one device')
+            f'and its image on {image.device}: move both to the same device')
     return who
 
 # %% ../../nbs/detectors/37_targets.ipynb #7d3443cc
 def _check_shapes(boxes, labels, who):
     if boxes.shape!=(len(labels),4) or labels.dim()!=1: raise ValueError(
         f'{who} has boxes {tuple(boxes.shape)} and labels {tuple(labels.shape)}, '
-        'expected (N,4) and (N,): give one label per box')
+        'expected (N,4) and (N,): pass one label per box')
     if not boxes.is_floating_point() or labels.dtype!=torch.int64: raise TypeError(
         f'{who} has boxes of {boxes.dtype} and labels of {labels.dtype}, '
         'expected float and torch.int64: convert them with boxes.float() and labels.long()')
@@ -129,7 +129,7 @@ def check_targets(
     "Returns what the losses need; raises TypeError or ValueError naming the image and the value."
     if targets is None: raise ValueError('got images without targets, '
         'expected one dict of boxes and labels per image: '
-        'give targets, or call model.eval() for detections')
+        'pass targets, or call model.eval() for detections')
     if not isinstance(targets, (list,tuple)): raise TypeError(
         f'got targets of type {type(targets).__name__}, expected a list of dicts, one per image')
     if len(targets)!=len(images): raise ValueError(f'got {len(targets)} targets for {len(images)} '

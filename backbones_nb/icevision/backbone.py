@@ -38,7 +38,7 @@ from ..necks.neck import WithNeck
 
 # %% ../../nbs/icevision/55_backbone.ipynb #6dfb2f46
 class _IceVisionMaps(nn.Module):
-    "A `Backbone` inside a model of IceVision; a list of maps, as effdet wants it."
+    "A `Backbone` inside an IceVision model; returns a list of maps, as effdet expects."
     def __init__(self,
         body:nn.Module, # a `Backbone`, with or without a neck
     ):
@@ -56,7 +56,7 @@ class _IceVisionMaps(nn.Module):
 def _frozen_norms(
     backbone:nn.Module, # a `Backbone`, with or without a neck
 ) -> list: # modules
-    "The batch norms in the frozen groups of a pretrained body; their statistics must not move."
+    "Returns the batch norms in the frozen groups of a pretrained body, whose statistics must not change."
     while isinstance(backbone, WithNeck): backbone = backbone.body
     if not backbone.pretrained: return []
     norms = {id(p) for p in norm_bias_params(backbone, with_bias=False)}
@@ -69,14 +69,14 @@ def _frozen_norms(
 
 @patch
 def train(self:_IceVisionMaps, mode:bool=True):
-    "Sets the training mode; the statistics of frozen pretrained parts stay."
+    "Sets the training mode, without updating the statistics of frozen pretrained parts."
     nn.Module.train(self, mode)
     for m in _frozen_norms(self.body): m.eval()
     return self
 
 # %% ../../nbs/icevision/55_backbone.ipynb #8e0558f3
 class _IceVisionPyramid(_IceVisionMaps):
-    "A `Backbone` that returns a mapping from names to maps, as torchvision's detectors want it."
+    "A `Backbone` that returns a mapping from names to maps, as torchvision's detectors expect."
     def __init__(self,
         body:nn.Module, # a `Backbone`, with or without a neck
     ):
@@ -127,7 +127,7 @@ def __call__(self:IceVisionBackbone,
     "Returns a configuration with its own backbone; raises ValueError for missing weights."
     built = isinstance(self.source, nn.Module)
     if pretrained and built and not getattr(self.source, 'pretrained', None): raise ValueError(
-        f'got pretrained={pretrained!r} for a built {type(self.source).__name__} that states no '
+        f'got pretrained={pretrained!r} for an existing {type(self.source).__name__} that states no '
         'weights: load them when you create it and set its `pretrained`, or pass its name')
     res = copy(self)
     res.__dict__.pop('backbone', None)
@@ -165,7 +165,7 @@ def find(self:IceVisionBackbone,
 
 @patch
 def build(self:IceVisionBackbone) -> _IceVisionPyramid:
-    "Returns a new backbone with its neck, as torchvision's families take it."
+    "Returns a new backbone with its neck, for torchvision's families."
     self.check_called()
     kw = dict(neck=deepcopy(self.neck), channels=self.channels, norm=self.norm)
     if self.extra=='p6p7':
@@ -181,7 +181,7 @@ class _Holder:
     def __reduce__(self): return _Holder,()
 
 def bbnb_icevision(pretrained=False, holder=None, out_indices=None, **kwargs) -> _IceVisionMaps:
-    "What `timm.create_model` builds for a configuration of effdet that was made here."
+    "Builds the backbone when `timm.create_model` is called with an effdet configuration created here."
     if holder is None or holder.config is None: raise ValueError(
         'got no backbone: this configuration comes from a saved model, '
         'so build the backbone again with icevision_backbone')
@@ -197,7 +197,7 @@ def _start():
 # %% ../../nbs/icevision/55_backbone.ipynb #b936d221
 @patch(as_prop=True)
 def model_name(self:IceVisionBackbone): # effdet's configuration
-    "effdet's configuration for this backbone, which IceVision takes in the place of a name."
+    "effdet's configuration for this backbone, which IceVision accepts in place of a name."
     self.check_called()
     cfg = effdet_config(self.effdet)
     body = self.find(8)
@@ -245,13 +245,13 @@ def icevision_backbone(
     img_size=None, # int or (height, width), px: for models that are built for one size
     **config, # for `create_backbone`, such as variant='official'
 ) -> IceVisionBackbone: # call it with `pretrained=`
-    """Returns a configuration for IceVision's R-CNNs, RetinaNet and EfficientDet, which has its own neck.
+    """Returns a configuration for IceVision's R-CNNs, RetinaNet, and EfficientDet (with its own neck).
 
     Raises ImportError if IceVision is not installed, TypeError or ValueError for invalid arguments."""
     _start()
     if not isinstance(backbone, (str,nn.Module)): raise TypeError(f'got {type(backbone).__name__} as backbone, '
         "expected a name such as 'vovnet39' or a module that returns feature maps")
-    if isinstance(backbone, nn.Module) and (config or img_size): raise ValueError('got a built '
+    if isinstance(backbone, nn.Module) and (config or img_size): raise ValueError('got an existing '
         f"{type(backbone).__name__} and {', '.join([*config] or ['img_size'])} for it: pass these when you build it")
     if extra not in fpn_extras: raise ValueError(f"got extra={extra!r}, expected 'pool', 'p6p7' or None")
     effdet_config(effdet) # raises ValueError for unknown names

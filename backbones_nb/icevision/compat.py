@@ -25,7 +25,7 @@ from .patches import PATCHES, has_line, icevision_module, need_icevision, patch_
 
 # %% ../../nbs/icevision/111_compat.ipynb #f6a60da8
 def _loss_modules(model) -> list: # modules
-    "The modules of a torchvision detector whose own flag chooses between losses and detections."
+    "Returns the modules of a torchvision detector whose flag selects losses or detections."
     modules = [getattr(model, o, None) for o in ('rpn','roi_heads')]
     return [model] + [o for o in modules if o is not None]
 
@@ -110,13 +110,13 @@ def _patch_lightning() -> bool:
 
 # %% ../../nbs/icevision/111_compat.ipynb #b401cc94
 def _read_checkpoint(filename, map_location=None, logger=None):
-    "Reads a checkpoint from a path or an http address without running code from it; the default is the CPU."
+    "Reads a checkpoint from a path or http URL without running code from it, by default on the CPU."
     kw = dict(map_location=map_location or 'cpu', weights_only=True)
     if str(filename).startswith(('http://','https://')): return torch.hub.load_state_dict_from_url(str(filename), **kw)
     return torch.load(filename, **kw)
 
 def _write_checkpoint(model, filename, optimizer=None, meta=None):
-    "Writes weights, their description and the optimizer's state; creates the folder."
+    "Writes weights, metadata and the optimizer state; creates the folder."
     weights = {k:v.cpu() for k,v in model.state_dict().items()}
     res = dict(meta=dict(time=time.asctime()) | (meta or {}), state_dict=weights)
     if optimizer is not None: res['optimizer'] = optimizer.state_dict()
@@ -125,7 +125,7 @@ def _write_checkpoint(model, filename, optimizer=None, meta=None):
 
 # %% ../../nbs/icevision/111_compat.ipynb #a7f00d52
 def _load_weights(model, state_dict, strict=False, logger=None):
-    "Loads weights; names that differ are an error if `strict`, else a warning that names the first."
+    "Loads weights; differing names raise an error if `strict`, otherwise a warning with the first one."
     res = model.load_state_dict(state_dict, strict=strict)
     odd = [*res.missing_keys, *res.unexpected_keys]
     if odd: warnings.warn(f'{len(odd)} names differ between the checkpoint and the model, such as {odd[0]}: '
@@ -167,7 +167,7 @@ def _patch_checkpoint() -> bool:
 # %% ../../nbs/icevision/111_compat.ipynb #286bb36d
 @PATCHES.register("COCO's numbers for masks by size use the area of the box")
 def _patch_areas() -> bool:
-    "Gives masks their own area where masks are measured, as COCO does; stated areas are kept."
+    "Uses the masks' own area when masks are evaluated, as COCO does; stated areas are kept."
     from pycocotools import mask
     module = icevision_module('metrics.coco_metric.coco_metric')
     if has_line(module.create_coco_eval, 'area'): return False
@@ -205,7 +205,7 @@ def _to_image(old):
 # %% ../../nbs/icevision/111_compat.ipynb #700eddd0
 @PATCHES.register('end2end_detect: width and height are swapped')
 def _patch_size() -> bool:
-    "Gives the true width and height, boxes inside the image, and Mask R-CNN an `end2end_detect`."
+    "Fixes width and height, keeps boxes inside the image, and adds `end2end_detect` to Mask R-CNN."
     inference = icevision_module('models.inference')
     old = inference._end2end_detect
     if not has_line(old, 'w, h = img.shape'): return False
@@ -226,7 +226,7 @@ def _patch_size() -> bool:
 def icevision_compat(
     skip=(), # names of patches to leave out
 ) -> Table: # name, what breaks without it, what was done
-    """Patches IceVision 0.12 for today's libraries; patches that are applied already do nothing.
+    """Patches IceVision 0.12 for current libraries; patches that are already applied do nothing.
 
     Raises ImportError if IceVision is not installed and ValueError for unknown names in `skip`."""
     need_icevision()

@@ -10,6 +10,8 @@ __all__ = ['icevision_engine']
 # %% ../../nbs/icevision/114_engine.ipynb #a8aa0442
 from functools import partial
 
+from fastai.torch_core import num_distrib
+
 from .patches import need_icevision
 from ..learners.run import RunConfig, cpu_preset
 
@@ -19,15 +21,19 @@ def _check_supported(config):
     given = {'--detector fcos': config.detector=='fcos',
              '--backbone own': config.backbone in (None,'own'),
              '--bf16': config.bf16, '--pretrained-detector': config.pretrained_detector,
+             '--resume': config.resume, '--ema': config.ema, '--patience': config.patience,
+             '--accumulate': config.accumulate>1, '--repeat-thr': config.repeat_thr,
+             '--checkpoint-backbone': config.checkpoint_backbone,
+             'several processes': num_distrib()>1,
              '--loss-weights': config.loss_weights}
     if odd := next((k for k,v in given.items() if v), None): raise ValueError(
-        f'got {odd} with --engine icevision, which does not support it: leave one of the two out')
+        f'got {odd} with --engine icevision, which does not support it: leave one of them out')
 
 # %% ../../nbs/icevision/114_engine.ipynb #36cc3aca
 def icevision_engine(
     config:RunConfig, # of the training run
 ) -> tuple: # build(num_classes) -> model, trainer(learn) -> IceVision's learner of that model
-    "Returns what builds the model and what trains it; raises ImportError, ValueError or TypeError."
+    "Returns the functions that build and train the model; raises ImportError, ValueError or TypeError."
     need_icevision()
     _check_supported(config)
     from backbones_nb.icevision.learner import (icevision_args, icevision_learner, icevision_model,
@@ -40,5 +46,5 @@ def icevision_engine(
     build = partial(icevision_model, config.detector, backbone=config.backbone,
                     pretrained=config.pretrained, img_size=config.size,
                     backbone_args=config.backbone_args, **args)
-    def trainer(learn): return icevision_learner(learn.dls, learn.model, lr=config.lr, wd=config.wd)
+    def trainer(learn): return icevision_learner(learn.dls, learn.model, lr=config.lr or 1e-3, wd=config.wd)
     return build,trainer

@@ -30,13 +30,13 @@ from effdet import DetBenchPredict # last: ours imports effdet without its warni
 
 # %% ../../nbs/icevision/57_learner.ipynb #81235bea
 def _yxyx(targets):
-    "Targets in effdet's form; an image without objects has one box of zeros, as in IceVision."
+    "Returns targets in effdet's format; an image without objects has one box of zeros, as in IceVision."
     def box(t): return t['boxes'][:, [1,0,3,2]] if len(t['labels']) else t['boxes'].new_zeros(1, 4)
     def label(t): return t['labels'].float() if len(t['labels']) else t['boxes'].new_zeros(1)
     return dict(bbox=[box(t) for t in targets], cls=[label(t) for t in targets])
 
 def _from_rows(found):
-    "effdet's detections (B,N,6) as dicts, without the padding."
+    "Returns effdet's detections (B,N,6) as dicts, without the padding."
     found = [d[(d[:,5]>0) & (d[:,2:4]>d[:,:2]).all(1)] for d in found]
     return [dict(boxes=d[:,:4], labels=d[:,5].long(), scores=d[:,4]) for d in found]
 
@@ -84,7 +84,7 @@ def _classes(family, net): # background counted
 
 def _check_net(family, net, num_classes):
     "Raises TypeError for a model of another family and ValueError for another number of classes."
-    if family=='keypoint_rcnn': raise ValueError('keypoint_rcnn returns keypoints, which our learner cannot measure: '
+    if family=='keypoint_rcnn': raise ValueError('keypoint_rcnn returns keypoints, which our learner cannot evaluate: '
         "use IceVision's learner")
     try: has = _classes(family, net)
     except AttributeError: raise TypeError(f"got a {type(net).__name__}, expected a model of IceVision's {family}: "
@@ -98,7 +98,7 @@ def _unpickle(): # what a pickle names is imported after this
 
 # %% ../../nbs/icevision/57_learner.ipynb #d5402e35
 class IceVisionDetector(nn.Module):
-    "A model of IceVision with our contract: losses in training, detections in eval, or both."
+    "An IceVision model with our contract: losses in training, detections in eval, or both."
     def __init__(self,
         net:nn.Module, # IceVision's model
         model_type, # its module, such as `models.torchvision.faster_rcnn`, or its last name
@@ -139,7 +139,7 @@ def forward(self:IceVisionDetector,
         targets = check_targets(targets, images, self.num_classes, self.target_keys)
     odd = next((tuple(o.shape[-2:]) for o in images if tuple(o.shape[-2:])!=self.img_size), None)
     if self.img_size and odd: raise ValueError(f'got an image of {odd[0]}x{odd[1]}, but this '
-        '{} was built for {}x{}: bring all images to that size'.format(self.family, *self.img_size))
+        '{} was built for {}x{}: resize all images to that size'.format(self.family, *self.img_size))
     images = [F.normalize(o, *self.stats) for o in images]
     if both:
         res = self.calls.both(self.net.eval(), images, targets)
@@ -157,7 +157,7 @@ def icevision_args(
 ) -> set: # names
     "Returns the names of a family's arguments in `icevision_model`; raises ValueError for unknown families."
     import torchvision.models.detection as det
-    if (family := family_of(family))=='keypoint_rcnn': raise ValueError('keypoint_rcnn learns from keypoints, '
+    if (family := family_of(family))=='keypoint_rcnn': raise ValueError('keypoint_rcnn trains on keypoints, '
         'and our data have none: choose faster_rcnn, mask_rcnn, retinanet or efficientdet')
     if family=='efficientdet': return {'effdet', *_effdet_args}
     kind = dict(faster_rcnn=det.FasterRCNN, mask_rcnn=det.MaskRCNN, retinanet=det.RetinaNet)[family]
@@ -216,8 +216,8 @@ def icevision_learner(
 ): # a fastai Learner
     "Returns IceVision's learner on our data, nothing frozen; raises ValueError if the classes differ."
     icevision_compat()
-    if not isinstance(model, IceVisionDetector): raise TypeError(f'got a {type(model).__name__}, expected what '
-        'icevision_model returns: wrap a model of IceVision in IceVisionDetector(net, model_type, len(class_map))')
+    if not isinstance(model, IceVisionDetector): raise TypeError(f'got a {type(model).__name__}, expected the result of '
+        'icevision_model: wrap an IceVision model in IceVisionDetector(net, model_type, len(class_map))')
     if model.num_classes!=len(dls.class_map): raise ValueError(f'the model has num_classes={model.num_classes}, but '
         f'the class map has {len(dls.class_map)} classes with background: build it with num_classes=len(class_map)')
     model_type = icevision_module(f'models.{model_modules[model.family]}')

@@ -33,7 +33,7 @@ def _flat(transforms):
 def _normalize_stats(
     tfm, # IceVision's transform, such as `tfms.A.Adapter([...])`, or None
 ): # (mean, std), or None if it does not normalize
-    "Returns what albumentations' `Normalize` among the transforms does; raises ValueError if it cannot be undone."
+    "Returns the statistics of albumentations' `Normalize` among the transforms; raises ValueError if it cannot be undone."
     top = getattr(tfm, 'tfms_list', ())
     found = [o for o in _flat(top) if type(o).__name__=='Normalize']
     if not found: return None
@@ -45,7 +45,7 @@ def _normalize_stats(
 
 # %% ../../nbs/icevision/113_loaders.ipynb #f5b376ad
 class _IceVisionItems(DetectionDataset):
-    "An IceVision `Dataset` as images and targets, after its transforms; a normalization is undone."
+    "An IceVision `Dataset` as images and targets after its transforms, with normalization undone."
     def __init__(self,
         ds, # IceVision's `Dataset`
         class_map=None, # see `from_records`
@@ -97,7 +97,7 @@ def icevision_dls(
 ) -> DetectionDataLoaders:
     """Returns loaders for `detection_learner`; images are in [0,1] whether or not IceVision's transforms normalize.
 
-    Raises TypeError if it gets no `Dataset` and ValueError for an empty one."""
+    Raises TypeError for anything but a `Dataset` and ValueError for an empty one."""
     icevision_compat()
     if getattr(train_ds, 'records', None) == []: raise ValueError('got an empty training Dataset, expected at least '
         'one record: check which records the parser kept')
@@ -129,7 +129,7 @@ class IceVisionBatches(DetectionDL):
         return super().new(dataset, cls, **extra|kwargs)
 
     def show_batch(self, b=None, **kwargs):
-        if b is not None: raise ValueError("got a batch of IceVision's: show it with model_type.show_batch(batch)")
+        if b is not None: raise ValueError('got an IceVision batch: show it with model_type.show_batch(batch)')
         return self.new(cls=DetectionDL).show_batch(**kwargs)
 
 # %% ../../nbs/icevision/113_loaders.ipynb #05a98fac
@@ -139,7 +139,7 @@ def ice_record(self:IceVisionBatches,
     target:dict, # from our loaders
     crowd:bool=True, # with crowd boxes
 ): # IceVision's record, loaded
-    "Returns image and target in the form in which IceVision's transforms leave them."
+    "Returns image and target in the format of IceVision's transforms."
     kept = torch.ones(len(target['labels']), dtype=torch.bool) if crowd else target['iscrowd']==0
     keys = [k for k in ('boxes','labels','iscrowd','area','masks') if k in target]
     t = {k:target[k][kept] for k in keys}
@@ -174,15 +174,15 @@ def to_loaders(
     model_type, # IceVision's module, such as `models.ross.efficientdet`, or its last name
     stats=(IMAGENET_MEAN,IMAGENET_STD), # (mean, std) that the backbone's weights expect; None: images stay in [0,1]
 ) -> list: # two fastai loaders: training, validation
-    """Returns the loaders that `model_type.fastai.learner(dls=...)` takes, with normalized images.
+    """Returns loaders for `model_type.fastai.learner(dls=...)`, with normalized images.
 
     Raises ValueError for a family that needs keypoints, or masks that the data do not have."""
     icevision_compat()
     family = family_of(model_type)
-    if family=='keypoint_rcnn': raise ValueError('keypoint_rcnn learns from keypoints, and our targets have none: '
+    if family=='keypoint_rcnn': raise ValueError('keypoint_rcnn trains on keypoints, and our targets have none: '
         'use faster_rcnn or mask_rcnn, or a parser of IceVision')
     first = next((r for r in dls.train_ds.items if len(r.labels)), None)
-    if family=='mask_rcnn' and first is not None and first.masks is None: raise ValueError('mask_rcnn learns from '
+    if family=='mask_rcnn' and first is not None and first.masks is None: raise ValueError('mask_rcnn trains on '
         f'masks, but record {first.image_id!r} has none: read the data with masks, or use faster_rcnn')
     mod = icevision_module(f'models.{model_modules[family]}')
     makers = (mod.build_train_batch, mod.build_valid_batch)

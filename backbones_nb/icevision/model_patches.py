@@ -18,7 +18,7 @@ from .patches import PATCHES, has_line, icevision_module, patch_once
 
 # %% ../../nbs/icevision/110_model_patches.ipynb #2b42436d
 def _effdet_builder():
-    "The module that calls effdet's builder, which a function of the same name hides."
+    "Returns the module that calls effdet's builder, which is hidden by a function of the same name."
     return sys.modules[icevision_module('models.ross.efficientdet').model.__module__]
 
 @PATCHES.register('EfficientDet with pretrained=False downloads the weights of its backbone')
@@ -35,7 +35,7 @@ def _patch_offline() -> bool:
 # %% ../../nbs/icevision/110_model_patches.ipynb #ff2ea5c9
 @PATCHES.register('EfficientDet with few classes on small images: selected index k out of range')
 def _patch_anchors() -> bool:
-    "Lets EfficientDet choose among as many anchors as there are."
+    "Lets EfficientDet choose from as many anchors as there are."
     if has_line(_effdet_builder().model, 'max_detection_points'): return False
     from effdet.anchors import get_feat_sizes
     def make(old):
@@ -50,13 +50,13 @@ def _patch_anchors() -> bool:
 
 # %% ../../nbs/icevision/110_model_patches.ipynb #437fab16
 def _takes_configs(find):
-    "Whether effdet's lookup, as IceVision calls it, takes a configuration for a name."
+    "Returns whether effdet's lookup, as IceVision calls it, accepts a configuration in place of a name."
     try: return find(OmegaConf.create(dict(name='mine'))).name=='mine'
     except Exception: return False # effdet looks it up in its table
 
 @PATCHES.register('EfficientDet can only be built from a name in effdet\'s table')
 def _patch_config() -> bool:
-    "Lets IceVision take effdet's configuration in the place of its name."
+    "Lets IceVision accept effdet's configuration in place of its name."
     if _takes_configs(_effdet_builder().get_efficientdet_config): return False
     def make(old):
         def get_efficientdet_config(model_name='tf_efficientdet_d1'):

@@ -142,7 +142,7 @@ def _float_labels():
 
 @PATCHES.register('every Dataset with boxes: IndexError, only integers, slices ...')
 def _patch_labels() -> bool:
-    "Turns the numbers that albumentations sends back into ints."
+    "Converts the labels returned by albumentations to ints."
     if not _float_labels(): return False
     def make(old):
         def collect_labels(self, record):
@@ -156,7 +156,7 @@ def _patch_labels() -> bool:
 # %% ../../nbs/icevision/54_patches.ipynb #ec120455
 @PATCHES.register('padding is black instead of gray, without an error')
 def _patch_fill() -> bool:
-    "Gives the defaults of `resize_and_pad` and `aug_tfms` the new name of the color."
+    "Renames the color argument in the defaults of `resize_and_pad` and `aug_tfms`."
     import albumentations as A
     helpers = icevision_module('tfms.albumentations.albumentations_helpers')
     done = getattr(helpers.aug_tfms, 'patched', False)
@@ -181,7 +181,7 @@ class _OldNumpy(types.ModuleType):
 
 @PATCHES.register('show_samples and show_preds with colors: numpy has no attribute int')
 def _patch_numpy() -> bool:
-    "Gives the modules that draw a NumPy with `int` and `float`."
+    "Provides the drawing modules with a NumPy that has `int` and `float`."
     modules = [icevision_module(f'visualize.{o}') for o in ('draw_data','utils')]
     modules = [o for o in modules if not hasattr(o.np, 'int')]
     for o in modules: PATCHES.replace(o, 'np', _OldNumpy('numpy'))

@@ -19,7 +19,7 @@ from .patches import icevision_module
 
 # %% ../../nbs/icevision/112_records.ipynb #54c9fedc
 class _RecordMasks:
-    "Masks of a `Record` that are read when IceVision loads its record; one of IceVision's `Mask`s."
+    "Masks of a `Record`, read when IceVision loads its record; one of IceVision's `Mask`s."
     def __init__(self,
         read, # function that returns (N,H,W) uint8
     ): self.read = read
@@ -31,7 +31,7 @@ class _RecordMasks:
     def to_erles(self, h, w): return self.to_mask(h, w).to_erles(h, w)
 
 class _IceVisionMasks:
-    "Masks of an IceVision record, drawn on request."
+    "Masks of an IceVision record, drawn on demand."
     def __init__(self,
         parts, # list of IceVision's `Mask`s, which may hold several masks each
         size, # (height, width), px
@@ -57,7 +57,7 @@ def _to_ice_masks(
     masks, # of one record: an array (N,H,W), a function that returns it, or None
     n:int, # number of boxes
 ): # list of IceVision's `Mask`s, None without masks
-    "Returns masks in IceVision's form: run lengths, or one part that reads them."
+    "Returns masks in IceVision's format: run lengths, or one part that reads them."
     if masks is None: return None
     if not n: return []
     if isinstance(masks, _IceVisionMasks): return masks.parts
@@ -124,7 +124,7 @@ def _to_our_map(
     return ClassMap([o for o in cm.get_classes()[1:] if o is not None], cm.get_classes()[0])
 
 def _known_labels(record):
-    "Returns a record's labels in `_to_our_map`: ids without the holes that a COCO file's ids leave."
+    "Returns a record's labels in `_to_our_map`: ids without the gaps in a COCO file's ids."
     names = record.detection.class_map.get_classes()
     ids = {o:i for i,o in enumerate(j for j,n in enumerate(names) if n is not None)}
     return [ids.get(int(o), len(ids)) for o in record.detection.label_ids]
@@ -162,11 +162,11 @@ def from_records(
     if any(isinstance(o, Record) for o in records): raise TypeError(
         "got our Record, expected IceVision's: convert ours with to_records")
     if class_map is None:
-        if not records: raise ValueError('got no records and no class map, expected at least one of the two')
+        if not records: raise ValueError('got neither records nor a class map, expected at least one of them')
         class_map = _to_our_map(records[0])
     odd = next((r for r in records if _to_our_map(r)!=class_map), None)
     if odd is not None: raise ValueError(f'record {odd.record_id!r} has the classes '
-        f"{', '.join(_to_our_map(odd).names)}, expected {', '.join(class_map.names)}: parse all data with one class map")
+        f"{', '.join(_to_our_map(odd).names)}, expected {', '.join(class_map.names)}: parse all data with the same class map")
     res = [_from_parser(r) for r in records]
     check_labels(res, class_map)
     return res,class_map

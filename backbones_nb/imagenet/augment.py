@@ -68,7 +68,7 @@ def valid_tfm(
     "Returns the transform of one validation image; raises ValueError if the crop is too large."
     if size>resize:
         raise ValueError(f'got a crop of {size} px from an image of {resize} px, expected one that '
-                         f'fits: give resize={size} or more')
+                         f'fits: pass resize={size} or more')
     return v2.Compose([v2.Lambda(_check_image), v2.RGB(), v2.Resize(resize), v2.CenterCrop(size),
                        *_to_tensor(mean, std), v2.ToPureTensor()])
 
@@ -77,13 +77,13 @@ class CutMixUp(Callback):
     "Mixes the images of a training batch, and their labels, by either CutMix or MixUp."
     run_valid = False
     def __init__(self,
-        cutmix:float=1., # alpha of CutMix; 0: MixUp alone
-        mixup:float=0.2, # alpha of MixUp; 0: CutMix alone
+        cutmix:float=1., # alpha of CutMix; 0: only MixUp
+        mixup:float=0.2, # alpha of MixUp; 0: only CutMix
         num_classes:int=None, # None: `dls.c`
     ):
         if not (cutmix>=0 and mixup>=0 and cutmix+mixup):
             raise ValueError(f'got cutmix={cutmix}, mixup={mixup}, expected two alphas, at '
-                             'least one of them above 0: leave the callback out for neither')
+                             'least one of them above 0: leave the callback out to use neither')
         self.cutmix,self.mixup,self.num_classes = cutmix,mixup,num_classes
 
     def before_train(self):
@@ -97,8 +97,8 @@ class CutMixUp(Callback):
     def before_batch(self):
         x,y = (o.as_subclass(Tensor) for o in (self.x, self.y))
         if y.dim()!=1:
-            raise ValueError(f'got labels of shape {tuple(y.shape)}, expected the number of one '
-                             'class for each image, (B,): leave mixing out where an image has '
+            raise ValueError(f'got labels of shape {tuple(y.shape)}, expected one class '
+                             'index per image, (B,): do not mix images that have '
                              'several labels')
         i = torch.randperm(len(y)).to(y.device) # torchvision pairs neighbors
         x,y = self.mix(x[i], y[i])
@@ -109,9 +109,9 @@ class CutMixUp(Callback):
 
 # %% ../../nbs/imagenet/106_augment.ipynb #76a050a3
 class _RepeatedSampler(Sampler):
-    "Gives each drawn image `reps` times in a row, to one process after the other."
+    "Yields each drawn image `reps` times in a row, to one process after the other."
     def __init__(self,
-        n:int, # images of the data set
+        n:int, # images in the data set
         reps:int=4, # copies of an image in an epoch
         seed:int=0, # order of the epochs
         rank:int=None, # this process; None: the running one
@@ -146,7 +146,7 @@ class RepeatedAugmentation(Callback):
     def before_train(self):
         dl = self.dls.train
         if not getattr(dl, 'shuffle', False) or dl.n is None:
-            raise ValueError('the training loader does not shuffle images by number, which '
+            raise ValueError('the training loader does not shuffle images by index, which '
                              'repeated augmentation needs: pass shuffle=True, or reps=1')
         order = vars(dl).get('shuffle_fn')
         if not isinstance(getattr(order, '__self__', None), _RepeatedSampler): self.previous = order

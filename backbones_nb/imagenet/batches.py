@@ -32,11 +32,11 @@ from .folders import find_names, imagenet_folders, scan_classes
 # %% ../../nbs/imagenet/48_batches.ipynb #f0ede65a
 def plain_tfms(
     size:int=224, # side of the square, pixels
-    resize:int=None, # of validation: shorter side before the center is cut out; None: size/0.875
-    scale=(0.08, 1.0), # of training: share of the image's area that the crop takes
-    flip:float=0.5, # of training: how often mirrored
+    resize:int=None, # for validation: shorter side before the center crop; None: size/0.875
+    scale=(0.08, 1.0), # for training: fraction of the image's area that is cropped
+    flip:float=0.5, # for training: probability of a horizontal flip
 ) -> tuple: # of training, of validation: each takes a PIL image
-    "Returns random crops, half of them mirrored, for training, and center crops for validation."
+    "Returns random crops with flips for training, and center crops for validation."
     return (v2.Compose([v2.RandomResizedCrop(size, scale=scale), v2.RandomHorizontalFlip(flip)]),
             v2.Compose([v2.Resize(resize or round(size/0.875)), v2.CenterCrop(size)]))
 
@@ -45,7 +45,7 @@ def plain_tfms(
 def seeded(
     *key, # ints
 ):
-    "A block whose random numbers on the CPU depend only on `key`; those after it are unchanged."
+    "Makes random numbers on the CPU depend only on `key` in the block, and restores the generator's state after it."
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(hash(key) & (2**63-1))
         yield
@@ -55,9 +55,9 @@ class ClassSet:
     n_inp = 1
     loss_func = CrossEntropyLossFlat()
     def __init__(self,
-        vocab, # classes, in the order of their numbers
-        tfm, # takes a PIL image, returns one or a tensor (3,H,W), uint8 or float
-        names=None, # class -> what is shown for it
+        vocab, # classes, in the order of their indices
+        tfm, # function of a PIL image that returns one or a tensor (3,H,W), uint8 or float
+        names=None, # class -> display name
     ):
         self.vocab = CategoryMap(list(vocab), sort=False)
         self.tfm = tfm
@@ -82,14 +82,14 @@ class ClassSet:
 
 # %% ../../nbs/imagenet/48_batches.ipynb #661f88b8
 class ImageSet(ClassSet):
-    "Images in files, or anything that `open_image` takes, with or without classes."
+    "Images in files, or anything that `open_image` accepts, with or without classes."
     def __init__(self,
         files, # paths, or bytes relative to `folder`, or images
-        labels, # class number of each image; None: images alone
-        vocab, # as for `ClassSet`
-        tfm, # as for `ClassSet`
-        names=None, # as for `ClassSet`
-        folder='', # where relative files lie
+        labels, # class index of each image; None: only images
+        vocab, # see `ClassSet`
+        tfm, # see `ClassSet`
+        names=None, # see `ClassSet`
+        folder='', # that relative files start from
     ):
         super().__init__(vocab, tfm, names)
         self.files,self.labels,self.folder = files,labels,str(folder)
@@ -136,11 +136,11 @@ class FolderDL(RankedDL):
 
 # %% ../../nbs/imagenet/48_batches.ipynb #d37497b1
 class ClassDataLoaders(DataLoaders):
-    "fastai's `DataLoaders` of classification, with loaders for new images."
+    "fastai's `DataLoaders` for classification, with loaders for new images."
     def test_dl(self,
-        test_items, # paths, PIL images, arrays or tensors; with labels: pairs (item, class number)
+        test_items, # paths, PIL images, arrays or tensors; with labels: pairs (item, class index)
         with_labels:bool=False,
-        bs:int=None, # None: that of validation
+        bs:int=None, # None: as in validation
         num_workers:int=0,
         rm_type_tfms=None, # fastai passes it; ignored
         process=None, # ignored as well
@@ -156,7 +156,7 @@ class ClassDataLoaders(DataLoaders):
 def to_float(x:TensorImage): return x if x.is_floating_point() else x.float().div_(255)
 
 class Normalized(Normalize):
-    "A normalization that the item transforms have already done; it only undoes it for display."
+    "A normalization that the item transforms have already applied; this only undoes it for display."
     def encodes(self, x:TensorImage): return x
 
 # %% ../../nbs/imagenet/48_batches.ipynb #eac15b53
@@ -177,7 +177,7 @@ def class_dls(
     cls, # class of the loaders, `FolderDL` for instance
     train, # data set
     valid, # data set
-    bs:int, # of one process
+    bs:int, # per process
     mean, # of the normalization, for RGB in [0,1]; None: none
     std, # of the normalization
     normalized:bool=False, # whether the transforms of the data sets normalize
@@ -186,14 +186,14 @@ def class_dls(
     val_bs:int=None, # None: bs
     **kwargs, # for the loaders
 ) -> ClassDataLoaders:
-    "Returns loaders of two data sets; raises ValueError if classes differ or the batch is too large."
+    "Returns loaders for two data sets; raises ValueError if classes differ or the batch is too large."
     same_classes(train.vocab, valid.vocab)
     device = torch.device(default_device() if device is None else device)
     kind = Normalized if normalized else Normalize
     tfms = [to_float] + ([] if mean is None else [kind.from_stats(mean, std, cuda=False)])
     t = cls(train, bs=bs, shuffle=True, drop_last=True, after_batch=tfms, **kwargs)
     if not len(t): raise ValueError(f'got {len(train)} training images, expected at least one batch of {bs} for each '
-        f'of {t.world_size} processes: make bs smaller')
+        f'of {t.world_size} processes: use a smaller bs')
     v = cls(valid, bs=val_bs or bs, after_batch=tfms, **kwargs)
     return ClassDataLoaders(t, v, path=path, device=device)
 
@@ -201,13 +201,13 @@ def class_dls(
 def folder_dls(
     path, # Kaggle's folder after `prepare_val`, or any with two folders of class folders
     size:int=224, # side of the images in a batch, pixels
-    bs:int=64, # of one process
+    bs:int=64, # per process
     train='train', # name of the folder
     valid='val', # name of the folder
-    tfms=None, # of training, of validation: each takes a PIL image; None: `plain_tfms(size)`
+    tfms=None, # for training and for validation, of a PIL image; None: `plain_tfms(size)`
     mean=IMAGENET_MEAN, # of the normalization, for RGB in [0,1]; None: none
     std=IMAGENET_STD, # of the normalization
-    names=None, # class -> what is shown for it; None: those that `synset_names` finds
+    names=None, # class -> display name; None: those that `synset_names` finds
     **kwargs, # for `class_dls`: normalized, val_bs, device; for `FolderDL`: seed, num_workers, ...
 ) -> ClassDataLoaders:
     "Returns loaders of images in class folders; raises FileNotFoundError or ValueError."

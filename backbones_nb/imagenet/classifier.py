@@ -30,7 +30,7 @@ from ..learners.detection import param_groups
 from ..learners.distributed import DistributedMixin
 
 # %% ../../nbs/imagenet/52_classifier.ipynb #2ba27647
-pools = 'avg','max','avgmax','catavgmax' # timm's names: mean, maximum, half of both, both side by side
+pools = 'avg','max','avgmax','catavgmax' # timm's names: mean, maximum, average of both, both concatenated
 
 def _check_head(num_classes, pool, dropout):
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes<1: raise ValueError(
@@ -97,14 +97,14 @@ def classifier(
     dropout:float=0., # fraction of the pooled features dropped in training
     **config, # of a backbone given by name, such as `ese` or `strides`
 ) -> Classifier:
-    "Returns a backbone with a random head; raises ValueError for a whole model or late arguments."
+    "Returns a backbone with a random head; raises ValueError for a whole model or unusable arguments."
     if isinstance(backbone, (Classifier,Detector)):
         raise ValueError(f'got a whole {type(backbone).__name__}, expected a backbone: '
-                         'give its `.backbone`')
+                         'pass its `.backbone`')
     given = config if pretrained is False else dict(pretrained=pretrained) | config
     if isinstance(backbone, nn.Module) and given:
         args = ', '.join(f'{k}={v!r}' for k,v in given.items())
-        raise ValueError(f'got a built {type(backbone).__name__} and {args}, expected a name: '
+        raise ValueError(f'got an existing {type(backbone).__name__} and {args}, expected a name: '
                          'pass these arguments to create_backbone instead')
     return Classifier(create_backbone(backbone, **given), num_classes, pool, dropout)
 
@@ -115,11 +115,11 @@ def _add_normalize(
 ):
     """Adds the normalization that the weights expect, with ImageNet's statistics for random ones.
 
-    DataLoaders that already normalize are left alone; raises ValueError if they do so with other
-    numbers than pretrained weights were trained with, or take no batch transforms."""
+    DataLoaders that already normalize are left alone; raises ValueError if they use other values than
+    pretrained weights were trained with, or accept no batch transforms."""
     fs = getattr(getattr(dls, 'after_batch', None), 'fs', None)
     if fs is None:
-        raise ValueError(f'got a {type(dls).__name__} whose batches take no transforms, expected '
+        raise ValueError(f'got a {type(dls).__name__} that accepts no batch transforms, expected '
                          'fastai DataLoaders: normalize in the data set and pass normalize=False')
     want = [torch.tensor(o, device=dls.train.device).view(1, 3, 1, 1) for o in mean_std(backbone)]
     have = next((f for f in fs if isinstance(f, Normalize)), None)
@@ -128,10 +128,10 @@ def _add_normalize(
         return a.numel() not in (1,3) or not torch.allclose(a.to(b).view(1, -1, 1, 1), b, atol=1e-3)
     if backbone.pretrained and any(map(differ, (have.mean, have.std), want)):
         mean,std = mean_std(backbone)
-        raise ValueError('the DataLoaders normalize with other numbers than '
+        raise ValueError('the DataLoaders normalize with other values than '
                          f'mean {mean} and std {std}, with which '
                          f'the weights {backbone.pretrained} of {backbone.name} were '
-                         'trained: make new DataLoaders, or keep theirs with normalize=False')
+                         'trained: create new DataLoaders, or keep these with normalize=False')
 
 # %% ../../nbs/imagenet/52_classifier.ipynb #81ab87de
 class ClassLearner(DistributedMixin, Learner):
@@ -160,7 +160,7 @@ def backbone_learner(
     dls, # fastai DataLoaders of images and classes
     backbone, # as in `classifier`
     pretrained=False, # as in `classifier`; then all but the head is frozen
-    n_out:int=None, # outputs; None: as many as the data have classes
+    n_out:int=None, # outputs; None: the number of classes in the data
     normalize:bool=True, # normalize as the weights expect, unless the DataLoaders do so already
     pool:str='avg', # as in `classifier`
     dropout:float=0., # as in `classifier`

@@ -41,7 +41,7 @@ def _is_linear(sd, record, channels):
     return len(shapes)==2 and [len(o) for o in shapes]==[1,2] and shapes[1]==(*shapes[0],channels)
 
 def _published_head(sd, record, channels):
-    "Weight and bias of the publisher's linear layer on the last map; raises ValueError for any other head."
+    "Returns weight and bias of the publisher's linear layer on the last map; raises ValueError for any other head."
     rest = _rest(sd, record)
     if not _is_linear(sd, record, channels): raise ValueError(f'the weights {record.tag!r} of {record.name} come with '
         f"{', '.join(f'{k} {tuple(v.shape)}' for k,v in rest.items()) or 'no classifier'}, expected one linear layer "
@@ -56,10 +56,10 @@ def published_classifier(
     pretrained=True, # True, a tag or a `WeightRecord`
 ): # classifier in evaluation mode, and the record of its weights
     "Returns a backbone with the head published with it, or the publisher's whole net."
-    if not has_backbone(name): create_backbone(name) # raises, suggesting the nearest names
+    if not has_backbone(name): create_backbone(name) # raises ValueError suggesting similar names
     record = pick_weights(name, pretrained)
     if not record.drop and not name.startswith('timm/'): raise ValueError(f'the weights {record.tag!r} of {name} are '
-        'of the backbone alone, so there is no classifier to measure: choose other weights, or train a classifier')
+        'of the backbone only, so there is no classifier to evaluate: choose other weights, or train a classifier')
     if name.startswith('timm/'):
         file = dict(file=str(fetch_weights(record)))
         net = timm.create_model(name.removeprefix('timm/'), pretrained=True, pretrained_cfg_overlay=file)
@@ -80,7 +80,7 @@ def published_classifier(
 def interpolation(
     record, # a `WeightRecord`
 ) -> str: # as torchvision spells it
-    "Returns the interpolation with which the publisher scaled images, or 'bilinear' if it is unknown."
+    "Returns the interpolation that the publisher resized images with, or 'bilinear' if it is unknown."
     if record.publisher=='timm':
         cfg = timm.get_pretrained_cfg((record.hub_id or record.name).rpartition('/')[2])
         return cfg.interpolation if cfg else 'bilinear'
@@ -92,9 +92,9 @@ def interpolation(
 def eval_tfm(
     record, # a `WeightRecord`
     size:int=None, # side of the crop, px; None: that of the record
-    resize:int=None, # the shorter side before the crop, px; None: that of the record, in proportion to `size`
+    resize:int=None, # the shorter side before the crop, px; None: that of the record, scaled with `size`
 ): # transform of a PIL image
-    "Returns the preprocessing with which weights are measured."
+    "Returns the preprocessing that weights are evaluated with."
     own = record.input_size or 224
     size = size or own
     resize = resize or round((record.resize_size or own/0.875)*size/own)
@@ -105,13 +105,13 @@ def eval_tfm(
 
 # %% ../../nbs/imagenet/108_evaluate.ipynb #3df49cb9
 def _eval_dl(
-    data, # folder with val in it, of images or of shards (or Kaggle's), or an address of shards
+    data, # folder with val in it, of images or of shards (or Kaggle's), or a URL of shards
     tfm, # that normalizes
-    bs:int=64, # of one process
+    bs:int=64, # per process
     workers:int=4, # reading processes, per process
     device=None, # None: fastai's default
 ): # FolderDL or ShardDL
-    "Returns a loader of the validation images alone."
+    "Returns a loader of the validation images."
     shards = join_url(data, 'val')
     kw = dict(bs=bs, num_workers=workers, after_batch=[to_float], device=torch.device(device or default_device()))
     if has_shards(shards): return ShardDL(ShardSet(shards, tfm), **kw)
@@ -124,17 +124,17 @@ def _class_numbers(
     vocab, # classes of the data
     n:int, # outputs of the net
 ) -> torch.Tensor: # (len(vocab),) int64
-    "Returns the output of each class; raises ValueError if the classes are not those of the net."
+    "Returns the output index of each class; raises ValueError if the classes are not those of the net."
     if n==len(vocab): return torch.arange(n)
     ids = sorted(synset_names())
     if n!=len(ids) or not set(vocab)<=set(ids): raise ValueError(f'got data of {len(vocab)} classes and a net of {n}: '
-        'give the data it was trained on, or synsets of ImageNet-1k and a net of its 1000 classes')
+        'pass the data it was trained on, or ImageNet-1k synsets and a net with its 1000 classes')
     return torch.tensor([ids.index(o) for o in vocab])
 
 # %% ../../nbs/imagenet/108_evaluate.ipynb #f5be1139
 @dataclass
 class _Evaluation:
-    "The measured accuracy of weights, beside the published one."
+    "The measured accuracy of weights and the published one."
     name:str
     tag:str
     top1:float # percent
@@ -178,12 +178,12 @@ def evaluate_imagenet(
     pretrained=True, # True, a tag or a `WeightRecord`
     size:int=None, # as for `eval_tfm`
     resize:int=None, # as for `eval_tfm`
-    bs:int=64, # of one process
-    workers:int=4, # that read, for each process
+    bs:int=64, # per process
+    workers:int=4, # per process
     device=None, # None: the GPU of this process, or fastai's default
     progress:bool=True, # show a bar
 ) -> _Evaluation:
-    "Measures published weights with the preprocessing they were published with."
+    "Evaluates published weights with the preprocessing that they were published with."
     device = join_processes(device)
     model,record = published_classifier(name, pretrained)
     tfm = eval_tfm(record, size, resize)

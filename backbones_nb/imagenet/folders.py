@@ -28,12 +28,12 @@ from ..data.images import load_image
 _synset = re.compile(r'n\d{8}')
 
 def _mapping(file):
-    "Kaggle's LOC_synset_mapping.txt, or torchvision's meta.bin."
+    "Reads Kaggle's LOC_synset_mapping.txt or torchvision's meta.bin."
     if file.suffix=='.bin': return {k:', '.join(v) for k,v in torch.load(file, weights_only=True)[0].items()}
     lines = [o.split(maxsplit=1) for o in file.read_text(encoding='utf-8').splitlines() if o.strip()]
     bad = [o for o in lines if len(o)<2 or not _synset.fullmatch(o[0])]
     if bad: raise ValueError(f'{file} has the line {" ".join(bad[0])!r}, expected "n01440764 tench, Tinca tinca": '
-        'give LOC_synset_mapping.txt')
+        'pass LOC_synset_mapping.txt')
     return dict(lines)
 
 @cache
@@ -41,13 +41,13 @@ def _imagenet_names(): return ImageNetInfo().label_descriptions(as_dict=True)
 
 def synset_names(
     path=None, # LOC_synset_mapping.txt, meta.bin, or a folder with one of them; None: ImageNet-1k's
-) -> dict: # synset id -> names of the thing, separated by commas
+) -> dict: # synset id -> comma-separated names
     "Returns the names of the synsets; raises FileNotFoundError or ValueError if `path` has no names."
     if path is None: return dict(_imagenet_names())
     path = Path(path)
     files = [path/o for o in ('LOC_synset_mapping.txt', 'meta.bin') if (path/o).is_file()] if path.is_dir() else [path]
     if not files or not files[0].is_file(): raise FileNotFoundError(f'found neither LOC_synset_mapping.txt '
-        f'nor meta.bin at {path}: give one of these files or its folder')
+        f'nor meta.bin at {path}: pass one of these files or its folder')
     return _mapping(files[0])
 
 # %% ../../nbs/imagenet/46_folders.ipynb #0179c07c
@@ -63,7 +63,7 @@ def _read_solution(
     path, # LOC_val_solution.csv
 ) -> dict: # image id -> synset
     "Returns the class of each image; raises FileNotFoundError or ValueError for any other file."
-    path,hint = Path(path),'give LOC_val_solution.csv of the Kaggle download'
+    path,hint = Path(path),'pass LOC_val_solution.csv from the Kaggle download'
     if not path.is_file(): raise FileNotFoundError(f'there is no file {path}: {hint}')
     try:
         with open(path, newline='', encoding='utf-8-sig') as f: rows = list(csv.DictReader(f))
@@ -74,7 +74,7 @@ def _read_solution(
         f'columns {columns}, expected ImageId and PredictionString: {hint}')
     pairs = [(o['ImageId'], (o['PredictionString'] or '').partition(' ')[0]) for o in rows]
     bad = [i for i,s in pairs if not i or not _synset.fullmatch(s)]
-    if bad: raise ValueError(f'{path} gives no synset for {len(bad)} images, the first is {bad[0]}: {hint}')
+    if bad: raise ValueError(f'{path} has no synset for {len(bad)} images, the first is {bad[0]}: {hint}')
     twice = [i for i,n in Counter(i for i,_ in pairs).items() if n>1]
     if twice: raise ValueError(f'{path} has {len(pairs)} rows, and {twice[0]} appears more than once: {hint}')
     return dict(pairs)
@@ -86,7 +86,7 @@ class _ValReport:
     moved: int # images moved into their class folders
     there: int # images that were there already
     missing: list # ids that are in the csv but not in the folder
-    foreign: list # other files and folders, left as they are
+    foreign: list # other files and folders, left alone
     dry_run: bool = False
 
     def __str__(self):
@@ -100,7 +100,7 @@ _suffixes = ('.jpeg', '.jpg', '.png')
 def _is_image(name): return name.lower().endswith(_suffixes) and not name.startswith('.')
 
 def _places(val_dir):
-    "Image id -> list of (class folder or '', file name), and the names of all other files."
+    "Returns image id -> list of (class folder or '', file name), and the names of all other files."
     places,foreign = {},[]
     def look(folder, entries):
         for o in entries:
@@ -117,16 +117,16 @@ def _refuse(solution, places, val_dir, val_solution, allow_missing):
     first = lambda xs: f'{len(xs)} images, such as {min(xs)}'
     if unknown := places.keys()-solution.keys():
         raise ValueError(f'{val_dir} has {first(unknown)}, that {val_solution} does not list: '
-                         'give the csv and the folder of the same images')
+                         'pass the csv and the folder of the same images')
     if twice := [k for k,v in places.items() if len(v)>1]:
         raise ValueError(f'{val_dir} has two files each for {first(twice)}: remove one of the two')
     if other := [k for k,((d,_),) in places.items() if d not in ('', solution[k])]:
-        raise ValueError(f'{val_solution} gives another class than the folder for {first(other)}: '
-                         'give the csv that they were sorted by')
+        raise ValueError(f'{val_solution} states another class than the folder for {first(other)}: '
+                         'pass the csv that they were sorted with')
     missing = sorted(solution.keys()-places.keys())
     if not places:
-        raise ValueError(f'{val_solution} lists {len(solution)} images and {val_dir} holds none of '
-                         'them: give the folder they are in, ILSVRC/Data/CLS-LOC/val, '
+        raise ValueError(f'{val_solution} lists {len(solution)} images, but {val_dir} contains none of '
+                         'them: pass the folder they are in, ILSVRC/Data/CLS-LOC/val, '
                          'or unpack the archive again')
     if missing and not allow_missing:
         raise ValueError(f'{val_solution} lists {len(solution)} images and {val_dir} is missing '
@@ -137,13 +137,13 @@ def _refuse(solution, places, val_dir, val_solution, allow_missing):
 def prepare_val(
     val_solution, # LOC_val_solution.csv
     val_dir, # ILSVRC/Data/CLS-LOC/val
-    dry_run:bool=False, # look and report, move nothing
+    dry_run:bool=False, # only report, move nothing
     allow_missing:bool=False, # continue if images that the csv lists are missing
 ) -> _ValReport:
     "Sorts validation images into class folders; raises ValueError before it moves anything."
     val_dir = Path(val_dir)
     if not val_dir.is_dir():
-        raise FileNotFoundError(f'there is no folder {val_dir}: give ILSVRC/Data/CLS-LOC/val')
+        raise FileNotFoundError(f'there is no folder {val_dir}: pass ILSVRC/Data/CLS-LOC/val')
     solution = _read_solution(val_solution)
     places,foreign = _places(val_dir)
     missing = _refuse(solution, places, val_dir, val_solution, allow_missing)
@@ -154,16 +154,16 @@ def prepare_val(
     return _ValReport(len(todo), len(places)-len(todo), missing, foreign, dry_run)
 
 def _move(src, dst):
-    "One atomic step: a kill leaves the file in the old place or in the new one."
+    "Moves a file atomically: if killed, it is in the old place or the new one."
     if dst.exists():
-        raise FileExistsError(f'{dst} has appeared beside {src}: remove one of the two')
+        raise FileExistsError(f'both {dst} and {src} exist: remove one of them')
     try: os.rename(src, dst)
     except FileNotFoundError:
         if not dst.exists(): raise # otherwise another process was faster
 
 # %% ../../nbs/imagenet/46_folders.ipynb #8e27d40b
 def imagenet_folders(
-    path, # Kaggle's folder, torchvision's, or any that has the two
+    path, # Kaggle's folder, torchvision's, or any that contains both
     train:str='train', # name of the folder
     valid:str='val', # name of the folder
 ) -> tuple: # Paths of training and validation
@@ -174,7 +174,7 @@ def imagenet_folders(
     for o in res:
         if not o.is_dir():
             raise FileNotFoundError(f'there is no folder {o}: '
-                                    f'give one that contains {train} and {valid}')
+                                    f'pass one that contains {train} and {valid}')
     return tuple(res)
 
 def scan_classes(

@@ -33,15 +33,15 @@ from ..learners.precision import DetectionPrecision
 # %% ../../nbs/imagenet/53_recipe.ipynb #5aab2d49
 @dataclass(frozen=True)
 class Recipe:
-    "The settings by which a classifier is trained, as data."
+    "The settings of a classifier's training run, as data."
     name:str
     source:str # where the row was read
     epochs:int = 100
-    bs:int = 1024 # images of one step, of all processes
+    bs:int = 1024 # images per step, in all processes
     lr:float = 0.5 # highest learning rate, for `bs`
     mom:float = 0.9 # momentum
     wd:float = 2e-5 # weight decay
-    no_decay:str = 'norm_bias' # what weight decay spares: '', 'norm' or 'norm_bias'
+    no_decay:str = 'norm_bias' # excluded from weight decay: '', 'norm' or 'norm_bias'
     warmup:float = 5 # epochs
     warmup_start:float = 0.01 # as a fraction of `lr`
     smoothing:float = 0.1 # of labels
@@ -58,7 +58,7 @@ class Recipe:
     ema_steps:int = 1 # optimizer steps from one update to the next
     amp:str = None # 'fp16', 'bf16' or None
     channels_last:bool = False
-    clip:float = None # largest norm of the gradient
+    clip:float = None # maximum norm of the gradient
 
     def __post_init__(self): _check_row(self)
 
@@ -74,7 +74,7 @@ _rules = ( # fields, a test, what is expected
     ('trivial channels_last', lambda v: isinstance(v, bool), 'True or False'),
     ('erase_value', lambda v: v=='random' or _number(v) or isinstance(v, (tuple,list)) and [*map(_number, v)]==[True]*3,
      "a number, three numbers, or 'random'"),
-    ('no_decay', lambda v: v in ('','norm','norm_bias'), "'', 'norm', or 'norm_bias' (what weight decay spares)"),
+    ('no_decay', lambda v: v in ('','norm','norm_bias'), "'', 'norm', or 'norm_bias' (excluded from weight decay)"),
     ('amp', lambda v: v in ('fp16','bf16'), "'fp16', 'bf16', or None"))
 
 def _check_row(r):
@@ -110,7 +110,7 @@ def recipe(
 
 def recipe_table(
     *rows, # `Recipe`s; none: all of `recipes`
-) -> pd.DataFrame: # a line per field, a column per recipe
+) -> pd.DataFrame: # a row per field, a column per recipe
     "Returns recipes side by side."
     rows = rows or tuple(recipes.values())
     table = pd.DataFrame([asdict(r) for r in rows], [r.name for r in rows], dtype=object)
@@ -134,14 +134,14 @@ def recipe_args(
     world_size:int=1, # processes
     accum_steps:int=1, # batches accumulated per step
 ) -> dict:
-    "Returns loss, optimizer, rate and weight decay of a recipe, as arguments of a Learner."
+    "Returns loss, optimizer, learning rate and weight decay of a recipe, as arguments of a Learner."
     r = recipe(r)
     return dict(loss_func=smooth_loss(r.smoothing), opt_func=sgd(r.mom),
                 lr=scale_lr(r.lr, r.bs, bs, world_size, accum_steps), wd=r.wd, wd_bn_bias=True)
 
 # %% ../../nbs/imagenet/53_recipe.ipynb #f13e202d
 class _RecipeTransform(RandTransform):
-    "A recipe's transforms for fastai's own loaders, as `item_tfms`, of training and of validation."
+    "A recipe's transforms for fastai's own loaders, as `item_tfms` for training and validation."
     split_idx = None # both
     def __init__(self,
         r, # a `Recipe` or the name of one
@@ -191,20 +191,20 @@ def _check_learner(learn, r, bs):
     if wrong: raise ValueError(f'got a learner with {type(wrong[0]).__name__}, expected cross-entropy with one label '
         'per image: for other losses use the parts of a recipe one by one, such as WarmupCosine and NoDecay')
     if r.amp and any(type(o) is MixedPrecision for o in learn.cbs): raise ValueError(f'got a learner with '
-        f'MixedPrecision and a recipe with amp={r.amp!r}, expected one of the two: call learn.to_fp32() first')
+        f'MixedPrecision and a recipe with amp={r.amp!r}, expected only one of them: call learn.to_fp32() first')
     if not bs: raise ValueError(f'the batch size of the training loader ({type(learn.dls.train).__name__}) is unknown, '
         'and the learning rate depends on it: pass bs')
 
 # %% ../../nbs/imagenet/53_recipe.ipynb #6ada7627
 def apply_recipe(
-    learn, # a Learner; its loaders have the recipe's transforms already
+    learn, # a Learner whose loaders already have the recipe's transforms
     r, # a `Recipe` or the name of one
     bs:int=None, # images of a batch, in one process; None: those of the training loader
     world_size:int=None, # processes; None: the running ones
     accum_steps:int=1, # batches accumulated per step
     seed:int=None, # order with repeated augmentation; None: that of the training loader, or 0
 ): # the learner, ready for `learn.fit(r.epochs)`
-    "Gives a learner a recipe's loss, optimizer, schedule and tricks; replaces an earlier recipe."
+    "Sets a learner's loss, optimizer, schedule and tricks to a recipe's; replaces an earlier recipe."
     r = recipe(r)
     dl = learn.dls.train
     bs = bs or getattr(dl, 'bs', getattr(dl, 'batch_size', None))

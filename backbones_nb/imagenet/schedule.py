@@ -22,7 +22,7 @@ def warmup_cosine(
     peak, # learning rate at the end of the warm-up; or one per parameter group, an array
     warmup:float, # fraction of training that warms up, from 0 to less than 1
     start:float=0.01, # first rate, as a fraction of `peak`
-): # function: fraction of training that is done -> learning rate
+): # function: fraction of training completed -> learning rate
     "Returns a linear rise from `start*peak` to `peak`, then half a cosine down to 0."
     if not 0<=warmup<1:
         raise ValueError(f'got warmup={warmup}, expected a fraction of training, from 0 to less '
@@ -32,7 +32,7 @@ def warmup_cosine(
 
 # %% ../../nbs/imagenet/105_schedule.ipynb #9f9a761f
 class WarmupCosine(ParamScheduler):
-    "Sets the learning rate of every step by `warmup_cosine`; the length is that of the fit."
+    "Sets the learning rate of every step with `warmup_cosine`, over the length of the fit."
     def __init__(self,
         peak=None, # highest learning rate; None: that of the fit, or the learner's
         warmup:float=5, # epochs
@@ -64,7 +64,7 @@ class WarmupCosine(ParamScheduler):
 
 # %% ../../nbs/imagenet/105_schedule.ipynb #e8fcd29e
 def scale_lr(
-    lr:float, # learning rate that belongs to `base_bs`
+    lr:float, # learning rate for `base_bs`
     base_bs:int, # images per step that it was found for
     bs:int, # images of a batch, in one process
     world_size:int=1, # processes
@@ -82,18 +82,18 @@ _norms = (nn.modules.batchnorm._NormBase, # batch, sync, instance
 
 def no_decay_params(
     model:nn.Module,
-    bias:bool=True, # biases of all layers too
+    bias:bool=True, # also biases of all layers
 ) -> list: # parameters
-    "Returns the parameters that weight decay should spare: those of norms, and biases."
+    "Returns the parameters to exclude from weight decay: those of norms, and biases."
     norms = [m for m in model.modules() if isinstance(m, _norms)]
     res = {id(p):p for m in norms for p in m.parameters(recurse=False)}
     if bias: res |= {id(p):p for n,p in model.named_parameters() if n.split('.')[-1]=='bias'}
     return list(res.values())
 
 class NoDecay(Callback):
-    "Keeps weight decay off norms and biases; needs a learner with `wd_bn_bias=True`."
+    "Excludes norms and biases from weight decay; needs a learner with `wd_bn_bias=True`."
     def __init__(self,
-        bias:bool=True, # biases of all layers too
+        bias:bool=True, # also biases of all layers
     ): self.bias = bias
 
     def before_train(self):

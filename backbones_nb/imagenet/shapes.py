@@ -50,7 +50,7 @@ def draw_shape(
 
 # %% ../../nbs/imagenet/109_shapes.ipynb #2339828c
 class ShapeSet:
-    "`n` drawings, their classes in turn."
+    "`n` drawings with alternating classes."
     def __init__(self,
         n:int, # images
         tfm, # of a PIL image
@@ -81,7 +81,7 @@ def shape_dls(
 def tiny_net(
     width:int=16, # channels of the first convolution
 ) -> nn.Sequential: # (B,3,H,W) -> (B,4) logits
-    "Returns three convolutions with batch norm, and a linear layer; always with the same weights."
+    "Returns three convolutions with batch norm and a linear layer, always with the same weights."
     torch.manual_seed(0)
     def conv(ni, nf): return [nn.Conv2d(ni, nf, 3, 2, 1, bias=False), nn.BatchNorm2d(nf), nn.ReLU()]
     return nn.Sequential(*conv(3, width), *conv(width, 2*width), *conv(2*width, 4*width),
@@ -93,7 +93,7 @@ def quiet_learner(
     cbs=(), # callbacks
     **kwargs, # for fastai's `Learner`
 ) -> Learner:
-    "Returns a learner with momentum SGD and a rate of 0.05 that prints nothing."
+    "Returns a learner with momentum SGD and a learning rate of 0.05 that prints nothing."
     loss = CrossEntropyLossFlat(flatten=False)
     opt = partial(SGD, mom=0.9, decouple_wd=False)
     kwargs = dict(loss_func=loss, opt_func=opt, lr=0.05, metrics=accuracy) | kwargs
@@ -104,7 +104,7 @@ def quiet_learner(
 
 # %% ../../nbs/imagenet/109_shapes.ipynb #66af077b
 class StepLog(Callback):
-    "Keeps the weights, the rate, the norm of the gradient and the batch of each step."
+    "Records the weights, learning rate, gradient norm and batch of each step."
     order,run_valid = 99,False
     def before_fit(self): self.weights,self.rates,self.norms,self.batches = [],[],[],[]
 

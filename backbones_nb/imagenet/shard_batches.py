@@ -29,9 +29,9 @@ from .streams import as_url_or_path, join_url, read_index, read_samples
 class ShardSet(ClassSet):
     "The samples of a folder of shards."
     def __init__(self,
-        folder, # of `write_shards`, or its address
-        tfm, # as for `ClassSet`
-        names=None, # as for `ClassSet`
+        folder, # written by `write_shards`, or its URL
+        tfm, # see `ClassSet`
+        names=None, # see `ClassSet`
     ):
         self.folder = as_url_or_path(folder)
         self.index = read_index(folder)
@@ -56,13 +56,13 @@ class ShardDL(RankedDL):
     "A loader of shards: every worker of every process reads its own range of samples."
     def __init__(self,
         dataset, # a `ShardSet`
-        bs:int=64, # of one process
-        buffer:int=1000, # encoded samples of a worker from which training draws the next one
+        bs:int=64, # per process
+        buffer:int=1000, # size of a worker's shuffle buffer of encoded samples
         **kwargs, # for `RankedDL`
     ):
         super().__init__(dataset, bs=bs, **kwargs)
         self.buffer = buffer
-        self.n = None # there are no numbers to shuffle
+        self.n = None # there are no indices to shuffle
 
     def new(self, dataset=None, cls=None, **kwargs):
         return super().new(dataset, cls, **dict(buffer=self.buffer)|kwargs)
@@ -70,7 +70,7 @@ class ShardDL(RankedDL):
     def get_idxs(self): return list(range(*self.share())) # only their number matters
 
     def sample_range(self, worker, workers):
-        "Returns a worker's first sample, the one after its last, and how many of them to skip."
+        "Returns a worker's first sample, one past its last, and how many of them to skip."
         n = len(self)
         size = n*self.bs
         lo,hi = (self.rank*size, (self.rank+1)*size) if self.drop_last else self.share()
@@ -98,15 +98,15 @@ def make_batches(self:ShardDL, samps):
 
 # %% ../../nbs/imagenet/79_shard_batches.ipynb #db938c35
 def shard_dls(
-    path, # folder with the two folders of shards, or its address, as for `as_url_or_path`
+    path, # folder with the two folders of shards, or its URL, see `as_url_or_path`
     size:int=224, # side of the images in a batch, pixels
-    bs:int=64, # of one process
+    bs:int=64, # per process
     train='train', # name of the folder
     valid='val', # name of the folder
-    tfms=None, # of training, of validation: each takes a PIL image; None: `plain_tfms(size)`
+    tfms=None, # for training and for validation, of a PIL image; None: `plain_tfms(size)`
     mean=IMAGENET_MEAN, # of the normalization, for RGB in [0,1]; None: none
     std=IMAGENET_STD, # of the normalization
-    names=None, # class -> what is shown for it; None: those of `find_names`, or of ImageNet-1k for an address
+    names=None, # class -> display name; None: those of `find_names`, or of ImageNet-1k for a URL
     **kwargs, # for `class_dls`, as in `folder_dls`; for `ShardDL`: buffer, seed, num_workers, ...
 ) -> ClassDataLoaders:
     "Returns loaders of streamed shards; raises ImportError, FileNotFoundError, or ValueError."

@@ -25,10 +25,10 @@ from .folders import scan_classes
 # %% ../../nbs/imagenet/47_shards.ipynb #29a8e95d
 def plan_shards(
     sizes, # bytes of each sample, array (N,)
-    order, # numbers of the samples in the order in which they are written, array (N,)
+    order, # indices of the samples in the order in which they are written, array (N,)
     maxcount:int, # samples in a shard
-    maxsize:int, # bytes in a shard; a larger sample has a shard of its own
-) -> list: # arrays of sample numbers, one for each shard
+    maxsize:int, # bytes in a shard; a larger sample gets its own shard
+) -> list: # arrays of sample indices, one for each shard
     "Returns which samples go into each shard."
     cuts,count,total = [],0,0
     for k,size in enumerate(sizes[order].tolist()):
@@ -46,7 +46,7 @@ def _put_index(out, index):
     with write_whole(out/index_name) as part: part.write_text(json.dumps(index, indent=1))
 
 def webdataset():
-    "Returns the library; raises ImportError that says how to install it."
+    "Returns the library; raises ImportError with the command that installs it."
     try: import webdataset
     except ImportError as e: raise ImportError('shards are written and read by webdataset, which is not installed: '
         'pip install webdataset') from e
@@ -54,7 +54,7 @@ def webdataset():
 
 # %% ../../nbs/imagenet/47_shards.ipynb #3b2a4ec6
 def _write_one(job, folder, classes, files, labels):
-    "Writes a shard that does not exist yet; `job` is its path and the numbers of its samples."
+    "Writes a shard that does not exist yet; `job` is its path and the indices of its samples."
     path,numbers = job
     def write(tar):
         for i in numbers:
@@ -71,24 +71,24 @@ def _write_one(job, folder, classes, files, labels):
 
 # %% ../../nbs/imagenet/47_shards.ipynb #3e53aac5
 def _start(out, fingerprint):
-    "Makes `out`, or returns the index of one begun in the same way; raises ValueError otherwise."
+    "Creates `out`, or returns the index of one started with the same arguments; raises ValueError otherwise."
     if (out/index_name).exists():
         index = json.loads((out/index_name).read_text())
         if index.get('fingerprint')!=fingerprint:
-            raise ValueError(f'{out} holds shards of other images or other arguments: '
-                             'give an empty folder')
+            raise ValueError(f'{out} holds shards of other images or with other arguments: '
+                             'pass an empty folder')
         return index
     if out.exists() and any(o.suffix!='.part' for o in out.iterdir()):
-        raise ValueError(f'{out} holds other files: give an empty folder')
+        raise ValueError(f'{out} holds other files: pass an empty folder')
     out.mkdir(parents=True, exist_ok=True)
     _put_index(out, dict(fingerprint=fingerprint, complete=False))
 
 # %% ../../nbs/imagenet/47_shards.ipynb #f9c38c7e
 def damaged_shards(
-    folder, # of `write_shards`
+    folder, # written by `write_shards`
     index:dict, # its index
 ) -> list: # (path, bytes, expected bytes)
-    "Returns the shards that are missing or cut off."
+    "Returns the shards that are missing or truncated."
     files = [(folder/o['name'], o['bytes']) for o in index['shards']]
     sizes = [(f, f.stat().st_size if f.exists() else 0, n) for f,n in files]
     return [o for o in sizes if o[1]!=o[2]]
@@ -96,10 +96,10 @@ def damaged_shards(
 # %% ../../nbs/imagenet/47_shards.ipynb #8996cbf8
 def write_shards(
     folder, # one folder of images for each class
-    out, # folder for the shards; one that was begun with the same arguments is continued
+    out, # folder for the shards; one that was started with the same arguments is continued
     maxcount:int=1000, # samples in a shard
     maxsize:int=200_000_000, # bytes of images in a shard
-    seed:int=0, # of the order, which is shuffled once for all
+    seed:int=0, # of the order, which is shuffled once
     workers:int=1, # threads, one shard each
     progress:bool=True, # show a bar
 ) -> dict: # the index: classes, count, seed, shards with count and bytes

@@ -26,53 +26,53 @@ from .shards import damaged_shards, index_name, webdataset
 
 # %% ../../nbs/imagenet/78_streams.ipynb #895296de
 def as_url_or_path(
-    path, # path or address: 'https://host/imagenet', 'pipe:aws s3 cp s3://bucket/imagenet/{} -'
-): # Path on this machine, also for file://; otherwise the address
-    "Returns a path or an address; raises ValueError for an unknown scheme, or an address in a Path."
+    path, # path or URL: 'https://host/imagenet', 'pipe:aws s3 cp s3://bucket/imagenet/{} -'
+): # Path on this machine, also for file://; otherwise the URL
+    "Returns a path or a URL; raises ValueError for an unknown scheme, or a URL in a Path."
     if not isinstance(path, str):
         if re.match('pipe:|[a-z]{2,}:/', str(path)): raise ValueError(f'got the Path {path}, expected a string: '
-            'a Path drops one slash of an address')
+            'a Path drops one slash of a URL')
         return Path(path)
     kind = re.match(r'(pipe):|([a-z][a-z0-9+.-]+)://', path, re.I)
     if not kind: return Path(path)
     kind = (kind[1] or kind[2]).lower()
     if kind=='file': return Path(url2pathname(urlsplit(path).path))
     if kind not in ('https','http','gs','hf','pipe') or (kind=='pipe' and '{}' not in path): raise ValueError(
-        f"got {path!r}, expected a folder, an address that begins with https://, http://, file://, gs:// or hf://, or "
-        "a command with {} where names belong, such as 'pipe:aws s3 cp s3://bucket/imagenet/{} -'")
+        f"got {path!r}, expected a folder, a URL that starts with https://, http://, file://, gs:// or hf://, or "
+        "a command with {} in place of names, such as 'pipe:aws s3 cp s3://bucket/imagenet/{} -'")
     return path
 
 # %% ../../nbs/imagenet/78_streams.ipynb #4cdba462
 def join_url(
-    base, # as for `as_url_or_path`
+    base, # see `as_url_or_path`
     name:str, # of a file or a folder in it
-): # Path or address
-    "Returns the path or address of `name` in `base`."
+): # Path or URL
+    "Returns the path or URL of `name` in `base`."
     base = as_url_or_path(base)
     if isinstance(base, Path): return base/name
     return base.replace('{}', f'{name}/{{}}') if '{}' in base else f"{base.rstrip('/')}/{name}"
 
 def has_shards(
-    path, # as for `as_url_or_path`
+    path, # see `as_url_or_path`
 ) -> bool:
-    "Returns whether a folder holds shards; always True for an address, where nothing else is read."
+    "Returns whether a folder contains shards; always True for a URL, where nothing else is read."
     at = join_url(path, index_name)
     return not isinstance(at, Path) or at.exists()
 
 def _shown(url): return str(url).replace('/{}', '')
 
 # %% ../../nbs/imagenet/78_streams.ipynb #98886b81
-TIMEOUT_S = 30 # seconds without an answer, or a byte, after which a connection counts as broken
+TIMEOUT_S = 30 # seconds without a response or a byte after which a connection counts as broken
 
 def _open(url, at=0):
-    "A stream of bytes; from byte `at` on if the server can do that."
+    "Returns a stream of bytes, from byte `at` on if the server supports that."
     if isinstance(url, Path): return open(url, 'rb')
     if not re.match('https?:', url, re.I): return webdataset().gopen(_shown(url))
     headers = {'User-Agent':'backbones-nb'} | ({'Range':f'bytes={at}-'} if at else {})
     return urlopen(Request(_shown(url), headers=headers), timeout=TIMEOUT_S)
 
 def _one_line(e):
-    "An exception in one line; webdataset adds its own arguments, and where it came from."
+    "Returns an exception on one line, without the arguments and the source that webdataset adds."
     text = str(e) if isinstance(e, (HTTPError,IncompleteRead)) else getattr(e, 'reason', None) or \
         getattr(e, 'strerror', None) or next(iter(e.args), type(e).__name__)
     code = re.search(r': (exit -?\d+) \(read\)', str(text)) # of a command, after all its arguments
@@ -80,30 +80,30 @@ def _one_line(e):
 
 # %% ../../nbs/imagenet/78_streams.ipynb #3a4eb8e8
 def _fetch(at):
-    "The bytes of an index."
+    "Returns the bytes of an index."
     try:
         with closing(_open(at)) as f: return f.read(1<<26)
     except (OSError, HTTPException, ValueError) as e:
         if isinstance(e, (FileNotFoundError,NotADirectoryError)) or getattr(e, 'code', 0) in (404,410):
-            raise FileNotFoundError(f'there is no {_shown(at)}: give a folder written by write_shards, or its '
-                                    'address') from e
+            raise FileNotFoundError(f'there is no {_shown(at)}: pass a folder written by write_shards, or its '
+                                    'URL') from e
         if isinstance(at, Path): raise
         raise ConnectionError(f'{_shown(at)} cannot be fetched ({_one_line(e)}): '
-                              'check the address and the network') from e
+                              'check the URL and the network') from e
 
 def _parse(data, at):
-    "The index in some bytes; raises ValueError if they are anything else."
+    "Returns the index in some bytes; raises ValueError if they are anything else."
     try:
         index = json.loads(data)
         good = not index['complete'] or index['classes'] and index['count']==sum(o['count'] for o in index['shards']) \
             and all(re.fullmatch(r'\w[\w.-]*', o['name'], re.A) and o['bytes']>0 for o in index['shards'])
     except (ValueError, KeyError, TypeError): good = False
-    if not good: raise ValueError(f'{at} is not an index of shards: give a folder written by write_shards')
+    if not good: raise ValueError(f'{at} is not an index of shards: pass a folder written by write_shards')
     return index
 
 # %% ../../nbs/imagenet/78_streams.ipynb #e9e63065
 class _Stream:
-    "The bytes of a path or an address, opened again and continued if they stop early."
+    "The bytes of a path or a URL, reopened and continued if they stop early."
     def __init__(self, url, size):
         self.url,self.size = url,size
         self.at,self.failed,self.stream = 0,0,None
@@ -125,7 +125,7 @@ class _Stream:
 # %% ../../nbs/imagenet/78_streams.ipynb #0659c1ae
 @patch
 def read(self:_Stream, n):
-    "The next bytes, at most `n`; none at the end."
+    "Returns the next bytes, at most `n`; none at the end."
     while True:
         try:
             if self.stream is None: self.open()
@@ -145,8 +145,8 @@ def read(self:_Stream, n):
 
 # %% ../../nbs/imagenet/78_streams.ipynb #a9fe6496
 def read_index(
-    folder, # of `write_shards`, or its address
-) -> dict: # as `write_shards` returns it
+    folder, # written by `write_shards`, or its URL
+) -> dict: # the output of `write_shards`
     "Returns the index of shards; raises FileNotFoundError, ConnectionError, or ValueError."
     at = join_url(folder, index_name)
     index = _parse(_fetch(at), _shown(at))
@@ -159,17 +159,17 @@ def read_index(
 
 # %% ../../nbs/imagenet/78_streams.ipynb #a43086f8
 def _samples(url, stream):
-    "webdataset's samples of an open tar file."
+    "Returns webdataset's samples of an open tar file."
     from webdataset.tariterators import group_by_keys, tar_file_expander
     return group_by_keys(tar_file_expander([dict(url=_shown(url), stream=stream)]))
 
 def read_shard(
-    path, # a tar file, or its address
+    path, # a tar file, or its URL
     start:int, # first sample
-    stop:int, # the one after the last
-    size:int=None, # expected bytes; None: not known
+    stop:int, # one past the last
+    size:int=None, # expected bytes; None: unknown
 ): # iterator over dicts of bytes: `jpg`, `cls`, `json`; and `__key__`, `__url__`
-    "Streams samples of a shard; raises ValueError if it is missing, cut off, or not a tar file."
+    "Streams samples of a shard; raises ValueError if it is missing, truncated, or not a tar file."
     path = as_url_or_path(path)
     got,again = start,'copy it again, or run write_shards again'
     try:
@@ -183,13 +183,13 @@ def read_shard(
 
 # %% ../../nbs/imagenet/78_streams.ipynb #ee07c5d3
 def read_samples(
-    folder, # of `write_shards`, or its address
+    folder, # written by `write_shards`, or its URL
     index:dict, # its index
     start:int, # first sample, counted over all shards
-    stop:int, # the one after the last
-    order=None, # numbers of the shards in reading order; None: as they were written
-): # iterator over samples, as those of `read_shard`
-    "Streams a range of samples, and opens only the shards that it touches."
+    stop:int, # one past the last
+    order=None, # indices of the shards in reading order; None: as they were written
+): # iterator over samples, see `read_shard`
+    "Streams a range of samples, opening only the shards that it needs."
     end = 0
     for i in range(len(index['shards'])) if order is None else order:
         shard = index['shards'][i]

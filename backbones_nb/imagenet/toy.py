@@ -87,8 +87,8 @@ def _draw_synset(
     synset:str, # id, one of `toy_synsets`
     rng, # numpy Generator
     size:int=96, # shorter side, pixels
-) -> Image.Image: # RGB, one thing on a colored background
-    "Returns a drawing of one thing at a random place, size, angle, and brightness."
+) -> Image.Image: # RGB, one object on a colored background
+    "Returns a drawing of one object with random position, size, angle, and brightness."
     w,h = (int(size*o) for o in rng.permutation([1, rng.uniform(1, 1.4)]))
     ground = Image.fromarray(rng.integers(40, 216, (4,4,3), np.uint8))
     ground = ground.resize((w,h), Image.Resampling.BICUBIC)
@@ -140,12 +140,12 @@ def _draw_all(root, synsets, per_class, val_per_class, test, seed, size):
 
 # %% ../../nbs/imagenet/77_toy.ipynb #0b8df42d
 def toy_imagenet(
-    dest, # folder to make; a finished one with the same arguments is kept
+    dest, # folder to create; a finished one with the same arguments is kept
     n_classes:int=20, # the first of `toy_synsets`
     per_class:int=20, # training images of each class
     val_per_class:int=5, # validation images of each class
     test:int=10, # images without a label
-    seed:int=0, # the same seed gives the same images
+    seed:int=0, # the same seed draws the same images
     size:int=96, # shorter side, pixels
 ) -> Path: # `dest`
     "Draws a small ImageNet in Kaggle's layout; raises ValueError if the folder holds other files."
@@ -156,7 +156,7 @@ def toy_imagenet(
     args = dict(n_classes=n_classes, per_class=per_class, val_per_class=val_per_class, test=test, seed=seed, size=size)
     if (dest/mark).exists() and json.loads((dest/mark).read_text())==args: return dest
     if dest.exists() and any(dest.iterdir()): raise ValueError(f'{dest} holds other files, expected an empty folder or '
-        f'a toy ImageNet with {args}: give another folder, or remove this one')
+        f'a toy ImageNet with {args}: pass another folder, or remove this one')
     with write_whole(dest) as part:
         _draw_all(part, sorted(toy_synsets)[:n_classes], **{k:v for k,v in args.items() if k!='n_classes'})
         (part/mark).write_text(json.dumps(args))

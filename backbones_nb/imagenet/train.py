@@ -57,22 +57,22 @@ def plan(
 
 # %% ../../nbs/imagenet/58_train.ipynb #2db6786f
 def _open_imagenet(
-    data, # folder with class folders or shards in train and val (or Kaggle's), or an address of shards
-    tfms, # of training and of validation, as of `recipe_tfms`
-    bs:int, # of one process
+    data, # folder with class folders or shards in train and val (or Kaggle's), or a URL of shards
+    tfms, # for training and validation, from `recipe_tfms`
+    bs:int, # per process
     workers:int=0, # reading processes, per training process
     **kwargs, # for `folder_dls` or `shard_dls`
 ): # ClassDataLoaders
-    "Returns loaders of folders or of shards, whichever exist; the transforms have to normalize."
+    "Returns loaders of folders or shards, whichever exist; the transforms must normalize."
     data = as_url_or_path(data)
     if isinstance(data, Path) and not data.is_dir():
-        raise FileNotFoundError(f'there is no folder {data}: give one that contains train and val')
+        raise FileNotFoundError(f'there is no folder {data}: pass one that contains train and val')
     make = shard_dls if has_shards(join_url(data, 'train')) else folder_dls
     return make(data, bs=bs, tfms=tfms, normalized=True, num_workers=workers, **kwargs)
 
 # %% ../../nbs/imagenet/58_train.ipynb #9f22a81f
 def _measure(learn):
-    "Loss and accuracy of the net and of its average, in float32."
+    "Returns loss and accuracy of the net and of its average, in float32."
     ema = find_ema(learn)
     net = learn.model
     res = {}
@@ -89,9 +89,9 @@ def _save_run(
     learn, # a Learner
     out:Path, # folder
     weights:str, # 'safetensors' or 'pth'
-    **facts, # that metrics.json holds
-) -> dict: # what metrics.json holds
-    "Measures net and average and writes results and weights; every process has to call it."
+    **facts, # for metrics.json
+) -> dict: # the content of metrics.json
+    "Evaluates net and average and writes results and weights; every process must call it."
     res = _measure(learn) | facts | dict(images=len(learn.dls.valid.dataset),
         versions={o:version(o) for o in ('torch', 'torchvision', 'timm', 'fastai', 'backbones-nb')})
     if rank_distrib(): return res
@@ -106,19 +106,19 @@ def _save_run(
 # %% ../../nbs/imagenet/58_train.ipynb #651628fc
 @dataclass(frozen=True)
 class TrainConfig:
-    "Settings of a training run besides its recipe; raises ValueError for impossible ones."
+    "Settings of a training run besides its recipe; raises ValueError for invalid ones."
     bs:int = 64 # images per batch, in one process
-    lr:float = None # highest learning rate; default: that of the recipe, scaled to the images of a step
-    pretrained:str = False # begin with published weights: True or a tag
+    lr:float = None # peak learning rate; by default that of the recipe, scaled to the images per step
+    pretrained:str = False # start from published weights: True or a tag
     accum_steps:int = 1 # batches accumulated per step
-    workers:int = 4 # processes that read images, per training process
-    seed:int = 0 # of the weights, the order and the augmentation
-    resume:bool = True # continue from a checkpoint in `out` (if not, such a folder is refused)
-    every:int = 1000 # batches between checkpoints, besides the one at the end of each epoch
+    workers:int = 4 # processes that load images, per training process
+    seed:int = 0 # random seed for the weights, the order and the augmentation
+    resume:bool = True # resume from the checkpoint in the output folder; --no-resume stops if there is one
+    every:int = 1000 # batches between checkpoints, besides the one after each epoch
     sync_bn:bool = False # batch norm over the images of all processes, on CUDA
     log:str = 'csv' # 'csv', 'tensorboard', 'wandb', 'mlflow' or 'trackio'
     weights:str = 'safetensors' # file format of the weights, 'safetensors' or 'pth'
-    device:str = None # where to compute, such as cpu or cuda:1; default: the GPU of this process, or fastai's default
+    device:str = None # such as cpu or cuda:1; by default the GPU of this process, or fastai's default
 
     def __post_init__(self):
         if self.log not in log_names: raise ValueError(f"got log={self.log!r}, expected one of {', '.join(log_names)} "
@@ -128,7 +128,7 @@ class TrainConfig:
 
 # %% ../../nbs/imagenet/58_train.ipynb #37f99b61
 def _make_learner(data, backbone, r, config, device, cbs):
-    "The learner before its training run."
+    "Returns the learner before training."
     world_size = num_distrib() or 1
     set_seed(config.seed)
     body = create_backbone(backbone, pretrained=config.pretrained) if isinstance(backbone, str) else backbone
@@ -140,26 +140,26 @@ def _make_learner(data, backbone, r, config, device, cbs):
     learn = backbone_learner(dls, body, metrics=[TopK(1), TopK(5)], cbs=ema + list(cbs), **args)
     for o in ema: o.swap = False
     learn.unfreeze()
-    set_seed(config.seed) # whatever the net has drawn
+    set_seed(config.seed) # independent of the net's random numbers
     return learn
 
 # %% ../../nbs/imagenet/58_train.ipynb #61ca03be
 def _open_run(out, resume):
-    "The run's folder, if it may be used."
+    "Returns the run's folder if it may be used."
     out = Path(out)
     if not resume and (out/'checkpoint.pt').exists():
-        raise ValueError(f'{out} holds a checkpoint: continue it with '
-        'resume=True, or give another folder')
+        raise ValueError(f'{out} contains a checkpoint: continue with '
+        'resume=True, or pass another folder')
     return out
 
 def _run_facts(backbone, r, config, data):
-    "What a run is, in values that can be written; a checkpoint holds them under these names."
+    "Returns what identifies a run, in serializable values; checkpoints store them under these names."
     name = backbone if isinstance(backbone, str) else getattr(backbone, 'name', None) or type(backbone).__name__
     return dict(backbone=name, recipe=asdict(r), pretrained=getattr(config.pretrained, 'tag', config.pretrained),
                 bs=config.bs, lr=config.lr, acc=config.accum_steps, seed=config.seed, sync_bn=config.sync_bn, data=data)
 
 def _data_facts(dls):
-    "What the images of a run are, so that it is not resumed with others."
+    "Returns what identifies the images of a run, so that it is not resumed with others."
     def one(dl):
         ds = dl.dataset
         files = ds.index['fingerprint'] if isinstance(dl, ShardDL) else \
@@ -175,14 +175,14 @@ def _fit(learn, r, config, cbs):
 # %% ../../nbs/imagenet/58_train.ipynb #c912bdd3
 @delegates(TrainConfig, keep=True)
 def train_imagenet(
-    data, # folder of images or of shards, as for `_open_imagenet`
-    out, # folder for results, made if it does not exist
+    data, # folder or URL, see `_open_imagenet`
+    out, # output folder, created if it does not exist
     backbone='vovnet39', # a name, or a backbone
     recipe='vt_small', # name of a row of `recipes`, or a `Recipe`
     cbs=(), # more fastai callbacks
     **kwargs, # fields of `TrainConfig`; and for `plan`: epochs, size, ema, amp, channels_last, all fields of the recipe
-) -> Learner: # with `results`, which metrics.json holds too
-    "Trains a classifier, resumes after an interruption, measures it, and writes everything into `out`."
+) -> Learner: # with `results`, also in metrics.json
+    "Trains a classifier, resumes after an interruption, evaluates it, and writes everything to `out`."
     fields = TrainConfig.__dataclass_fields__
     config = TrainConfig(**{k:v for k,v in kwargs.items() if k in fields})
     r = plan(recipe, **{k:v for k,v in kwargs.items() if k not in fields})

@@ -14,7 +14,7 @@ from torch import Tensor
 
 # %% ../../nbs/learners/115_baseline.ipynb #84025191
 class _MeanBoxDetector:
-    "Predicts the same relative box and the same class for every image: what a detector must beat."
+    "Predicts the same relative box and the same class for every image: a baseline to beat."
     def __init__(self,
         box, # (4,) xyxy in [0,1], relative to width and height
         label:int, # class id, from 1
@@ -23,7 +23,7 @@ class _MeanBoxDetector:
         self.label = label
 
     def __call__(self,
-        images, # images (3,H,W) or a batch (B,3,H,W), sizes (H,W), or records
+        images, # images (3,H,W), a batch (B,3,H,W), sizes (H,W), or records
     ) -> list: # one detection per image, score 1
         "Returns one dict of boxes (1,4), labels (1,) and scores (1,) per image."
         def one(o):
@@ -40,7 +40,7 @@ class _MeanBoxDetector:
 def mean_box_detector(
     train, # records: `size` (height, width), `boxes` (N,4) xyxy px, `labels` (N,)
 ) -> _MeanBoxDetector:
-    "Returns the detector of the mean relative box and the most frequent class."
+    "Returns a detector that predicts the mean relative box and the most frequent class."
     boxes,labels = [],[]
     for r in train:
         h,w = r.size
@@ -48,5 +48,5 @@ def mean_box_detector(
         boxes.append(b/torch.tensor([w,h,w,h]))
         labels += np.asarray(r.labels, int).tolist()
     if not labels: raise ValueError(f'got {len(boxes)} records without a single box: '
-        'give records that have some')
+        'pass records with boxes')
     return _MeanBoxDetector(torch.cat(boxes).mean(0), int(np.bincount(labels).argmax()))

@@ -26,7 +26,7 @@ from .ema import find_ema
 
 # %% ../../nbs/learners/153_checkpoint.ipynb #c1282dc2
 def _rng_state() -> dict: # plain values and tensors
-    "Returns the state of the random numbers of torch, of the current GPU, of numpy and of Python."
+    "Returns the random states of torch, the current GPU, numpy and Python."
     kind,keys,*rest = np.random.get_state()
     return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
                 numpy=(kind,torch.from_numpy(keys.astype(np.int64)),*rest), python=random.getstate())
@@ -34,7 +34,7 @@ def _rng_state() -> dict: # plain values and tensors
 def _set_rng_state(
     state:dict, # of `_rng_state`
 ):
-    "Restores the state of the random numbers."
+    "Restores random states."
     kind,keys,*rest = state['numpy']
     torch.set_rng_state(state['torch'])
     if state['cuda'] is not None and torch.cuda.is_available(): torch.cuda.set_rng_state(state['cuda'])
@@ -44,11 +44,11 @@ def _set_rng_state(
 # %% ../../nbs/learners/153_checkpoint.ipynb #954c0cd8
 class Checkpoint(Callback):
     "Writes everything that a training run needs to resume, and resumes from it if the file exists."
-    order,run_valid = 90,False # after all that changes what is saved
+    order,run_valid = 90,False # after everything that changes the saved state
     def __init__(self,
-        file, # path of the checkpoint; an existing one is read when the fit begins
+        file, # path of the checkpoint; an existing one is read when the fit starts
         every:int=None, # batches between checkpoints inside an epoch; None: only at the end of each epoch
-        config:dict=None, # what identifies the run; a checkpoint of another one is refused
+        config:dict=None, # identifies the run; a checkpoint of another run is rejected
     ):
         if every is not None and every<1: raise ValueError(f'got every={every}, expected at least 1 batch, or None')
         self.file = Path(file)
@@ -110,7 +110,8 @@ def collect(self:Checkpoint,
     scaler = getattr(self.learn, 'scaler', None)
     ema = find_ema(self.learn)
     hypers = [{k:_python_number(v) for k,v in o.items()} for o in opt['hypers']]
-    return dict(config=self.config, n_epoch=self.n_epoch, n_iter=len(self.dls.train), fit=self.fits,
+    return dict(config=self.config, n_epoch=self.n_epoch, fit=self.fits,
+                n_iter=len(self.dls.train), items=self.dls.train.n,
                 epoch=epoch, batch=batch, pct_train=self.pct_train, train_iter=self.train_iter,
                 seconds=time.time()-self.begun,
                 model=(ema and ema.backup) or get_model(self.model).state_dict(),
@@ -122,7 +123,7 @@ def collect(self:Checkpoint,
 
 @patch
 def save(self:Checkpoint, epoch, batch):
-    "Writes the state beside the last one, and then replaces that in one step."
+    "Writes the state to a temporary file and then replaces the last one atomically."
     state = self.collect(epoch, batch)
     self.seconds = state['seconds']
     if rank_distrib(): return
@@ -189,7 +190,7 @@ def read(self:Checkpoint):
             state = [torch.load(self.file, map_location='cpu', weights_only=True)]
             _check_values(state[0])
         except Exception as e: raise ValueError(f'{self.file} cannot be read as a checkpoint ({type(e).__name__}): '
-            'remove it to begin again') from e
+            'remove it to start over') from e
     if num_distrib()>1: dist.broadcast_object_list(state)
     return state[0]
 
@@ -211,12 +212,12 @@ def _flat(config, at=''):
 @patch
 def check(self:Checkpoint, state):
     "Raises ValueError if the state is that of another run."
-    now = _flat(self.config) | dict(n_epoch=self.n_epoch, n_iter=len(self.dls.train), processes=num_distrib() or 1)
-    was = _flat(state['config']) | dict(n_epoch=state['n_epoch'], n_iter=state['n_iter'], processes=len(state['rng']))
+    now = _flat(self.config) | dict(n_epoch=self.n_epoch, items=self.dls.train.n, processes=num_distrib() or 1)
+    was = _flat(state['config']) | dict(n_epoch=state['n_epoch'], items=state['items'], processes=len(state['rng']))
     odd = [k for k in {**was, **now} if was.get(k)!=now.get(k)]
     if odd: raise ValueError(f"{self.file} was written by a run with "
         f"{', '.join(f'{k}={was.get(k)!r}' for k in odd)}, and this one has "
-        f"{', '.join(f'{k}={now.get(k)!r}' for k in odd)}: give the same arguments, or another file")
+        f"{', '.join(f'{k}={now.get(k)!r}' for k in odd)}: pass the same arguments, or another file")
 
 # %% ../../nbs/learners/153_checkpoint.ipynb #844d5b4c
 @patch
@@ -243,7 +244,7 @@ def load(self:Checkpoint,
 
 # %% ../../nbs/learners/153_checkpoint.ipynb #cd4c1331
 class _Rewind(Callback):
-    "Restores position and random numbers once the first batch is read, which uses some."
+    "Restores position and random state after the first batch is read, which draws random numbers."
     order,run_valid = -100,False # before everything that draws
     def __init__(self, state): self.state,self.fresh = state,True
 

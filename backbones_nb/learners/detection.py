@@ -35,7 +35,7 @@ from .prediction import PredictionMixin, gives_masks
 
 # %% ../../nbs/learners/51_fastai.ipynb #0be35524
 class Targets(Sequence):
-    "The targets of a batch, with a `shape`: fastai counts images, not the boxes of the first one."
+    "The targets of a batch, with a `shape`, so that fastai counts images, not the first image's boxes."
     def __init__(self, items): self.items = tuple(items)
     def __getitem__(self, i): return self.items[i]
     def __len__(self): return len(self.items)
@@ -45,20 +45,20 @@ class Targets(Sequence):
 # %% ../../nbs/learners/51_fastai.ipynb #6d6d81b9
 class DetectionLoss:
     "The weighted sum of a detector's losses; detections need no activation and no decoding."
-    reduction = 'mean' # 'none': image by image, which fastai sets where it wants that
+    reduction = 'mean' # fastai sets 'none' to get the loss of each image
     def __init__(self,
-        weights:dict=None, # name of a loss -> factor; the others count once
+        weights:dict=None, # name of a loss -> its weight; 1 for the others
     ): self.weights = dict(weights or {})
 
     def __call__(self,
         parts:dict, # losses by name, scalars or one per image
         *targets, # ignored: the detector has used them
-    ) -> Tensor: # as the parts, float32
-        "Returns the sum; raises ValueError for a weight whose name is not that of a loss."
+    ) -> Tensor: # same shape as the parts, float32
+        "Returns the weighted sum; raises ValueError for a weight that does not name a loss."
         unknown = [k for k in self.weights if k not in parts]
         if unknown:
             raise ValueError(f"got a weight for {unknown[0]!r}, but the detector's losses are "
-                             f"{', '.join(parts)}: name one of these")
+                             f"{', '.join(parts)}: choose one of these")
         return sum(v.float()*self.weights.get(k, 1.) for k,v in parts.items())
 
     def activation(self, x): return x
@@ -96,11 +96,9 @@ class LossMeans(Callback):
         n = len(self.yb[0])
         for k in self.names: self.sums[phase][k] = self.sums[phase][k] + parts[k]*n
         self.counts[phase] += n
-
     def mean(self, phase, name):
         n = self.counts.get(phase)
         return float(self.sums[phase][name])/n if n else None
-
     def metrics(self):
         "fastai metrics, one per loss: first those of training, then those of validation."
         return [ValueMetric(partial(self.mean, p, k), f"{p}_{k.removeprefix('loss_')}")
@@ -115,34 +113,34 @@ class _FreezeMixin:
     "Makes `freeze` and `fine_tune` of a learner count the neck among the new parts."
     @property
     def n_backbone(self):
-        "How many of the parameter groups are the backbone's: those that `freeze` freezes."
+        "The number of parameter groups of the backbone, which `freeze` freezes."
         m = get_model(self.model)
         neck = {id(p) for n in ('neck', 'backbone.neck') for p in _sub(m, n)}
         body = {id(p) for p in _sub(m, 'backbone')} - neck
         return sum(all(id(p) in body for p in g) for g in m.param_groups())
-
     def freeze(self):
-        "Freezes the backbone; neck and heads stay trainable (and batch norm, while `train_bn`)."
+        "Freezes the backbone; neck and heads stay trainable (and batch norm, if `train_bn`)."
         self.freeze_to(self.n_backbone)
 
     def fine_tune(self,
         epochs:int, # of all parts
-        base_lr=2e-3, # peak rate of neck and heads
+        base_lr=None, # peak rate of neck and heads; None: the learner's
         freeze_epochs:int=1, # before, of neck and heads alone
         lr_mult=10, # the stem learns so many times slower, the stages in between
         pct_start:float=.3, div:float=5., **kwargs, # for `fit_one_cycle`
     ):
         "As fastai's, but the neck learns at the rate of the heads: both are new."
+        lr = base_lr or self.lr
         self.freeze()
-        if freeze_epochs: self.fit_one_cycle(freeze_epochs, base_lr, pct_start=.99, **kwargs)
+        if freeze_epochs: self.fit_one_cycle(freeze_epochs, lr, pct_start=.99, **kwargs)
         self.unfreeze()
         n = self.n_backbone
-        rates = [base_lr/lr_mult**max(1-i/n, 0) if n else base_lr for i in range(len(self.opt.param_lists))]
+        rates = [lr/lr_mult**max(1-i/n, 0) if n else lr for i in range(len(self.opt.param_lists))]
         self.fit_one_cycle(epochs, rates, pct_start=pct_start, div=div, **kwargs)
 
 # %% ../../nbs/learners/51_fastai.ipynb #ee7f43f3
 def _log_epoch(cb):
-    "What fastai's TensorBoardCallback does after an epoch, with detections drawn by our loader."
+    "Does what fastai's TensorBoardCallback does after an epoch, with detections drawn by our loader."
     draws,cb.log_preds = cb.log_preds,False
     type(cb).after_epoch(cb) # the numbers
     cb.log_preds = draws
@@ -153,7 +151,7 @@ def _log_epoch(cb):
     cb.writer.add_figure('Sample results', fig, cb.train_iter)
 
 def _draws_detections(cb):
-    "Lets a TensorBoardCallback of fastai draw detections and leave out the graph."
+    "Makes fastai's TensorBoardCallback draw detections and skip the graph."
     tb = sys.modules.get('fastai.callback.tensorboard')
     if not (tb and isinstance(cb, tb.TensorBoardCallback)): return
     cb.trace_model = False
@@ -166,13 +164,13 @@ def _losses_per_image(model, images, targets):
     return own(images, targets) if own else losses_one_by_one(get_model(model), images, targets)
 
 class DetectionLearner(_FreezeMixin, PredictionMixin, PrecisionMixin, DistributedMixin, Learner):
-    "fastai's `Learner` for detectors: one pass gives losses and detections of a validation batch."
+    "fastai's `Learner` for detectors: one pass computes losses and detections of a validation batch."
     loss_parts = None # the losses of the current batch by name
     stopped_by = None # what has interrupted the fit
     find_unused_parameters = True # backbones keep the layers after their last map
 
     def _component_attr_filter(self, k):
-        "fastai looks up on the model what is missing on the learner; `losses` are the Recorder's."
+        "fastai looks up missing attributes on the model; `losses` belongs to the Recorder."
         return k!='losses' and super()._component_attr_filter(k)
 
     def add_cb(self, cb):
@@ -223,7 +221,7 @@ def fit(self:DetectionLearner, n_epoch, lr=None, **kwargs):
 
 @patch
 def validate(self:DetectionLearner, ds_idx=1, dl=None, cbs=None):
-    "Returns the validation loss, its parts and the metrics, without the columns of training."
+    "Returns the validation loss, its parts and the metrics, without the training columns."
     rec = Learner.validate(self, ds_idx, dl, cbs)
     names = ['valid_loss', *self.metrics.attrgot('name')]
     return L(v for n,v in zip(names, rec) if not n.startswith('train_'))
@@ -233,7 +231,7 @@ def param_groups(model): return get_model(model).param_groups()
 
 def _infer_loss_names(
     model:nn.Module, # a detector
-    size=(64,64), # (height, width) of the image it is tried on
+    size=(64,64), # (height, width) of a test image
 ) -> list:
     "Returns the names of a detector's losses, from its `loss_names` or from one image without boxes."
     if getattr(model, 'loss_names', None): return list(model.loss_names)
@@ -248,41 +246,44 @@ def _infer_loss_names(
 
 def _check_model(dls, model):
     cm = getattr(dls, 'class_map', None)
-    if cm is None: raise ValueError('got DataLoaders that have no class_map: make them with '
+    if cm is None: raise ValueError('got DataLoaders without a class_map: create them with '
         'detection_dls(train, valid, class_map, ...)')
     if not (isinstance(model, nn.Module) and hasattr(model, 'param_groups') and hasattr(model, 'num_classes')
             and 'both' in inspect.signature(model.forward).parameters):
-        raise TypeError(f'got a {type(model).__name__}, expected a detector, which gives losses and detections: '
+        raise TypeError(f'got a {type(model).__name__}, expected a detector that returns losses and detections: '
             'build one with faster_rcnn.model(num_classes=len(class_map), ...)')
+    if getattr(dls.train.batch_tfm, 'resizes', False) and getattr(model, 'img_size', None): raise ValueError(
+        f'got batches of several sizes for a {type(model).__name__}, which resizes them all to one size, {model.img_size}: '
+        'leave MultiScale out, or build the detector without img_size')
     if model.num_classes!=len(cm): raise ValueError(f'the model has num_classes={model.num_classes}, but the class map '
         f'has {len(cm)} classes with background: build the model with num_classes=len(class_map)')
 
 def _check_masks(dls, model):
-    "Raises ValueError where the model learns from masks and the data have none."
+    "Raises ValueError if the model trains on masks and the data have none."
     if not gives_masks(model): return
     some = next((r for r in dls.train_ds.items if len(getattr(r, 'labels', ()))), None)
     if some is not None and getattr(some, 'masks', None) is None: raise ValueError(
-        f'{type(model).__name__} learns from masks, but record {some.image_id!r} has none: '
-        'read the data with masks, or train faster_rcnn, which needs none')
+        f'{type(model).__name__} trains on masks, but record {some.image_id!r} has none: '
+        'read the data with masks, or train faster_rcnn, which does not need them')
 
 # %% ../../nbs/learners/51_fastai.ipynb #336937d1
 def detection_learner(
     dls, # `DetectionDataLoaders`
     model:nn.Module, # a detector with `num_classes=len(dls.class_map)`
     metrics=None, # fastai metrics or keys such as 'mask_AP75'; None: AP and AP50, also of masks
-    parts:bool=True, # columns for the parts of the losses
-    loss_weights:dict=None, # name of a loss -> factor
+    parts:bool=True, # columns for the parts of the loss
+    loss_weights:dict=None, # name of a loss -> its weight
     splitter=param_groups, # parameter groups; default: stem, stages, neck, heads
     opt_func=Adam,
-    **kwargs, # for fastai's Learner: lr, path, model_dir, wd, cbs, moms, ...
+    **kwargs, # for fastai's Learner: lr (default: the detector's), path, model_dir, wd, cbs, ...
 ) -> DetectionLearner:
-    "Returns a learner; raises TypeError or ValueError where model and data do not fit together."
+    "Returns a learner; raises TypeError or ValueError if model and data do not match."
     _check_model(dls, model)
     _check_masks(dls, model)
     if metrics is None: metrics = ['AP','AP50'] + ['mask_AP','mask_AP50']*gives_masks(model)
     metrics = [COCOMetric(m) if isinstance(m, str) else m for m in L(metrics)]
     res = DetectionLearner(dls, model, DetectionLoss(loss_weights), opt_func=opt_func,
-                           splitter=splitter, metrics=metrics, **kwargs)
+                           splitter=splitter, metrics=metrics, **kwargs | dict(lr=kwargs.get('lr') or getattr(model, 'lr', 1e-3)))
     if parts:
         res.add_cb(LossMeans(_infer_loss_names(model, dls.train.size)))
         res.metrics = res.loss_means.metrics() + metrics
@@ -290,11 +291,10 @@ def detection_learner(
 
 # %% ../../nbs/learners/51_fastai.ipynb #1f6f6742
 class NoValidation(Callback):
-    "Leaves validation, and its columns, out of a fit; measure afterwards with `evaluate`."
+    "Skips validation and its columns during a fit; evaluate afterwards with `evaluate`."
     def before_fit(self):
         self.was = self.recorder.valid_metrics,self.learn.metrics
         self.recorder.valid_metrics = False
         self.learn.metrics = L()
-
     def before_validate(self): raise CancelValidException()
     def after_fit(self): self.recorder.valid_metrics,self.learn.metrics = self.was

@@ -32,9 +32,9 @@ from .metrics import DetectionMetric, TopK
 
 # %% ../../nbs/learners/64_distributed.ipynb #3ca41314
 def join_processes(
-    device=None, # None: the GPU of this process, else fastai's default
+    device=None, # None: the GPU of this process, or fastai's default
 ) -> torch.device: # of this process
-    "Joins the processes that torchrun or accelerate launch started, if this is one of them, until it ends."
+    "Joins the processes started by torchrun or accelerate launch, if this is one of them."
     local = int(os.environ.get('LOCAL_RANK', 0))
     if device is None: device = f'cuda:{local}' if torch.cuda.is_available() else default_device()
     device = torch.device(device)
@@ -50,16 +50,16 @@ def join_processes(
 def _sync_batchnorm(
     net:nn.Module, # changed in place
 ) -> dict: # what was replaced, for `_plain_batchnorm`
-    "Replaces all batch norm by synchronized batch norm, which needs CUDA; timm's layers keep their activation."
+    "Replaces all batch norm with synchronized batch norm, which needs CUDA; timm's layers keep their activation."
     was = {k:m for k,m in net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     convert_sync_batchnorm(net)
     return was
 
 def _plain_batchnorm(
     net:nn.Module, # changed by `_sync_batchnorm`; changed in place
-    was:dict, # what it returned
+    was:dict, # the output of `_sync_batchnorm`
 ):
-    "Puts plain batch norm back, with the current weights and statistics."
+    "Restores plain batch norm, with the current weights and statistics."
     for k,m in was.items():
         now = net.get_submodule(k)
         m._parameters,m._buffers = now._parameters,now._buffers
@@ -77,13 +77,13 @@ def _gather_objects(
 
 # %% ../../nbs/learners/64_distributed.ipynb #1239a891
 class Distributed(Callback):
-    """Distributes a training run: each process reads its shard, gradients are averaged, results added up.
+    """Distributes a training run: each process reads its shard, gradients are averaged, results are summed.
 
-    Outside of training the model is the bare one. A copy that was exported does nothing."""
+    Outside training, the model is not wrapped. An exported copy does nothing."""
     order = 11 # after mixed precision, before the average
     def __init__(self,
         sync_bn:bool=False, # batch norm over the images of all processes, on CUDA
-        find_unused_parameters:bool=False, # for `DistributedDataParallel`: some may have no part in the loss
+        find_unused_parameters:bool=False, # for `DistributedDataParallel`: some may not contribute to the loss
     ):
         self.sync_bn,self.unused = sync_bn,find_unused_parameters
         self.was = {}
@@ -102,7 +102,7 @@ class Distributed(Callback):
         if self.sync_bn and not self.was: self.was = _sync_batchnorm(self.learn.model)
 
     def end(self):
-        "Puts the bare model and whole loaders back, also after a fit that broke off."
+        "Restores the unwrapped model and the full loaders, also after an interrupted fit."
         self.learn.model = get_model(self.learn.model)
         dl,self.dl = self.dl,None
         if isinstance(dl, DetectionDL): dl.for_process()
@@ -142,14 +142,14 @@ def after_fit(self:Distributed): self.ddp = self.trained = None
 # %% ../../nbs/learners/64_distributed.ipynb #dcddc982
 @patch
 def shard(self:Distributed,
-    equal:bool=False, # equally many batches for every process; False: every item once
+    equal:bool=False, # the same number of batches for every process; False: every item once
 ):
     "Gives each process its shard of the running loader, in one order for all."
     self.end()
     dl = self.learn.dl
     n = dist.get_world_size()
     boxes = isinstance(dl, DetectionDL)
-    if not (boxes or isinstance(dl, RankedDL) and dl.world_size==n): return # others are read as they are
+    if not (boxes or isinstance(dl, RankedDL) and dl.world_size==n): return # others are not sharded
     order = [dl.rng.getstate() if boxes else None,dl.epoch]
     dist.broadcast_object_list(order)
     self.dl,dl.epoch = dl,order[1]
@@ -157,7 +157,7 @@ def shard(self:Distributed,
     dl.rng.setstate(order[0])
     dl.for_process(dist.get_rank(), n, equal)
     if equal and not len(dl): raise ValueError(f'got {dl.n} training images, expected at least one batch of {dl.bs} '
-        f'for each of {n} processes: make bs smaller')
+        f'for each of {n} processes: use a smaller bs')
 
 # %% ../../nbs/learners/64_distributed.ipynb #ac9d19f9
 _adds = {(AvgLoss,AvgMetric,TopK): ('total','count'),
@@ -165,7 +165,7 @@ _adds = {(AvgLoss,AvgMetric,TopK): ('total','count'),
          DetectionMetric: ('preds','targets')}
 
 def _slots(learn, phase):
-    "Yields what is added over the processes, as pairs of a dict and a key in it."
+    "Yields what is summed over the processes, as pairs of a dict and a key in it."
     rec = learn.recorder
     valid = phase=='valid'
     for m in [rec.loss]*valid + list(learn.metrics if valid or rec.train_metrics else []):
@@ -180,7 +180,7 @@ def _plain(v): return v.cpu() if isinstance(v, torch.Tensor) else v
 def all_reduce_sum(
     slots, # pairs of a dict and a key: numbers or lists
 ):
-    "Replaces each value by its sum over all processes; all call it with as many pairs."
+    "Replaces each value with its sum over all processes; all must call it with the same number of pairs."
     slots = list(slots)
     gathered = _gather_objects([_plain(d[k]) for d,k in slots])
     for (d,k),*vs in zip(slots, *gathered): d[k] = reduce(add, vs)
@@ -189,7 +189,7 @@ def all_reduce_sum(
 def merge(self:Distributed,
     phase:str, # 'train' or 'valid'
 ):
-    "Adds up losses and metrics of all processes, and ends the sharding."
+    "Sums losses and metrics over all processes, and ends the sharding."
     learn,dl = self.learn,self.dl
     own = [m for m in learn.metrics if isinstance(m, DetectionMetric)] if phase=='valid' else []
     for m in own: m.elect_leader(learn)
@@ -204,27 +204,27 @@ def merge(self:Distributed,
 
 # %% ../../nbs/learners/64_distributed.ipynb #87a6741b
 class DistributedMixin:
-    "Puts fastai's `distrib_ctx` into a learner, with loaders whose shards are exact."
+    "Adds fastai's `distrib_ctx` to a learner, for loaders with exact shards."
     @property
     def shards_exactly(self): return isinstance(self.dls.train, (DetectionDL,RankedDL))
 
     @property
     def find_unused_parameters(self):
-        "Whether the backbone has layers after its last map: they have no part in the loss."
+        "Whether the backbone has layers after its last map, which do not contribute to the loss."
         bb = getattr(get_model(self.model), 'backbone', None)
         rows = getattr(bb, 'rows', None)
         return not rows or rows[-1]['reduction']!=bb.strides[-1]
 
     def to_detach(self, b, cpu=True, gather=True):
-        "As fastai's, which gathers results batch by batch; with exact shards that is done once, at the end."
+        "Like fastai's, which gathers results batch by batch; with exact shards they are gathered once, at the end."
         return super().to_detach(b, cpu, gather and not self.shards_exactly)
 
     def unsharded(self, dl):
-        "Returns a loader of all images, for one that would give each process its shard."
+        "Returns a loader of all images for one that gives each process its shard."
         return dl.new(rank=0, world_size=1) if isinstance(dl, RankedDL) and dl.world_size>1 else dl
 
     def validate(self, ds_idx=1, dl=None, cbs=None):
-        "As fastai's; outside of `distrib_ctx` every process measures all images."
+        "Like fastai's; outside `distrib_ctx` every process evaluates all images."
         if dl is None: dl = self.dls[ds_idx]
         sharing = any(isinstance(o, Distributed) for o in self.cbs)
         return super().validate(ds_idx, dl if sharing else self.unsharded(dl), cbs)
@@ -235,7 +235,7 @@ class DistributedMixin:
         in_notebook:bool=False, # fastai's; the processes are joined either way
         **kwargs, # for `to_distributed`
     ):
-        "Distributes training over the processes that torchrun or accelerate launch started, inside of `with`."
+        "Distributes training over the processes started by torchrun or accelerate launch, inside a `with` block."
         try: yield self.to_distributed(sync_bn, **kwargs)
         finally: self.detach_distributed()
 
@@ -243,8 +243,8 @@ class DistributedMixin:
 @patch
 def to_distributed(self:DistributedMixin,
     sync_bn:bool=None, # batch norm over the images of all processes; None: on CUDA
-    find_unused_parameters:bool=None, # for `DistributedDataParallel`; None: as the learner knows
-    **kwargs, # for fastai's, where the loaders are others than ours
+    find_unused_parameters:bool=None, # for `DistributedDataParallel`; None: the learner's property
+    **kwargs, # for fastai's method, if the loaders are not ours
 ): # the learner
     "Joins the processes and distributes loaders and training over them; with one process nothing changes."
     dev = torch.device(self.dls.device or default_device())
@@ -252,7 +252,7 @@ def to_distributed(self:DistributedMixin,
         'synchronized batch norm: leave it out')
     if num_distrib()<2: return self
     if dev.type!='cuda' and not self.shards_exactly: raise ValueError('got a training loader '
-        f'{type(self.dls.train).__name__} on {dev.type}, and fastai shards such loaders on CUDA alone: make them with '
+        f'{type(self.dls.train).__name__} on {dev.type}, and fastai shards such loaders only on CUDA: create them with '
         'folder_dls, shard_dls or detection_dls')
     dev = join_processes(None if dev.type=='cuda' else dev)
     if dev!=torch.device(self.dls.device): self.dls.to(dev)
@@ -280,7 +280,7 @@ def _as_fastai(self:DistributedMixin, sync_bn, **kwargs):
 def detach_distributed(self:DistributedMixin):
     "Ends the distribution, also after an interruption, and returns the learner."
     cb = next((o for o in self.cbs if isinstance(o, Distributed)), None)
-    if cb is None: # one process, or fastai's own way
+    if cb is None: # one process, or fastai's own implementation
         own = getattr(super(DistributedMixin, self), 'detach_distributed', None)
         if own: own()
         _plain_batchnorm(self.model, self.__dict__.pop('plain_bn', {}))

@@ -17,9 +17,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 # %% ../../nbs/learners/156_ema.ipynb #0ebadf90
 def ema_decay(
-    decay:float, # as given for `epochs == bs*steps`
+    decay:float, # stated for `epochs == bs*steps`
     steps:int, # optimizer steps from one average to the next
-    bs:int, # images of one optimizer step, of all processes
+    bs:int, # images per optimizer step, in all processes
     epochs:int, # of the whole training run
 ) -> float:
     "Returns the decay for a training run of that length, as torchvision's reference adjusts it."
@@ -29,7 +29,7 @@ def ema_decay(
 class WeightAverage(Callback):
     "An exponential moving average of a learner's net, which can take the net's place."
     def __init__(self,
-        decay:float=0.9998, # fraction of the average that stays, per update
+        decay:float=0.9998, # fraction of the average that is kept per update
     ):
         if not 0<=decay<1:
             raise ValueError(f'got decay={decay}, expected a decay from 0 to less than 1, '
@@ -45,7 +45,7 @@ class WeightAverage(Callback):
     def net(self): return get_model(self.learn.model)
 
     def start(self):
-        "Makes an empty average, unless there is one."
+        "Creates an empty average unless there is one."
         if self.average is None:
             mean = get_ema_multi_avg_fn(self.decay)
             self.average = AveragedModel(self.net, multi_avg_fn=mean, use_buffers=True)
@@ -65,7 +65,7 @@ class WeightAverage(Callback):
         return own
 
     def restore(self):
-        "Puts the net's own weights back if the average is in their place."
+        "Restores the net's own weights if the average is in their place."
         if self.backup: self.net.load_state_dict(self.backup)
         self.backup = None
 
@@ -74,7 +74,7 @@ class SavedAverage(WeightAverage):
     "A `WeightAverage` that can be used in a `with`, saved, and loaded."
     @contextmanager
     def averaged(self):
-        "Inside this `with` the learner's net is the average."
+        "Uses the average as the learner's net inside a `with` block."
         self.restore()
         own = self.swap_in()
         try: yield self.learn
@@ -82,14 +82,14 @@ class SavedAverage(WeightAverage):
             if own: self.net.load_state_dict(own)
 
     def state_dict(self):
-        "Returns what a resumed training run needs: average, count of steps, the net's own weights."
+        "Returns what is needed to resume: the average, the step count and the net's own weights."
         self.start()
         return dict(average=self.average.state_dict(), count=self.count, own=self.backup)
 
     def load_state_dict(self,
         state:dict, # of `state_dict`
     ):
-        "Continues from a saved average in the next fit; the net must be the one it was made of."
+        "Continues from a saved average in the next fit; the net must be the one that it was computed from."
         self.start()
         self.average.load_state_dict(state['average'])
         self.count,self.backup,self.loaded = state['count'],state.get('own'),True
@@ -98,7 +98,7 @@ class SavedAverage(WeightAverage):
 class ModelEMA(SavedAverage):
     """Keeps an exponential moving average of the net, validates with it, and ends the fit with it.
 
-    Each fit begins its own, unless it has a `start_epoch` or follows a `load_state_dict`."""
+    Each fit starts its own, unless it has a `start_epoch` or follows a `load_state_dict`."""
     order,run_valid = 12,False # after mixed precision (10) and distributed training (11)
     def __init__(self,
         decay:float=0.9998, # fraction of the average that stays, per update

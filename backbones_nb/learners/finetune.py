@@ -30,9 +30,9 @@ from ..core.create import create_backbone
 from ..core.errors import reason
 from ..data.batches import detection_dls
 from ..data.images import load_image
+from ..data.multiscale import named_augment
 from ..data.ready import shared_images, small_objects, usable_images
 from ..data.records import image_files, natural_key
-from ..data.transforms import default_augment
 from .baseline import mean_box_detector
 from .detection import detection_learner
 from .distributed import join_processes
@@ -42,6 +42,7 @@ from .metrics import coco_eval, coco_table
 from .prediction import gives_masks
 from .run import (RunConfig, environment_info,
                                        get_detector, open_data, run_options)
+from .sampling import repeat_factors
 from .training import export_run, run_facts, train_run
 
 # %% ../../nbs/learners/103_finetune.ipynb #0403b35c
@@ -54,7 +55,7 @@ def model_builder(
     backbone_args:dict=None, # for `create_backbone`
     **kwargs, # for the detector's `model`
 ): # function of the number of classes, background counted, that returns the detector
-    "Returns what builds the detector once the classes are known; raises ValueError for wrong names or options."
+    "Returns a function that builds the detector once the classes are known; raises ValueError for wrong options."
     build = get_detector(detector)
     if detector=='efficientdet': kwargs.setdefault('img_size', size) # its input has one size
     if pretrained_detector:
@@ -68,8 +69,8 @@ def model_builder(
 # %% ../../nbs/learners/103_finetune.ipynb #23a81665
 def fastai_engine(
     config:RunConfig, # the run's options
-) -> tuple: # function of the number of classes that returns the model; function of the learner that returns what trains
-    "Returns the builder of our detector, and the learner as it is."
+) -> tuple: # function of the number of classes that returns the model; function of the learner that returns the trainer
+    "Returns the builder of our detector; our learner is itself the trainer."
     c = config
     build = model_builder(c.detector, c.backbone, c.size, c.pretrained, c.pretrained_detector, c.backbone_args,
                           **c.detector_args)
@@ -86,12 +87,12 @@ def _get_engine(
 
 # %% ../../nbs/learners/103_finetune.ipynb #60eae43f
 def _check_parts(train, valid, report):
-    "Raises ValueError where nothing can be learned or measured; notes images that are on both sides."
-    for part,use in ((train,'learn from'), (valid,'measure on')):
+    "Raises ValueError if a part has no objects; notes images that are in both parts."
+    for part,use in ((train,'train on'), (valid,'validate on')):
         if any(len(r.labels) for r in part): continue
         raise ValueError(f'got {len(part)} images to {use} without a single object: {report}; look at the data with '
                          'backbones-nb check')
-    for o in shared_images(train, valid): report.note(o, 'measured on, though the same file is learned from')
+    for o in shared_images(train, valid): report.note(o, 'used for validation, though the same file is trained on')
 
 def _first_alone(f):
     "Calls a function that may download or draw, first in the first process, then in the others."
@@ -103,24 +104,26 @@ def _learner(config, build, out, device):
     "Returns the learner of a run, its records, and what is known before training."
     c = config
     train,valid,class_map,report = _first_alone(lambda: open_data(c.data, c.boxes, c.classes, c.valid_pct, c.seed,
-        c.toy_images, c.detector=='mask_rcnn', c.valid, c.images))
+        c.toy_images, c.detector=='mask_rcnn' or 'copy_paste' in (c.mix or ''), c.valid, c.images))
     train,valid = (usable_images(o, report, c.broken) for o in (train, valid))
     _check_parts(train, valid, report)
     names = dict(class_map=class_map) if c.pretrained_detector else {} # rows of classes with equal names are kept
     model = build(num_classes=len(class_map), **names)
-    augment = default_augment(c.size, scale=tuple(c.zoom), color=c.color) if c.augment else None
+    mix = c.mix.split(',') if c.mix and c.augment else []
+    items,batches,cbs = named_augment(mix, c.size, tuple(c.zoom), c.color) if c.augment else (None,None,[])
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*smaller than a pixel') # printed below
         dls = detection_dls(train, valid, class_map, size=c.size, bs=c.bs, num_workers=c.workers, seed=c.seed,
-                            cache=c.cache, path=out, augment=augment, device=device)
-    learn = detection_learner(dls, model, lr=c.lr, wd=c.wd, loss_weights=c.loss_weights)
+                            cache=c.cache, path=out, device=device, item_tfms=items, batch_tfms=batches)
+    if c.repeat_thr: dls.train.repeat_items(repeat_factors(train, c.repeat_thr))
+    learn = detection_learner(dls, model, lr=c.lr, wd=c.wd, loss_weights=c.loss_weights, cbs=cbs)
     return learn,train,valid,dict(skipped=str(report), small=small_objects([*train, *valid], c.size, class_map),
                                   machine=environment_info(dls.device))
 
 # %% ../../nbs/learners/103_finetune.ipynb #325bbc60
 def _evaluate_run(
     learn, # a `DetectionLearner`
-    train, # records that it learned from
+    train, # records that it was trained on
     valid, # records of its validation loader, in order
 ) -> tuple: # COCO's numbers, those of the mean-box baseline, detections, targets
     "Returns the results on validation images, beside those of a baseline that always predicts the mean box."
@@ -129,7 +132,7 @@ def _evaluate_run(
     return coco_eval(preds, targets, learn.dls.class_map, per_class=True),base,preds,targets
 
 def _mask_results(learn, preds, targets):
-    "COCO's numbers by masks, if the detector gives masks; otherwise nothing."
+    "Returns COCO's numbers for masks, if the detector predicts masks; otherwise nothing."
     if not gives_masks(learn.model): return {}
     return dict(mask_metrics=coco_eval(preds, targets, learn.dls.class_map, iou_type='segm', per_class=True))
 
@@ -175,7 +178,7 @@ def _report(res, out):
     rows = {name: res['metrics'], f'{name}: masks': res.get('mask_metrics'),
             'mean box, most frequent class': res['mean_box']}
     print(coco_table({k:v for k,v in rows.items() if v}))
-    print(f"{res['train_seconds']:.0f} s of training, {res['seconds']:.0f} s in all; results in {out}/")
+    print(f"{res['train_seconds']:.0f} s of training, {res['seconds']:.0f} s in total; results in {out}/")
 
 # %% ../../nbs/learners/103_finetune.ipynb #6311b59c
 @run_options()
@@ -217,7 +220,7 @@ def load_run(
     run = Path(run)
     f = run/'learner.pkl' if run.is_dir() else run
     if not f.exists(): raise FileNotFoundError(
-        f'got run={str(run)!r}, but {f} does not exist: give the folder of a finished run')
+        f'got run={str(run)!r}, but {f} does not exist: pass the folder of a finished run')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try: return load_learner(f)
@@ -236,7 +239,7 @@ def _draw(im, p, class_map, path, score_thr):
 
 # %% ../../nbs/learners/103_finetune.ipynb #41717b26
 def _plain(p):
-    "The detections of an image as dicts that JSON can hold."
+    "Returns the detections of an image as dicts for JSON."
     masks = [dict(o, counts=o['counts'].decode()) for o in p['masks'].rles()] if 'masks' in p else None
     def one(i, n, s, b):
         res = dict(name=n, score=round(float(s), 3), box=[round(v, 1) for v in b.tolist()])
@@ -245,8 +248,8 @@ def _plain(p):
 
 def _find_images(
     names, # files, folders, and patterns such as 'photos/*.jpg'
-) -> tuple: # list of paths, each once; list of sentences on names that lead to nothing
-    "Returns the image files that names stand for, in natural order within a folder or pattern."
+) -> tuple: # list of unique paths; list of messages about names without images
+    "Returns the image files that the names refer to, in natural order within a folder or pattern."
     res,bad = [],[]
     for o in map(str, names):
         if Path(o).is_dir(): found = image_files(o)
@@ -254,11 +257,11 @@ def _find_images(
             found = sorted((p for p in map(Path, glob(o, recursive=True)) if p.is_file()), key=natural_key)
         else: found = [Path(o)]
         res += found
-        if not found: bad.append(f'{o} has no image: check the path')
+        if not found: bad.append(f'{o} contains no image: check the path')
     return list(dict.fromkeys(res)),bad
 
 def _picture_names(paths):
-    "Returns a name of its own for each path's picture: the file's, with its folder before it where that is not enough."
+    "Returns a unique picture name for each path: the file's name, with its folder's in front if needed."
     often,res = Counter(p.stem for p in paths),{}
     for p in paths:
         stem = p.stem if often[p.stem]==1 else f'{p.absolute().parent.name}_{p.name}'
@@ -269,7 +272,7 @@ def _picture_names(paths):
 def predict(
     run, # folder of a run
     images, # image files, folders, and patterns such as 'photos/*.jpg'
-    out=None, # folder for images with the boxes drawn in; None: none are drawn
+    out=None, # folder for copies of the images with the boxes drawn on them; None: do not draw
     score_thr:float=0.5, # drop detections below
     json_file=None, # file to write the detections to
 ) -> dict: # path -> list of dicts: name, score, box [x1,y1,x2,y2] in pixels, and mask in run lengths if it has one

@@ -23,7 +23,7 @@ class DetectionInterpretation:
     "Detections, targets and losses of a loader, image by image."
     def __init__(self,
         learn, # a `DetectionLearner`
-        dl, # its loader, in order
+        dl, # the loader, in order
         preds:list, # detections, one dict per image
         targets:list, # ground truth, one dict per image
         losses:Tensor, # (N,), weighted sums
@@ -37,10 +37,10 @@ class DetectionInterpretation:
         dl=None, # a loader with targets; None: that of `ds_idx`
         size=None, # as in `get_preds`
     ):
-        "Runs over the loader, image by image, with the same random numbers for each."
+        "Runs the loader image by image, with the same random numbers for each."
         dl = learn.eval_loader(ds_idx, dl, size)
         if not isinstance(dl, DataLoader): raise TypeError(f'got a {type(dl).__name__} of batches, expected a loader: '
-            'make one with learn.dls.test_dl(records, with_labels=True)')
+            'create one with learn.dls.test_dl(records, with_labels=True)')
         if dl.tfm is not None: dl = dl.new(tfm=None) # images are drawn later
         cb = learn.gather_detections(dl, lambda d,i: to_cpu_rle(d), with_loss=True)
         names = list(cb.per_image[0])[1:] if cb.per_image else []
@@ -53,11 +53,11 @@ class DetectionInterpretation:
 # %% ../../nbs/learners/56_interpret.ipynb #0f9b6cc7
 @patch
 def top_losses(self:DetectionInterpretation,
-    k:int=None, # how many; None: all
+    k:int=None, # number of losses; None: all
     largest:bool=True, # False: the smallest
-    items:bool=False, # return the loader's items too
+    items:bool=False, # also return the loader's items
 ) -> tuple: # losses (k,), positions (k,)[, items]
-    "Returns the largest losses first, and where they are."
+    "Returns losses, largest first, and their positions."
     vals,idxs = self.losses.topk(len(self) if k is None else min(k, len(self)), largest=largest)
     return (vals,idxs,[self.dl.dataset.items[i] for i in idxs.tolist()]) if items else (vals,idxs)
 
@@ -86,7 +86,7 @@ def show_results(self:DetectionInterpretation,
 
 @patch
 def plot_top_losses(self:DetectionInterpretation,
-    k, # how many; or a range or list of ranks, such as range(4,8)
+    k, # number of images, or a range or list of ranks, such as range(4,8)
     largest:bool=True, # False: the smallest
     **kwargs, # for `show_results`: score_thr, ncols, figsize
 ): # matplotlib Figure
@@ -97,20 +97,20 @@ def plot_top_losses(self:DetectionInterpretation,
 # %% ../../nbs/learners/56_interpret.ipynb #e2fc75d4
 @patch
 def confusion_matrix(self:DetectionInterpretation,
-    iou_thr:float=0.5, # IoU from which a prediction matches an object
-    score_thr:float=0.5, # detections below are left out
+    iou_thr:float=0.5, # minimum IoU for a match
+    score_thr:float=0.5, # drop detections below
 ) -> Tensor: # (C,C) int64: row the ground truth, column the prediction; 0 is background
-    "Returns how often each class was predicted for each."
+    "Returns how often each class was predicted for each true class."
     return confusion(self.preds, self.targets, len(self.dl.class_map), iou_thr, score_thr)
 
 @patch
 def plot_confusion_matrix(self:DetectionInterpretation,
     iou_thr:float=0.5, # as in `confusion_matrix`
     score_thr:float=0.5, # as in `confusion_matrix`
-    ax=None, # axes to draw on; None makes a figure
+    ax=None, # axes to draw on; None creates a figure
     cmap='Blues', # colors, light to dark
 ): # the Axes
-    "Draws the counts, with the names of the classes at the sides."
+    "Draws the counts with the class names."
     m = self.confusion_matrix(iou_thr, score_thr)
     names = ['background', *list(self.dl.class_map)[1:]]
     if ax is None: ax = plt.subplots(figsize=(1.6+.55*len(m),)*2, dpi=110, layout='constrained')[1]
@@ -127,10 +127,10 @@ def plot_confusion_matrix(self:DetectionInterpretation,
 # %% ../../nbs/learners/56_interpret.ipynb #2589d3c6
 @patch
 def most_confused(self:DetectionInterpretation,
-    min_val:int=1, # leave out pairs that are rarer
+    min_val:int=1, # skip rarer pairs
     **kwargs, # for `confusion_matrix`
 ) -> list: # (ground truth, prediction, count), most frequent first
-    "Returns which classes were predicted for which others, without misses and predictions on background."
+    "Returns which classes were confused, without misses and predictions on background."
     m = self.confusion_matrix(**kwargs)
     names = list(self.dl.class_map)
     pairs = [(names[i], names[j], int(m[i,j])) for i in range(1, len(m)) for j in range(1, len(m))

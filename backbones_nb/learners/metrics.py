@@ -33,12 +33,12 @@ def _numpy(x, dtype=None):
 def _check(i, d, need, what):
     missing = [k for k in need if k not in d]
     if missing: raise ValueError(f"{what} {i} has no {' and no '.join(missing)}, only {', '.join(d)}: "
-        f"give dicts with {', '.join(need)}")
+        f"pass dicts with {', '.join(need)}")
     b = _numpy(d['boxes'], float).reshape(-1, 4)
     l = _numpy(d['labels'], int)
-    if len(b)!=len(l): raise ValueError(f'{what} {i} has {len(b)} boxes and {len(l)} labels: give one label per box')
+    if len(b)!=len(l): raise ValueError(f'{what} {i} has {len(b)} boxes and {len(l)} labels: pass one label per box')
     if not np.isfinite(b).all(): raise ValueError(f'{what} {i} has boxes that are not finite: '
-        'the training has diverged or the reader is wrong, fix that first')
+        'training has diverged or the reader is wrong, fix that first')
     if (l<1).any(): raise ValueError(f'{what} {i} has label {l.min()}, but classes count from 1 (0 is background): '
         'add 1 to the labels')
     return b,l
@@ -47,7 +47,7 @@ def _check(i, d, need, what):
 def _masks(i, d, n, what):
     m = run_lengths(d['masks'])
     if len(m)!=n: raise ValueError(f'{what} {i} has {n} boxes and {len(m)} masks: '
-        'give one mask per box')
+        'pass one mask per box')
     rles = m.rles()
     return rles,mask_api.area(rles)
 
@@ -102,16 +102,16 @@ def _coco(anns, n, names):
 def _check_pairs(preds, targets, masks):
     if len(preds)!=len(targets):
         raise ValueError(f'got {len(preds)} predictions and {len(targets)} targets: '
-                         'give one dict per image in both, in the same order')
+                         'pass one dict per image in both, in the same order')
     def size(d): return tuple(d['masks'].shape[-2:]) if d.get('masks') is not None else None
     for i,pair in enumerate(zip(preds, targets)):
         a,b = map(size, pair) if masks else (None,None)
         if None not in (a, b) and a!=b:
             raise ValueError(f'image {i} has predicted masks of {a[0]}x{a[1]} pixels and '
-                             f'true masks of {b[0]}x{b[1]}: bring both to one size')
+                             f'true masks of {b[0]}x{b[1]}: resize both to the same size')
 
 def _evaluate(gt, dt, n, names, iou_type):
-    "The twelve numbers, and AP by class, of annotations in COCO's form."
+    "Returns the twelve numbers and AP per class for annotations in COCO's format."
     coco = [_coco(o, n, names) for o in (gt, dt)]
     e = COCOeval_faster(*coco, iouType=iou_type, print_function=lambda *a, **k: None)
     e.evaluate(); e.accumulate(); e.summarize()
@@ -123,10 +123,10 @@ def _evaluate(gt, dt, n, names, iou_type):
 def coco_eval(
     preds:list, # one dict per image: boxes (N,4) xyxy px, labels (N,), scores (N,); maybe masks
     targets:list, # one dict per image, in that order: boxes, labels; maybe masks, area, iscrowd
-    class_map=None, # gives the classes and their names; None: the labels that occur
-    iou_type:str='bbox', # 'bbox'; 'segm' for masks; 'both': masks too, by names such as 'mask_AP'
+    class_map=None, # the classes and their names; None: the labels that occur
+    iou_type:str='bbox', # 'bbox'; 'segm' for masks; 'both': also masks, under names such as 'mask_AP'
     per_class:bool=False, # also `per_class`: {name: AP}
-) -> dict: # the twelve numbers by name; -1 where there is nothing to find, as in pycocotools
+) -> dict: # the twelve numbers by name; -1 if there are no objects, as in pycocotools
     "Returns COCO's twelve numbers (https://cocodataset.org/#detection-eval) by faster-coco-eval."
     if iou_type=='both':
         box,mask = (coco_eval(preds, targets, class_map, o, per_class) for o in ('bbox', 'segm'))
@@ -145,11 +145,11 @@ def coco_eval(
 
 # %% ../../nbs/learners/50_metrics.ipynb #78f2df07
 def coco_table(
-    results:dict, # what `coco_eval` returned, or several of them by name
+    results:dict, # the output of `coco_eval`, or several of them by name
     keys=coco_keys, # columns, in order
     digits:int=3,
 ) -> Table: # plain text in a terminal, Markdown in a notebook
-    "Returns the numbers as a table, one row per result; a dash where there was nothing to find."
+    "Returns the numbers as a table, one row per result; a dash if there are no objects."
     several = any(isinstance(v, Mapping) and 'AP' in v for v in results.values())
     if not several: results = {'':results}
     def cell(v): return '-' if v<0 else f'{v:.{digits}f}'
@@ -159,20 +159,20 @@ def coco_table(
 
 # %% ../../nbs/learners/50_metrics.ipynb #13478f20
 class DetectionMetric(Metric):
-    "Detections and targets of a validation, gathered once, evaluated once for boxes and for masks."
+    "Detections and targets of a validation, gathered once and evaluated once each for boxes and masks."
     def reset(self):
         self.preds,self.targets = [],[]
         self.class_map,self._res,self.leader = None,{},self
 
     def elect_leader(self, learn) -> list: # the learner's metrics of this kind
-        "Elects the first such metric of the learner, which gathers for all."
+        "Selects the first such metric of the learner, which gathers for all of them."
         same = [m for m in learn.metrics if isinstance(m, DetectionMetric)] or [self]
         self.leader,self._res = same[0],{}
         self.class_map = getattr(learn.dls, 'class_map', None)
         return same
 
     def accumulate(self, learn):
-        "Stores the batch, on the first such metric only; training batches have no detections."
+        "Stores the batch in the first such metric only; training batches have no detections."
         if not isinstance(learn.pred, (list,tuple)): return
         masks = any(m.iou_type=='segm' for m in self.elect_leader(learn))
         if self.leader is not self: return
@@ -194,16 +194,16 @@ class DetectionMetric(Metric):
 class COCOMetric(DetectionMetric):
     """One of COCO's numbers as a fastai metric, over `learn.pred` (detections) and the targets.
 
-    Several of them on one learner gather and evaluate once."""
+    Several of them on one learner share one evaluation."""
     def __init__(self,
         key:str='AP', # one of `coco_keys`; 'mask_AP' and so on for masks
         iou_type:str='bbox', # 'bbox' or 'segm'
-        name:str=None, # column in fastai's table; None: the key, with 'mask_' before it for masks
+        name:str=None, # column in fastai's table; None: the key, prefixed with 'mask_' for masks
     ):
         if key.startswith('mask_'): key,iou_type = key.removeprefix('mask_'),'segm'
         if key not in coco_keys:
             raise ValueError(f"got key={key!r}, expected one of {', '.join(coco_keys)}, "
-                             "with 'mask_' before it for masks")
+                             "prefixed with 'mask_' for masks")
         if iou_type not in ('bbox', 'segm'):
             raise ValueError(f"got iou_type={iou_type!r}, expected 'bbox' or 'segm'")
         self.key,self.iou_type = key,iou_type
@@ -225,7 +225,7 @@ class COCOMetric(DetectionMetric):
 class TopK(Metric):
     "How often the right class is among the `k` most likely ones, in percent."
     def __init__(self,
-        k:int=1, # with fewer classes: all of them
+        k:int=1, # at most the number of classes
     ): self.k = k
 
     @property
@@ -242,7 +242,7 @@ class TopK(Metric):
 
 # %% ../../nbs/learners/50_metrics.ipynb #3d92a394
 def _match_detections(p, t, iou_thr):
-    "Pairs (true label, predicted label) of one image; 0 is background, crowds are left out."
+    "Returns (true label, predicted label) pairs of one image; 0 is background, crowds are ignored."
     crowd = torch.as_tensor(t.get('iscrowd', torch.zeros(len(t['labels'])))).bool()
     free = set((~crowd).nonzero()[:,0].tolist())
     boxes = torch.as_tensor(p['boxes']).float().reshape(-1, 4)
@@ -265,10 +265,10 @@ def confusion(
     preds:list, # one dict per image: boxes, labels, scores
     targets:list, # one dict per image, in the same order: boxes, labels; maybe iscrowd
     num_classes:int, # background counted
-    iou_thr:float=0.5, # IoU from which a prediction matches an object
+    iou_thr:float=0.5, # minimum IoU for a match
     score_thr:float=0.5, # drop predictions below
 ) -> Tensor: # (C,C) int64: row the ground truth, column the prediction; 0 is background
-    "Returns how often each class was predicted for each."
+    "Returns how often each class was predicted for each true class."
     _check_pairs(preds, targets, False)
     res = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     for p,t in zip(preds, targets):

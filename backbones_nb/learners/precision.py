@@ -15,7 +15,7 @@ from torch.amp import GradScaler, autocast
 
 # %% ../../nbs/learners/80_precision.ipynb #a38a5e41
 class DetectionPrecision(MixedPrecision):
-    "fastai's mixed precision, on a CPU too; our detectors keep boxes in float32."
+    "fastai's mixed precision, also on a CPU; our detectors keep boxes in float32."
     name = 'mixed_precision' # what fastai looks for
 
     def before_fit(self):
@@ -30,6 +30,6 @@ class DetectionPrecision(MixedPrecision):
 
 # %% ../../nbs/learners/80_precision.ipynb #834e3e51
 class PrecisionMixin:
-    "Gives a learner `to_fp16` and `to_bf16` on any device."
+    "Adds `to_fp16` and `to_bf16` to a learner, on any device."
     def to_fp16(self, **kwargs): return self.add_cb(DetectionPrecision(**kwargs))
     def to_bf16(self): return self.add_cb(DetectionPrecision(amp_mode=AMPMode.BF16))

@@ -26,10 +26,10 @@ from .metrics import coco_eval
 
 # %% ../../nbs/learners/104_prediction.ipynb #1d2bcfb2
 class _Gather(Callback):
-    "Collects what a pass over a loader gives; takes the targets out unless losses are wanted."
+    "Collects the results of a pass over a loader; removes the targets unless losses are requested."
     name = 'gather_preds' # what fastai's callbacks look for
     def __init__(self,
-        finish, # function of an image's detections and its position: what is kept of them
+        finish, # function of an image's detections and its position that returns what to keep
         with_input=False,
         with_loss=False,
         original=False, # in pixels of the original images
@@ -58,14 +58,14 @@ class _Gather(Callback):
             if self.now: self.targets.append(to_cpu_rle(t))
 
     def losses_of(self, name='loss'):
-        "One number per image, (N,)."
+        "Returns one number per image, (N,)."
         return torch.cat([o[name] for o in self.per_image]) if self.per_image else torch.zeros(0)
 
 # %% ../../nbs/learners/104_prediction.ipynb #5de22498
 def filter_by_score(
     det:dict, # one image's detections
-    score_thr:float, # lowest score
-) -> dict: # the detections that reach it
+    score_thr:float, # minimum score
+) -> dict: # detections at or above it
     "Returns the detections whose score is at least `score_thr`."
     k = det['scores']>=score_thr
     def some(v):
@@ -76,8 +76,8 @@ def filter_by_score(
 def add_class_names(
     det:dict, # one image's detections
     class_map, # `ClassMap`
-    score_thr:float=0., # lowest score
-) -> dict: # the detections that reach it, with `names`, a list of str
+    score_thr:float=0., # minimum score
+) -> dict: # detections at or above it, with `names`, a list of str
     "Returns the detections with the names of their classes."
     det = filter_by_score(det, score_thr)
     return det | dict(names=[class_map.get_name(int(l)) for l in det['labels']])
@@ -92,17 +92,17 @@ def _check_size(model, size):
     if fixed is None and not rule: return
     to = 'by min_size and max_size' if rule else 'to {0}x{1} pixels'.format(*hw(fixed))
     raise ValueError(f'got size={size}, but this {type(m).__name__} scales every image {to}, whatever its size: '
-        'build it for the size that you want, or leave size out')
+        'build it for the size you want, or leave size out')
 
 # %% ../../nbs/learners/104_prediction.ipynb #3731af7f
 class PredictionMixin:
-    "Gives a learner of detectors `get_preds`, `evaluate`, `predict` and `show_results`."
+    "Adds `get_preds`, `evaluate`, `predict` and `show_results` to a learner of detectors."
     def eval_loader(self, ds_idx, dl, size=None, reorder=True, shuffle=False):
         "Returns the given loader, with its share, or that of `ds_idx`: all items, not augmented."
         if dl is not None and not isinstance(dl, DataLoader): # batches that are made already
             if size is not None:
                 raise ValueError(f'got size={size} and a list of batches, whose size is fixed: '
-                                 'give a loader')
+                                 'pass a loader')
             return dl
         kw = dict(shuffle=shuffle, tfm=None) if dl is None else {}
         share = (dl.rank,dl.world_size) if dl is not None else (0,1)
@@ -120,8 +120,8 @@ class PredictionMixin:
                           cbs=None, original=False):
         "Returns the callback that has collected the detections of a loader, each through `finish`."
         if with_loss and not getattr(getattr(dl, 'dataset', None), 'targets', True):
-            raise ValueError('losses were asked for, but the loader gives images without targets: '
-                             'make it with learn.dls.test_dl(records, with_labels=True), or '
+            raise ValueError('losses were requested, but the loader returns images without targets: '
+                             'create it with learn.dls.test_dl(records, with_labels=True), or '
                              'leave losses out')
         cb = _Gather(finish, with_input, with_loss, original)
         ctx = self.validation_context(cbs=L(cbs)+[cb], inner=inner)
@@ -147,20 +147,20 @@ def _check_options(options):
 def get_preds(self:PredictionMixin,
     ds_idx:int=1, # 0 training (without augmentation), 1 validation
     dl=None, # a loader, such as `dls.test_dl(items)`; None: that of `ds_idx`
-    with_input:bool=False, # return the images too
-    with_decoded:bool=False, # return the detections with `names` too
-    with_loss:bool=False, # return the loss of each image too; images are then computed one by one
+    with_input:bool=False, # also return the images
+    with_decoded:bool=False, # also return the detections with `names`
+    with_loss:bool=False, # also return the loss of each image; images then run one by one
     inner:bool=False, # called inside a fit
-    reorder:bool=True, # in the order of the data, also where the loader shuffles
+    reorder:bool=True, # keep the order of the data, even if the loader shuffles
     cbs=None, # callbacks for this call
     score_thr:float=0., # drop detections below
     size=None, # int or (height, width): letterbox images to this instead of the loader's size, px
     original:bool=False, # in pixels of the original images, not of the letterbox
     **kwargs, # fastai's `with_preds` and `with_targs` (False: None instead); others are refused
 ) -> tuple: # ([images,] detections, targets[, decoded][, losses (N,)]): lists on the CPU
-    """Returns detections and targets of a whole loader, in pixels of its images.
+    """Returns the detections and targets of a whole loader, in pixels of its images.
 
-    Masks are `RunLengths`. Raises ValueError for options without a meaning for detections, and for
+    Masks are `RunLengths`. Raises ValueError for options that make no sense for detections, and for
     a size that the detector would undo."""
     with_preds,with_targs = (kwargs.pop(k, True) for k in ('with_preds', 'with_targs'))
     _check_options(kwargs)
@@ -180,7 +180,7 @@ def evaluate(self:PredictionMixin,
     dl=None, # as in `get_preds`; its items need targets
     size=None, # as in `get_preds`
     score_thr:float=0., # drop detections below; AP is meant for all of them
-    iou_type:str=None, # 'bbox', 'segm' or 'both'; None: both where the detector gives masks
+    iou_type:str=None, # 'bbox', 'segm' or 'both'; None: both if the detector predicts masks
     **kwargs, # for `coco_eval`, such as `per_class`
 ) -> dict: # COCO's twelve numbers by name, and those of masks, such as 'mask_AP'
     "Returns `coco_eval` of a whole loader, in pixels of the original images."
@@ -193,8 +193,8 @@ def evaluate(self:PredictionMixin,
 def predict(self:PredictionMixin,
     item, # a path, PIL image, array (H,W,3), tensor (3,H,W) or record; or a list of them
     score_thr:float=0.5, # drop detections below
-    bs:int=None, # images at once, for lists
-    size=None, # int or (height, width), px: letterbox images to this, not to the validation's size
+    bs:int=None, # images per batch, for lists
+    size=None, # int or (height, width), px: letterbox images to this instead of the validation size
 ) -> dict: # boxes (N,4) xyxy px of the ORIGINAL image, labels, scores, names, masks; or a list
     "Returns the detections of an image of any size; masks are `RunLengths` of the image's size."
     items = [open_image(o) for o in (item if isinstance(item, (list,tuple,L)) else [item])]
@@ -212,12 +212,12 @@ def show_results(self:PredictionMixin,
     ds_idx:int=1, # 0 training, 1 validation
     dl=None, # a loader; None: that of `ds_idx`
     max_n:int=4, # images
-    shuffle:bool=True, # random ones
+    shuffle:bool=True, # choose them at random
     score_thr:float=0.5, # drop detections below
     size=None, # as in `get_preds`
     **kwargs, # for `show_side_by_side`
 ): # matplotlib Figure
-    "Draws targets beside detections of some images."
+    "Draws the targets and detections of some images side by side."
     dl = self.eval_loader(ds_idx, dl, size, reorder=False, shuffle=shuffle)
     b = dl.one_batch()
     with self.no_bar(): preds,_ = self.get_preds(dl=[b], score_thr=score_thr)

@@ -39,13 +39,13 @@ log_names = ('csv','tensorboard','wandb','mlflow','trackio') # where a run can b
 def get_detector(
     name:str, # 'faster_rcnn', 'mask_rcnn', 'efficientdet', 'retinanet' or 'fcos'
 ): # its function `model`
-    "Returns the builder of a family of detectors; raises ValueError for an unknown name."
+    "Returns the builder of a detector family; raises ValueError for an unknown name."
     if name not in detectors: raise ValueError(f"got detector={name!r}, expected one of {', '.join(detectors)}")
     return import_module(f'backbones_nb.detectors.{name}').model
 
 # %% ../../nbs/learners/102_run.ipynb #e34cdad0
 class _Range(NamedTuple):
-    "Allows the numbers from `low` to `high`; `inner` leaves out both ends."
+    "Allows the numbers from `low` to `high`; `inner` excludes both ends."
     low:float
     high:float=float('inf')
     inner:bool=False
@@ -92,47 +92,53 @@ def _check_option(name, v, hint, default):
 _picture = _Match(r'[^/\\]+\.(png|jpg|jpeg|svg|pdf)',
                   'a file name without a folder that ends in .png, .jpg, .svg or .pdf')
 
+_mix = _Match(r'(mosaic|copy_paste|jitter|multiscale)(,(mosaic|copy_paste|jitter|multiscale))*',
+              'mosaic, copy_paste, jitter or multiscale, or several with commas and no spaces')
+
 @dataclass(frozen=True)
 class RunConfig:
     "Every option of a run that trains a detector; raises ValueError for a wrong value."
     # toy pets, Oxford-IIIT Pets, or a file or folder: COCO, VOC, YOLO, LabelMe, VIA, CVAT, CSV, ...
     data:Annotated[str, dict(metavar='toy|pets|PATH')]='toy'
-    valid:Annotated[str, dict(metavar='PATH')]=None # other data to measure on, of any format
-    # folder of the images, where they are not beside the annotations
+    valid:Annotated[str, dict(metavar='PATH')]=None # separate validation data, in any format
+    # folder of the images, if they are not next to the annotations
     images:Annotated[str, dict(metavar='DIR')]=None
     boxes:Annotated[str, dict(choices=('body','head'))]='body' # Pets only: what to box
     classes:Annotated[str, dict(choices=('species','breed'))]='species' # Pets only: the classes
-    # share of the images held out, where the data have no split
+    # fraction of the images held out for validation, if the data come without a split
     valid_pct:Annotated[float, _Range(0, 1, inner=True)]=0.2
     toy_images:Annotated[int, _Range(1)]=800 # how many toy pets to draw
     size:Annotated[int, _Range(32)]=256 # side of the images in a batch, px
     bs:Annotated[int, _Range(1)]=8 # images per batch
     workers:Annotated[int, _Range(0)]=0 # processes that load images
-    # images that cannot be decoded: an error before training, left out, or read as far as they go
+    # images that cannot be decoded: stop before training, skip them, or read as much as possible
     broken:Annotated[str, dict(choices=('stop','skip','read'))]='stop'
     cache:bool=False # keep decoded images in memory
-    # flip, zoom, shift and recolor training images; --no-augment takes them as they are
+    # flip, zoom, shift and recolor training images; --no-augment leaves them as they are
     augment:bool=True
-    # range of the zoom of training images; 1 1 in short runs
+    # zoom range of the augmentation; 1 1 turns it off, which suits short runs
     zoom:Annotated[float, dict(nargs=2, metavar=('LOW','HIGH')), _Range(0, inner=True)]=(0.7,1.4)
-    # strength of the changes of brightness, contrast and saturation
+    # strength of the brightness, contrast and saturation jitter
     color:Annotated[float, _Range(0, 1)]=0.25
+    # more augmentation: mosaic, copy_paste, jitter (instead of zoom), multiscale; commas between
+    mix:Annotated[str, dict(metavar='NAME,NAME'), _mix]=None
     detector:Annotated[str, dict(choices=detectors)]='faster_rcnn' # family of the detector
     # what trains: fastai with our detectors, or another one that is installed, such as icevision
     engine:str='fastai'
-    # a name of 'backbones-nb list'; None ('own' on the command line): the detector's own
+    # name from 'backbones-nb list'; None ('own' on the command line) for the detector's default
     backbone:Annotated[str|None, dict(metavar='NAME')]='vovnet39'
-    # weights of the backbone: True is the best with a stated license; or a tag; or a path or URL
+    # weights of the backbone: True (the best with a stated license), a tag, or a path or URL
     pretrained:Annotated[str, dict(metavar='TAG|FILE', nargs='?', const=True)]=False
-    # weights of the whole detector, such as 'coco', or a file such as a run's detector.safetensors
+    # weights of the whole detector: 'coco', or a file such as the detector.safetensors of a run
     pretrained_detector:Annotated[str, dict(metavar='TAG|FILE', nargs='?', const=True)]=False
-    backbone_args:dict=None # more arguments of the backbone, for `create_backbone`
-    model_args:dict=None # more arguments of the detector's `model`
-    cpu_preset:bool=False # narrow neck and heads, few samples: for small images on a CPU
+    backbone_args:dict=None # more arguments for `create_backbone`
+    model_args:dict=None # more arguments for the detector's `model`
+    cpu_preset:bool=False # narrow neck and heads and few proposals, for small images on a CPU
     epochs:Annotated[int, _Range(1)]=20 # passes over the training images
-    lr:Annotated[float, _Range(0, inner=True)]=1e-3 # peak learning rate
+    # peak learning rate; default: the detector's own
+    lr:Annotated[float, _Range(0, inner=True)]=None
     wd:Annotated[float, _Range(0)]=0.01 # weight decay
-    loss_weights:dict=None # name of a loss -> factor
+    loss_weights:dict=None # name of a loss -> its weight
     bf16:bool=False # train in bfloat16 mixed precision
     accumulate:Annotated[int, _Range(1)]=1 # batches per step of the optimizer
     # decay of an average of the weights that is validated and kept instead, such as 0.999; 0: none
@@ -146,10 +152,10 @@ class RunConfig:
     # where to compute, such as cpu or cuda:1; default: the GPU of this process, if there is one
     device:Annotated[str, dict(metavar='NAME')]=None
     validate:bool=True # evaluate after each epoch; --no-validate evaluates only after training
-    # random seed for the split, weights, order and augmentation
+    # random seed for the split, the weights, the order and the augmentation
     seed:Annotated[int, _Range(0, 2**32-1)]=42
     out:Annotated[str, dict(metavar='DIR')]='runs/finetune' # output folder
-    # name of the picture: a .png, .jpg, .svg or .pdf file in the output folder
+    # file name of the picture in the output folder: .png, .jpg, .svg or .pdf
     picture:Annotated[str, dict(metavar='NAME'), _picture]='predictions.png'
     # where losses and metrics are logged, beside history.csv
     log:Annotated[str, dict(choices=log_names)]='csv'
@@ -163,6 +169,9 @@ class RunConfig:
             v = getattr(self, f.name)
             _check_option(f.name, v, f.type, f.default)
             object.__setattr__(self, f.name, deepcopy(v)) # a change leaves the presets alone
+        if self.mix and not self.augment:
+            raise ValueError(f'got mix={self.mix!r} beside augment=False, which leaves training '
+                             'images as they are: leave one of them out')
 
     @property
     def detector_args(self):
@@ -172,9 +181,9 @@ class RunConfig:
 
 # %% ../../nbs/learners/102_run.ipynb #a7673aff
 def run_options(
-    but:tuple=(), # options that the function has itself, or does not take
+    but:tuple=(), # options that the function declares itself or does not accept
 ): # decorator of a function with `**kwargs`
-    "Gives a function the options of `RunConfig`, with their defaults and comments."
+    "Adds the options of `RunConfig` to a function, with their defaults and comments."
     def decorate(f):
         f = delegates(RunConfig, but=list(but))(f)
         f.__delwrap__ = RunConfig # its generated __init__ has no comments for docments
@@ -193,7 +202,7 @@ presets = dict(
 
 def run_config(
     preset:str=None, # one of `presets`; None: the defaults
-    **options, # of `RunConfig`; they override the preset's, name by name where they are dicts
+    **options, # of `RunConfig`; they override the preset's, and dicts are merged key by key
 ) -> RunConfig:
     "Returns the options of a run; raises ValueError or TypeError for an unknown preset or option."
     from backbones_nb.core.errors import did_you_mean
@@ -209,7 +218,7 @@ def run_config(
     return RunConfig(**row | {k:over(k, v) for k,v in options.items()})
 
 # %% ../../nbs/learners/102_run.ipynb #55da242e
-def _read_any(data, images, toy_images, valid_pct, seed, pets):
+def _read_any(data, images, toy_images, valid_pct, seed, pets, use=('train','valid')):
     "Returns (dict: 'train' and 'valid', or 'all' -> records, ClassMap, SkipReport) of a data set by name or path."
     from backbones_nb.data.downloads import cache_dir
     from backbones_nb.data.formats import find_format, find_splits, read_data
@@ -218,48 +227,48 @@ def _read_any(data, images, toy_images, valid_pct, seed, pets):
     if data=='toy': path = toy_pets(cache_dir()/f'toy_pets_{toy_images}', n=toy_images, workers=min(8, os.cpu_count()))
     elif data=='pets': path = untar_pets()
     elif not (path := Path(data)).exists(): raise FileNotFoundError(f"got data={str(data)!r}, which does not exist: "
-        "give 'toy', 'pets', or a file or folder with annotations, such as a COCO file or a YOLO data.yaml")
+        "pass 'toy', 'pets', or a file or folder with annotations, such as a COCO file or a YOLO data.yaml")
     if find_format(path)[0]=='pets':
-        if images: raise ValueError(f'got images={str(images)!r} together with {path}, which has its own: leave it out')
+        if images: raise ValueError(f'got images={str(images)!r} together with {path}, which has its own images: leave it out')
         train,valid,cm,report = pets_splits(path, valid_pct=valid_pct, seed=seed, **pets)
         return dict(train=train, valid=valid),cm,report
     has = find_splits(path)
-    wanted = ('train', 'valid' if 'valid' in has else 'test')
-    parts,cm,report = read_data(path, images, masks=pets['masks'], splits=wanted)
+    names = dict(train='train', valid=next((o for o in ('valid','test') if o in has), 'train'))
+    parts,cm,report = read_data(path, images, masks=pets['masks'], splits=[names[o] for o in use])
     if 'test' in parts: parts['valid'] = parts.pop('test')
     return parts,cm,report
 
 # %% ../../nbs/learners/102_run.ipynb #f743a46c
 def open_data(
-    data, # 'toy', 'pets', or a file or folder of any format
+    data, # 'toy', 'pets', or a file or folder in any format
     boxes:str='body', # pets: 'body' (from trimaps) or 'head' (from the xml files)
     classes:str='species', # pets: 'species' or 'breed'
-    valid_pct:float=0.2, # the part that is held out where the data have no split
-    seed:int=42, # of that split
+    valid_pct:float=0.2, # fraction held out for validation, if the data come without a split
+    seed:int=42, # for that split
     toy_images:int=800, # how many toy pets to draw
-    masks:bool=False, # read masks, too
-    valid=None, # other data to measure on, of any format; of their splits, the one for validation
-    images=None, # folder of the images; None: found beside the annotations
+    masks:bool=False, # also read masks
+    valid=None, # separate validation data, in any format; if they have splits, the validation split
+    images=None, # folder of the images; None: next to the annotations
 ) -> tuple: # train records, valid records, ClassMap, SkipReport
-    "Returns the records of a data set, drawn or downloaded where needed; raises FileNotFoundError for a missing path."
+    "Returns the records of a data set, drawn or downloaded if needed; raises FileNotFoundError for a missing path."
     from backbones_nb.data.formats import relabel
     from backbones_nb.data.ready import content_groups
     from backbones_nb.data.records import split_records
     read = partial(_read_any, toy_images=toy_images, valid_pct=valid_pct, seed=seed,
                    pets=dict(boxes=boxes, classes=classes, masks=masks))
-    parts,cm,report = read(data, images)
+    parts,cm,report = read(data, images, use=('train',) if valid else ('train','valid'))
     if not valid:
         if 'valid' in parts: return parts['train'],parts['valid'],cm,report
         whole = parts.get('all', parts.get('train'))
         return *split_records(whole, valid_pct, seed, groups=content_groups(whole)),cm,report
-    held,own,more = read(valid, images if images and Path(valid).is_file() else None)
+    held,own,more = read(valid, images if images and Path(valid).is_file() else None, use=('valid',))
     held = next(held[k] for k in ('valid','all','train') if k in held)
     return parts.get('all', parts.get('train')),relabel(held, own, cm),cm,report.add(more)
 
 # %% ../../nbs/learners/102_run.ipynb #59e4001d
 def environment_info(
     device, # torch device of the run
-) -> dict: # what you must know to repeat a number
+) -> dict: # what you need to know to reproduce a number
     "Returns the device, the number of threads, and the versions of Python and the libraries."
     import torch
     gpu = torch.cuda.get_device_name(device) if device.type=='cuda' else None

@@ -30,6 +30,7 @@ from .ema import ModelEMA
 from .folder import free_options
 from .finite import FiniteLoss, NonFiniteLoss
 from .logs import loggers
+from .recompute import RecomputeBackbone
 from .run import RunConfig
 
 # %% ../../nbs/learners/159_training.ipynb #0c1fdf2c
@@ -112,6 +113,7 @@ def run_callbacks(
     res = loggers(c.log, out, facts) + [FiniteLoss(), KeepBest(out, patience=c.patience),
         Checkpoint(Path(out)/'checkpoint.pt', c.checkpoint_every, facts)] + no_validation(c)
     if c.ema: res.append(ModelEMA(c.ema))
+    if c.checkpoint_backbone: res.append(RecomputeBackbone())
     if c.accumulate>1: res.append(Accumulate(c.accumulate, c.bs))
     return res
 
@@ -119,7 +121,7 @@ def _fit(learn, config, cbs):
     c = config
     if c.bf16: learn.to_bf16()
     fit = learn.fine_tune if c.pretrained or c.pretrained_detector else learn.fit_one_cycle
-    with learn.added_cbs(cbs): fit(c.epochs, c.lr)
+    with learn.added_cbs(cbs): fit(c.epochs, c.lr or learn.lr)
 
 # %% ../../nbs/learners/159_training.ipynb #ffde3721
 def resume_command(out):
@@ -127,8 +129,8 @@ def resume_command(out):
     return f'backbones-nb finetune --resume --out {shlex.quote(str(out))}'
 
 def _rescue(learn, out):
-    "Exports what there is after an interruption; returns a sentence on it."
-    if rank_distrib(): return ''
+    "Exports what there is after an interruption, in the first process; returns a sentence on it."
+    if rank_distrib(): return 'the first process keeps the learner'
     file = Path(out)/'checkpoint.pt'
     if not all_finite(get_model(learn.model).state_dict()):
         if not file.exists(): return 'no weights are finite, so none are kept'
@@ -151,8 +153,9 @@ def train_run(
     try:
         with learn.distrib_ctx() if own else nullcontext(): _fit(learn, config, cbs)
     except KeyboardInterrupt:
-        if own: print(f'stopped: {_rescue(learn, out)}; continue with', flush=True)
-        if own: print(f'  {resume_command(out)}', flush=True)
+        if own and not rank_distrib():
+            print(f'stopped: {_rescue(learn, out)}; continue with', flush=True)
+            print(f'  {resume_command(out)}', flush=True)
         raise
     except NonFiniteLoss as e: raise NonFiniteLoss(f'{e}; {_rescue(learn, out)}') from None
     res = dict(train_seconds=round(time.time()-start, 1),

@@ -26,7 +26,7 @@ _fusions = 'fast','softmax','sum'
 class Fusion(nn.Module):
     "Weighted sum of maps of one shape (Tan et al. 2020, arXiv:1911.09070, section 3.3)."
     def __init__(self,
-        n:int, # maps; each has a learned number, but not for 'sum'
+        n:int, # number of maps; each has a learned weight, except for 'sum'
         kind:str='fast', # 'fast' (normalized by the sum), 'softmax' or 'sum' (no weights)
         eps:float=1e-4, # keeps 'fast' from dividing by zero
     ):
@@ -36,7 +36,9 @@ class Fusion(nn.Module):
         self.weight = None if kind=='sum' else nn.Parameter(torch.ones(n))
 
     def shares(self):
-        "Returns the factors of the maps (n,), which add up to 1 or nearly so; 'sum' has none."
+        "Returns the weights of the maps (n,), which sum to about 1; raises ValueError for 'sum'."
+        if self.weight is None: raise ValueError(
+            "got a Fusion of kind 'sum', which has no weights: use 'fast' or 'softmax'")
         if self.kind=='softmax': return self.weight.softmax(0)
         w = F.relu(self.weight)
         return w/(w.sum()+self.eps)
@@ -53,7 +55,7 @@ class Resample(nn.Module):
     def __init__(self,
         ratio:int=2, # of the two strides
         up:bool=True, # to the finer level
-        same:bool=False, # pool with TensorFlow's padding: an odd cell goes right and below
+        same:bool=False, # pool with TensorFlow's padding: the extra cell is at the right and bottom
     ):
         super().__init__()
         self.ratio,self.up,self.same = ratio,up,same
@@ -66,7 +68,7 @@ class Resample(nn.Module):
             py,px = [(n+r-1)//r*r - n + 1 for n in m.shape[-2:]]
             m = F.pad(m, (px//2, px-px//2, py//2, py-py//2), value=float('-inf'))
             pad = 0
-        return F.max_pool2d(m, r+1, r, pad)[..., :size[0], :size[1]] # cut where a net rounds down
+        return F.max_pool2d(m, r+1, r, pad)[..., :size[0], :size[1]] # crop if the net rounds down
 
     def extra_repr(self): return 'up' if self.up else f'max-pool /{self.ratio}' + ', same'*self.same
 
@@ -76,7 +78,7 @@ _norms = dict(bn=partial(nn.BatchNorm2d, eps=1e-3, momentum=.01)) # EfficientDet
 def _norm(norm, nf): return make_norm(_norms[norm] if norm=='bn' else norm, nf)
 
 def project(ni, nf, norm='bn', bias=False):
-    "Returns a 1x1 convolution with norm from `ni` to `nf` channels, an identity where they agree."
+    "Returns a 1x1 convolution with norm from `ni` to `nf` channels, or an identity if they are equal."
     if ni==nf: return nn.Identity()
     return nn.Sequential(nn.Conv2d(ni, nf, 1, bias=bias or norm is None), _norm(norm, nf))
 
@@ -91,7 +93,7 @@ class BiFPNNode(nn.Module):
         act='silu', # before the convolution; name in `acts`, a callable or None
         norm='bn', # 'bn' (EfficientDet's eps and momentum), another of `norms`, a callable or None
         separable:bool=True, # depth-wise and point-wise convolution instead of a full one
-        bias:bool=False, # before a norm too, where it has no effect; TensorFlow's weights have it
+        bias:bool=False, # also before a norm, where it has no effect; TensorFlow's weights have it
         act_first:bool=True, # False: convolution, norm, activation
     ):
         super().__init__()
@@ -144,21 +146,21 @@ class BiFPNLayer(nn.Module):
 
 # %% ../../nbs/necks/22_bifpn.ipynb #4ee9847f
 class BiFPN(Neck):
-    "EfficientDet's bidirectional pyramid, weights learned (Tan et al. 2020, arXiv:1911.09070)."
+    "EfficientDet's bidirectional pyramid with learned weights (Tan et al. 2020, arXiv:1911.09070)."
     def __init__(self,
         in_channels, # channels of the incoming maps, finest first
         in_strides, # their strides
         channels:int=64, # of every outgoing map
-        layers:int=3, # how often the two pathways are repeated
-        levels:int=5, # outgoing maps, the coarser ones by max-pool; never fewer than come in
+        layers:int=3, # how many times the two pathways are repeated
+        levels:int=5, # outgoing maps, the coarser ones by max-pooling; at least as many as come in
         extra='pool', # 'pool'; None: no coarser levels, whatever `levels` says
         fusion='fast', # see `Fusion`
         same:bool=False, # see `Resample`
-        norm='bn', # see `BiFPNNode`, as for all that follows
+        norm='bn', # see `BiFPNNode`, like the arguments below
         bias:bool=False,
         **config, # act, separable, act_first
     ):
-        one_of(extra, ('pool',None), 'extra') # a BiFPN makes its coarser levels by max-pooling
+        one_of(extra, ('pool',None), 'extra') # a BiFPN builds its coarser levels by max-pooling
         more = max(levels-len(in_channels), 0) if extra else 0
         strides = [*in_strides, *(in_strides[-1]*2**(i+1) for i in range(more))]
         if len(strides)<2 or layers<1: raise ValueError(
@@ -176,7 +178,7 @@ class BiFPN(Neck):
 # %% ../../nbs/necks/22_bifpn.ipynb #5be97af9
 @patch
 def reset_parameters(self:BiFPN):
-    "Draws convolutions from Glorot's uniform distribution, depth-wise ones by their own fans."
+    "Initializes convolutions from Glorot's uniform distribution, depth-wise ones with their own fans."
     for m in self.modules():
         if not isinstance(m, nn.Conv2d): continue
         fans = (m.in_channels + m.out_channels)/m.groups * m.weight[0,0].numel()
@@ -198,7 +200,7 @@ def coarser(self:BiFPN, maps):
 def forward(self:BiFPN,
     maps:list, # (B,in_channels[i],H_i,W_i), finest first
 ) -> list: # (B,channels,H_i,W_i), finest first, the extra levels included
-    "Returns the pyramid; raises ValueError for maps that it was not made for."
+    "Returns the pyramid; raises ValueError for maps with other channels."
     maps = self.coarser(self.check(maps))
     for f in self.layers: maps = f(maps)
     return maps

@@ -23,42 +23,42 @@ neck_classes = dict(fpn=FPN, pan=PAN, bifpn=BiFPN) # the values of `neck`
 
 def carries_neck(
     backbone:nn.Module,
-) -> bool: # whether its maps come from a neck already, ours or torchvision's
+) -> bool: # whether its maps already come from a neck, ours or torchvision's
     "Returns whether the backbone already includes a neck."
     if getattr(backbone, 'has_neck', False): return True
     return any(isinstance(m, FeaturePyramidNetwork) for m in backbone.modules())
 
 def _check_neck(neck, backbone):
-    "Returns `neck` if it fits the backbone; raises ValueError or TypeError naming what does not."
+    "Returns `neck` if it fits the backbone; raises ValueError or TypeError naming the mismatch."
     kind = type(neck).__name__
     if not isinstance(neck, nn.Module):
         raise TypeError(f'got a {kind} as neck, expected an nn.Module that takes a list of maps')
     lost = [o for o in ('channels', 'strides') if not hasattr(neck, o)]
     if lost:
         raise ValueError(f"got a {kind} without {' and '.join(lost)}, expected a neck: "
-            'set channels and strides of the maps that it returns')
+            'set the channels and strides of the maps that it returns')
     for k in ('channels', 'strides'):
         have = tuple(getattr(backbone, k))
         want = tuple(getattr(neck, f'in_{k}', have))
         if want!=have:
-            raise ValueError(f'got {kind} for {k} {want}, but the backbone gives {have}: '
-                'build it for this backbone, or select the strides that it takes')
+            raise ValueError(f'got {kind} for {k} {want}, but the backbone has {have}: '
+                'build it for this backbone, or select the strides that it expects')
     return neck
 
 # %% ../../nbs/necks/68_build.ipynb #e1e86d38
 def create_neck(
     neck, # 'auto', None, a name, a neck, or a callable taking channels and strides
     backbone:Backbone, # backbone that feeds the neck
-    **kwargs, # for a neck that is built here, such as channels=256
+    **kwargs, # for a neck built here, such as channels=256
 ): # a neck, or None
-    "Returns the neck for `backbone`; raises ValueError for an unknown name or a wrong fit."
+    "Returns the neck for `backbone`; raises ValueError for an unknown name or a mismatch."
     if isinstance(neck, str) and neck=='auto':
         neck = None if carries_neck(backbone) or len(backbone.strides)<2 else 'fpn'
     if neck is None: return None
     if isinstance(neck, nn.Module):
         if kwargs:
-            raise ValueError(f"got a built {type(neck).__name__} and {', '.join(kwargs)} for it: "
-                'give these when you build it')
+            raise ValueError(f"got an existing {type(neck).__name__} and {', '.join(kwargs)} for it: "
+                'pass these when you build it')
         return _check_neck(neck, backbone)
     if isinstance(neck, str):
         if neck not in neck_classes:
@@ -72,11 +72,11 @@ def create_neck(
 
 # %% ../../nbs/necks/68_build.ipynb #f3e75415
 def attach_neck(
-    backbone:Backbone, # or any module that gives maps, as `as_backbone` takes it
+    backbone:Backbone, # or any module that `as_backbone` accepts
     neck='auto', # see `create_neck`
     **kwargs, # for the neck
-) -> Backbone: # with its neck, or the backbone itself if it gets none
-    "Returns both as one backbone; raises ValueError if a foreign neck's maps are not as claimed."
+) -> Backbone: # with its neck, or the backbone itself if there is none
+    "Returns both as one backbone; raises ValueError if the maps of a foreign neck do not match its claims."
     backbone = as_backbone(backbone)
     neck = create_neck(neck, backbone, **kwargs)
     if neck is None: return backbone

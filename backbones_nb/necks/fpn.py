@@ -17,7 +17,7 @@ from ..core.layers import make_norm
 from .neck import Neck
 
 # %% ../../nbs/necks/20_fpn.ipynb #977ec7c2
-fpn_extras = {None:0, 'pool':1, 'p6p7':2} # name -> how many coarser levels it adds
+fpn_extras = {None:0, 'pool':1, 'p6p7':2} # name -> number of coarser levels that it adds
 
 def _conv(ni, nf, ks, norm):
     conv = nn.Conv2d(ni, nf, ks, padding=ks//2, bias=norm is None)
@@ -32,7 +32,7 @@ class FPN(Neck):
         channels:int=256, # of every outgoing map
         extra=None, # coarser levels: 'pool' (subsampled P6), 'p6p7' (convolutions), None
         norm=None, # after each convolution: a name in `norms`, a callable taking channels, or None
-        from_c5:bool=False, # 'p6p7' from the last incoming map; False: the last outgoing one
+        from_c5:bool=False, # compute 'p6p7' from the last incoming map; False: from the last outgoing one
     ):
         one_of(extra, tuple(fpn_extras), 'extra')
         coarse = [in_strides[-1]*2**(i+1) for i in range(fpn_extras[extra])]
@@ -57,7 +57,7 @@ class FPN(Neck):
 def top_down(self:FPN,
     maps:list, # (B,in_channels[i],H_i,W_i), finest first
 ) -> list: # (B,channels,H_i,W_i), finest first
-    "Returns P2 to P5, or as many levels as there are maps."
+    "Returns P2 to P5, or one level per map."
     sums = [f(c) for f,c in zip(self.lateral, maps)]
     for i in range(len(sums)-1, 0, -1):
         sums[i-1] = sums[i-1] + F.interpolate(sums[i], size=sums[i-1].shape[-2:], mode='nearest')
@@ -79,6 +79,6 @@ def coarser(self:FPN,
 def forward(self:FPN,
     maps:list, # (B,in_channels[i],H_i,W_i), finest first
 ) -> list: # (B,channels,H_i,W_i), finest first, then the extra levels
-    "Returns the pyramid; raises ValueError for maps that it was not made for."
+    "Returns the pyramid; raises ValueError for maps with other channels."
     maps = self.check(maps)
     return self.coarser(self.top_down(maps), maps[-1])

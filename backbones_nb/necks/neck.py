@@ -32,14 +32,14 @@ class Neck(nn.Module):
                          (self.channels, self.strides, 'outgoing')):
             if len(a)!=len(b) or not a:
                 raise ValueError(f'got {len(a)} channels and {len(b)} strides of the {what} '
-                    'maps, expected equal numbers, at least one: take both from one backbone')
+                    'maps, expected the same number, at least one: take both from one backbone')
 
     def check(self,
         maps, # feature maps (B,C,H,W), finest first: a list, a tuple or a mapping
     ) -> list: # of maps
-        "Returns the maps as a list; raises ValueError if the neck was not made for them."
+        "Returns the maps as a list; raises ValueError if they do not have the expected channels."
         maps = as_list(maps)
-        if not isinstance(maps[0], Tensor): return maps # symbols of a tracer, without shapes
+        if not isinstance(maps[0], Tensor): return maps # a tracer's proxies have no shapes
         got = tuple(o.shape[1] for o in maps)
         if got!=self.in_channels:
             raise ValueError(f'got maps with channels {got}, expected {self.in_channels}: '
@@ -55,8 +55,8 @@ class WithNeck(Backbone):
     "A backbone and a neck as one backbone: its maps are the neck's."
     has_neck = True
     def __init__(self,
-        body:Backbone, # gives the maps that the neck takes
-        neck:nn.Module, # a `Neck`, or a module of maps to maps with `channels` and `strides`
+        body:Backbone, # feeds the neck
+        neck:nn.Module, # a `Neck`, or a module from maps to maps with `channels` and `strides`
     ):
         super().__init__()
         self.body,self.neck = body,neck
@@ -65,7 +65,7 @@ class WithNeck(Backbone):
         self.select()
 
     def select(self, strides=None, out_indices=None):
-        "As `Backbone.select`, but None means all maps of the neck."
+        "Like `Backbone.select`, but None means all maps of the neck."
         if strides is None and out_indices is None: strides = [r['reduction'] for r in self.rows]
         return super().select(strides, out_indices)
 
@@ -74,7 +74,7 @@ class WithNeck(Backbone):
         "Channels of every map, for torchvision's detectors; raises ValueError if they differ."
         if len(set(self.channels))>1:
             raise ValueError(f'the maps have channels {self.channels}, expected one number '
-                'for all: use a neck that makes them equal, or select one map')
+                'for all: use a neck with equal channels, or select one map')
         return self.channels[0]
 
     def _maps(self, x, n): return as_list(self.neck(self.body(x)))[:n]
@@ -82,7 +82,7 @@ class WithNeck(Backbone):
 # %% ../../nbs/necks/19_neck.ipynb #62dd4fa4
 @patch(as_prop=True)
 def trunk(self:WithNeck) -> dict: # group name -> dotted names of its modules
-    "The body's groups, then the neck; a second neck has a name of its own."
+    "The body's groups, then the neck; a second neck gets its own name."
     groups = {k:[f'body.{o}' for o in v] for k,v in self.body.trunk.items()}
     name = f"neck{sum(k.startswith('neck') for k in groups)+1}" if 'neck' in groups else 'neck'
     return groups | {name:['neck']}
@@ -100,11 +100,11 @@ def param_groups(self:WithNeck) -> list: # lists of parameters: those of the bod
 def freeze_to(self:WithNeck,
     n:int, # groups before the n-th are frozen, the others trained; negative n counts from the end
 ) -> WithNeck: # itself
-    "Freezes the first `n` groups; the neck's norms only if pretrained. Raises ValueError beyond."
+    "Freezes the first `n` groups, the neck's norms only if pretrained; raises ValueError if there are fewer."
     k = len(self.param_groups())
     m = len(self.body.param_groups())
     if not -k<=n<=k: raise ValueError(
-        f'got freeze_to({n}), but there are {k} groups: give a number from {-k} to {k}')
+        f'got freeze_to({n}), but there are {k} groups: pass a number from {-k} to {k}')
     n = n+k if n<0 else n
     self.body.freeze_to(min(n, m))
     norms = {f'neck.{k}':o for k,o in self.neck.named_modules()

@@ -60,6 +60,6 @@ def bottom_up(self:PAN,
 def forward(self:PAN,
     maps:list, # (B,in_channels[i],H_i,W_i), finest first
 ) -> list: # (B,channels,H_i,W_i), finest first, then the extra levels
-    "Returns the levels; raises ValueError for maps that it was not made for."
+    "Returns the levels; raises ValueError for maps with other channels."
     maps = self.check(maps)
     return self.coarser(self.bottom_up(self.top_down(maps)), maps[-1])

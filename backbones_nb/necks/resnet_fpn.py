@@ -22,7 +22,7 @@ def resnet_fpn(
     norm=None, # normalization in the pyramid: 'bn', 'gn' or None
     extra='pool', # coarser levels, see `FPN`
 ) -> WithNeck: # a `Backbone` that carries its neck
-    "Returns a torchvision ResNet with an FPN on its maps; raises what `create_backbone` raises."
+    "Returns a torchvision ResNet with an FPN; raises the errors of `create_backbone`."
     bb = create_backbone(model, pretrained)
     bb = attach_neck(bb, 'fpn', channels=channels, norm=norm, extra=extra)
     return bb.select(strides)

@@ -231,7 +231,7 @@ def test_training_needs_more_and_freezing_less():
         (lambda: summary(Tiny(), (224,)), ValueError, 'height, width'),
         (lambda: summary(Tiny(), 0), ValueError, 'size=0'),
         (lambda: summary(Tiny(), 22.4), ValueError, 'size=22.4'),
-        (lambda: summary(nn.Conv2d(3, 4, 7), 5), ValueError, 'give a larger size'),
+        (lambda: summary(nn.Conv2d(3, 4, 7), 5), ValueError, 'pass a larger size'),
         (
             lambda: peak_memory(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3)), 8, train=True),
             ValueError,

@@ -62,10 +62,10 @@ def test_yolov3_begins_with_darknet53(tmp_path):
 @pytest.mark.parametrize(
     'change, match',
     [
-        (lambda b: b[:-4], 'cut off or belongs to another net'),
+        (lambda b: b[:-4], 'truncated or belongs to another net'),
         (lambda b: b + bytes(4 * 1024), '1,024 numbers more'),
-        (lambda b: b'PK\x03\x04' + b[4:], 'does not begin like'),
-        (lambda b: b[:8], 'does not begin like'),
+        (lambda b: b'PK\x03\x04' + b[4:], 'does not start like'),
+        (lambda b: b[:8], 'does not start like'),
     ],
 )
 def test_another_file_is_refused(tmp_path, change, match):

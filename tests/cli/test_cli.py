@@ -92,7 +92,7 @@ def test_voc_without_lists_is_split(tmp_path, records):
     'make,kwargs,match',
     [
         (lambda p, r: p / 'nowhere', {}, 'does not exist'),
-        (lambda p, r: p, {}, 'looks like no data set'),
+        (lambda p, r: p, {}, 'does not look like a data set'),
         (lambda p, r: write_voc(p / 'voc', r.train, r.cm), dict(valid='x.json'), 'does not exist'),
         (lambda p, r: write_coco(p / 'a.json', r.train, r.cm), dict(images='nowhere'), 'nowhere'),
     ],

@@ -67,9 +67,9 @@ def no_objects(d):
     'change,more,words',
     [
         (relative, '', 'look relative to the image (0 to 1)'),
-        (no_masks, '--detector mask_rcnn', 'has a mask: train a detector that needs none'),
-        (no_objects, '', 'images to learn from without a single object'),
-        (None, '--valid-pct 0.01', 'valid_pct=0.01 of 6 images leaves none to measure on'),
+        (no_masks, '--detector mask_rcnn', 'has a mask: train a detector that does not need masks'),
+        (no_objects, '', 'images to train on without a single object'),
+        (None, '--valid-pct 0.01', 'valid_pct=0.01 of 6 images leaves none to validate on'),
         (None, '--bs 0', 'got bs=0, expected at least 1'),
         (None, '--workers -1', 'got workers=-1, expected at least 0'),
         (None, '--epochs 0', 'got epochs=0, expected at least 1'),
@@ -84,7 +84,7 @@ def test_refused_before_training_in_one_sentence(coco, change, more, words, caps
 
 def test_a_single_image(coco, capsys):
     assert finetune(coco(n=1), coco.root / 'run') == 1
-    assert 'of 1 images leaves none to measure on: give more images' in capsys.readouterr().err
+    assert 'of 1 images leaves none to validate on: pass more images' in capsys.readouterr().err
 
 
 def test_an_image_that_was_cut_off(coco, capsys):
@@ -130,7 +130,7 @@ def test_equal_images_on_both_sides(coco, capsys):
     other = coco(name='valid.json')
     assert finetune(f, coco.root / 'run', f'--valid {other}') == 0
     assert (
-        '6 measured on, though the same file is learned from (1.jpg, 2.jpg, 3.jpg, 4.jpg, 5.jpg, ...)'
+        '6 used for validation, though the same file is trained on (1.jpg, 2.jpg, 3.jpg, 4.jpg, 5.jpg, ...)'
         in capsys.readouterr().out
     )
 
@@ -167,7 +167,7 @@ def test_lists_of_voc(tmp_path, lists, want, note):
     train, valid, _, report = open_data(voc(tmp_path, lists), valid_pct=0.4)
     got = [[int(r.image_id) for r in o] for o in (train, valid)]
     assert got == list(want) if isinstance(want, tuple) else len(sum(got, [])) == want
-    assert (f'measured on, since there is no val.txt ({note})' in str(report)) == bool(note)
+    assert (f'used for validation, since there is no val.txt ({note})' in str(report)) == bool(note)
 
 
 # --- predict

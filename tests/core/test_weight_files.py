@@ -144,7 +144,7 @@ def test_what_does_not_fit_is_listed(tmp_path):
     with pytest.raises(FileNotFoundError, match='is a folder'):
         create_backbone('vovnet19_slim_dw', pretrained=tmp_path)
     torch.save(torch.nn.Linear(2, 2), tmp_path / 'object.pth')
-    with pytest.raises(ValueError, match='can run any code'):
+    with pytest.raises(ValueError, match='can run arbitrary code'):
         create_backbone('vovnet19_slim_dw', pretrained=tmp_path / 'object.pth')
 
 

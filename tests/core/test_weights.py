@@ -297,8 +297,8 @@ class Evil:
 @pytest.mark.parametrize(
     'what,message',
     [
-        (lambda p: dict(a=Evil(p)), 'asks for the Python object .*touch.*loading objects can run any code'),
-        (lambda p: nn.Conv2d(3, 3, 1), 'asks for the Python object'),
+        (lambda p: dict(a=Evil(p)), 'contains the Python object .*touch.*unpickling objects can run arbitrary code'),
+        (lambda p: nn.Conv2d(3, 3, 1), 'contains the Python object'),
         (lambda p: dict(a=torch.zeros(1), epoch=3), 'holds epoch, expected a state dict'),
         (lambda p: [torch.zeros(1)], 'holds list'),
         (lambda p: {}, 'holds nothing'),
@@ -505,7 +505,7 @@ def test_exact_conversion(rows, record, net, cache):
 @pytest.mark.parametrize(
     'kw,message',
     [
-        (dict(url='a', hub_id='b'), 'got a url and a hub_id'),
+        (dict(url='a', hub_id='b'), 'got both a url and a hub_id'),
         (dict(url='a', sha256='123'), "got sha256='123'"),
         (dict(url='a', sha256='ABCDEF01'), 'lower case'),
         (dict(url='/home/w.pth'), "got url='/home/w.pth' .*as_uri"),
@@ -928,7 +928,7 @@ def test_other_mistakes(tmp_path):
         from_pretrained(tmp_path / 'm', strides=64)
     for f in (tmp_path / 'nothing', 'us/nothing'):
         with pytest.raises(
-            RuntimeError, match='could not load .*nothing.*expected a folder that save_pretrained wrote'
+            RuntimeError, match='could not load .*nothing.*expected a folder written by save_pretrained'
         ) as e:
             from_pretrained(f)
         assert one_sentence(e)
@@ -963,7 +963,7 @@ def test_the_card_says_what_is_known(record, net, cache, tmp_path):
     (tmp_path / 'README.md').write_text('mine')
     create_backbone('mini').save_pretrained(tmp_path)
     assert (tmp_path / 'README.md').read_text() == 'mine'
-    assert 'began with random weights' in hub.card_text(hub.hub_config(create_backbone('mini')))
+    assert 'was initialized with random weights' in hub.card_text(hub.hub_config(create_backbone('mini')))
 
 
 # --- to the hub and back
@@ -1018,3 +1018,25 @@ def test_damaged_on_the_hub(net, hf):
 def test_an_empty_tag_is_not_random_weights(name):
     with pytest.raises(ValueError, match="got pretrained='' for .*expected True, False, the tag"):
         create_backbone(name, pretrained='')
+
+
+# --- what is cleared is found again
+
+
+def test_a_lookup_after_clear_discovers_again(monkeypatch):
+    reg, index = registry.REGISTRY, published.WEIGHTS
+    for o in (reg, index):  # back to what other tests know
+        for k, v in vars(o).items():
+            monkeypatch.setattr(o, k, v.copy() if isinstance(v, (dict, set, list)) else v)
+    names, timm_names = registry.list_backbones(), registry.list_backbones('timm/resnet*')
+    records = {n: published.weight_records(n) for n in (*names, 'timm/resnet18')}
+    n_callbacks = len(reg.callbacks)
+    register('registered_by_hand', Mini)
+    reg.clear()
+    index.clear()
+    assert not reg.entries and not index.records and not index.finders
+    assert published.weight_records('vovnet39') == records['vovnet39']  # without asking the registry first
+    assert {n: published.weight_records(n) for n in records} == records
+    assert registry.list_backbones() == names and registry.list_backbones('timm/resnet*') == timm_names
+    assert 'registered_by_hand' not in reg and len(reg.callbacks) == n_callbacks
+    assert create_backbone('vovnet19_slim').name == 'vovnet19_slim'

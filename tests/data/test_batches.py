@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 import torch
 from fastai.torch_core import TensorImage
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.ops import box_iou
 from torchvision.transforms import v2
+
+from drawn import cm, draw, extent, seen
 
 from backbones_nb.data.batches import detection_dls, DetectionDataLoaders
 from backbones_nb.data.transforms import (
@@ -24,39 +26,7 @@ from backbones_nb.data.transforms import (
     unletterbox,
     unletterbox_masks,
 )
-from backbones_nb.data.records import ClassMap, Record
-
-cm = ClassMap(['rect', 'oval'])
-gray, colors = (90, 90, 90), [(255, 0, 0), (0, 0, 255)]
-
-
-def draw(i, folder, masks=True, rng=None, n=None):
-    "A record whose image shows its objects: red rectangles and blue ellipses on gray, never overlapping."
-    rng = rng or np.random.RandomState(i)
-    h, w = (int(o) for o in rng.randint(50, 130, 2))
-    img = Image.new('RGB', (w, h), gray)
-    d, B, L, M = ImageDraw.Draw(img), [], [], []
-    for k in range((0 if i % 5 == 4 else 1 + i % 2) if n is None else n):
-        x0, x1 = (0, w // 2) if k == 0 else (w // 2, w)
-        bw, bh = rng.randint((x1 - x0) // 2, x1 - x0), rng.randint(h // 3, h)
-        x, y, l = x0 + rng.randint(0, x1 - x0 - bw), rng.randint(0, h - bh), 1 + (i + k) % 2
-        before = np.asarray(img).copy()
-        (d.rectangle if l == 1 else d.ellipse)([x, y, x + bw - 1, y + bh - 1], fill=colors[l - 1])
-        B.append([x, y, x + bw, y + bh])
-        L.append(l)
-        M.append((np.asarray(img) != before).any(-1).astype(np.uint8))
-    path = folder / f'{i}.png'
-    img.save(path)
-    m = np.stack(M) if M else np.zeros((0, h, w), np.uint8)
-    return Record(
-        image_id=f'im{i}',
-        path=path,
-        size=(h, w),
-        boxes=torch.tensor(B, dtype=torch.float32).reshape(-1, 4),
-        labels=torch.tensor(L, dtype=torch.int64),
-        masks=m if masks else None,
-        iscrowd=torch.zeros(len(L), dtype=torch.int64),
-    )
+from backbones_nb.data.records import Record
 
 
 @pytest.fixture(scope='module')
@@ -67,17 +37,6 @@ def records(tmp_path_factory):
 
 def make(records, n=16, **kw):
     return detection_dls(records[:n], records[n:], cm, **dict(size=64, bs=4, seed=1, device='cpu') | kw)
-
-
-def seen(img, label):
-    "Pixels of the drawn color, whatever the color jitter did."
-    r, _, b = img.as_subclass(Tensor)
-    return (r - b if label == 1 else b - r) > 0.3
-
-
-def extent(m):
-    y, x = m.nonzero(as_tuple=True)
-    return torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1]).float()
 
 
 def check_drawn(img, t, tol=1.6, boxes=True):
@@ -304,8 +263,8 @@ def test_validation_is_in_order_and_not_augmented(records):
 
 
 def test_cache_reads_each_image_once(records, monkeypatch):
-    reads, real = [], Record.image
-    monkeypatch.setattr(Record, 'image', lambda self: reads.append(self.image_id) or real(self))
+    reads, real = [], Record.target
+    monkeypatch.setattr(Record, 'target', lambda self: reads.append(self.image_id) or real(self))
     dls = make(records, cache=True)
     for _ in range(3):
         list(dls.train)

@@ -58,7 +58,7 @@ def test_a_sound_set_is_ok_and_says_what_is_fine(coco):
     assert (
         (r.images, r.readable, r.boxes, r.classes) == (2, 2, 2, dict(cat=2, dog=0))
         and r.facts() in str(r)
-        and 'nothing is wrong' in str(r)
+        and 'no problems found' in str(r)
     )
 
 
@@ -361,7 +361,7 @@ def test_which_format_it_is(coco, voc, toy, tmp_path):
     coco()
     assert find_format(coco.root / 'set.json')[0] == 'coco'
     (tmp_path / 'e').mkdir()
-    with pytest.raises(ValueError, match='looks like no data set'):
+    with pytest.raises(ValueError, match='does not look like a data set'):
         check_data(tmp_path / 'e')
     for o in 'xy':
         (tmp_path / 'e' / f'{o}.json').write_text('{}')

@@ -29,7 +29,7 @@ from backbones_nb.learners.run import open_data
 
 cm = ClassMap(['zebra', 'apple pie', 'Käfer'])
 written = [o.name for o in formats if o.write]
-with_masks = [o.name for o in formats if o.write and o.masks and o.name != 'voc']
+with_masks = [o.name for o in formats if o.write and o.masks]
 
 
 def draw(folder, name='a', size=(61, 83), boxes=((3.25, 4.5, 30.125, 41.0),), labels=(1,), masks=None):
@@ -203,7 +203,7 @@ def test_yolo_of_roboflow(tmp_path):
 @pytest.mark.parametrize(
     'yaml,match',
     [
-        ('names: {0: a, 2: b}\ntrain: images', 'without holes'),
+        ('names: {0: a, 2: b}\ntrain: images', 'consecutively'),
         ('train: images', 'no names'),
         ('names: []\ntrain: images', 'no names'),
         ('a: [', 'cannot be read as YAML'),
@@ -524,12 +524,12 @@ def test_unknown_things(tmp_path, capsys):
     for path in (tmp_path / 'd', tmp_path / 'd' / 'data.zip'):
         with pytest.raises(ValueError, match='unpack it'):
             find_format(path)
-    with pytest.raises(ValueError, match='no annotation file'):
+    with pytest.raises(ValueError, match='not a known annotation file'):
         find_format(put(tmp_path / 'a.docx', ''))
     with pytest.raises(FileNotFoundError, match='there is no'):
         find_format(tmp_path / 'none')
     put(tmp_path / 't' / 'train' / 'a.txt', '')
-    with pytest.raises(ValueError, match='no data set'):
+    with pytest.raises(ValueError, match='not look like a data set'):
         find_format(tmp_path / 't')
     assert main(['check', str(tmp_path / 'd')]) == 1 and 'unpack it' in capsys.readouterr().err
 

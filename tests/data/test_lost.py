@@ -393,12 +393,12 @@ def test_groups_stay_together():
 @pytest.mark.parametrize(
     'n,pct,groups,words',
     [
-        (1, 0.2, None, 'valid_pct=0.2 of 1 images leaves none to measure on: give more images'),
-        (2, 0.2, None, 'leaves none to measure on'),
-        (30, 0.01, None, 'valid_pct=0.01 of 30 images leaves none to measure on'),
-        (2, 0.9, None, 'leaves none to learn from'),
+        (1, 0.2, None, 'valid_pct=0.2 of 1 images leaves none to validate on: pass more images'),
+        (2, 0.2, None, 'leaves none to validate on'),
+        (30, 0.01, None, 'valid_pct=0.01 of 30 images leaves none to validate on'),
+        (2, 0.9, None, 'leaves none to train on'),
         (0, 0.2, None, 'of 0 images leaves none'),
-        (9, 0.2, lambda r: 0, 'of 9 images in 1 groups leaves none to learn from'),
+        (9, 0.2, lambda r: 0, 'of 9 images in 1 groups leaves none to train on'),
     ],
 )
 def test_a_part_without_an_image(n, pct, groups, words):
@@ -419,5 +419,5 @@ def test_equal_files_stay_on_one_side(tmp_path):
 @pytest.mark.parametrize('kw', [dict(bs=0), dict(num_workers=-1)])
 def test_batches_that_cannot_be(kw, tmp_path):
     r = Record('a', picture(tmp_path / 'a.png'), (60, 80), [[9, 9, 40, 40]], [1])
-    with pytest.raises(ValueError, match='at least one image in a batch, and no worker or more'):
+    with pytest.raises(ValueError, match='at least one image per batch and zero or more workers'):
         detection_dls([r], [], ClassMap(['a']), **kw)

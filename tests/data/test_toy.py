@@ -178,7 +178,7 @@ def test_the_seed_decides(tmp_path):
     assert content(a) == content(b)
     one, other = ({k: v for k, v in content(o).items() if k.suffix == '.jpg'} for o in (a, c))
     assert one.keys() == other.keys() and all(one[k] != other[k] for k in one)
-    with pytest.raises(ValueError, match='holds toy pets made with'):
+    with pytest.raises(ValueError, match='holds toy pets drawn with'):
         toy_pets(tmp_path / 'a', n=7, seed=1)
 
 
@@ -199,7 +199,7 @@ def test_refused_arguments(tmp_path):
         toy_pets(tmp_path / 'b', n=0)
     assert not (tmp_path / 'b').exists()
     toy_pets(tmp_path / 'c', n=2, side=96)
-    with pytest.raises(ValueError, match='holds toy pets made with') as e:
+    with pytest.raises(ValueError, match='holds toy pets drawn with') as e:
         toy_pets(tmp_path / 'c', n=2, side=96, seed=3)
     assert '\n' not in str(e.value)
 

@@ -281,10 +281,10 @@ V2 = get_model_weights('fasterrcnn_resnet50_fpn_v2').COCO_V1
 BAD = {
     "pretrained=True beside the backbone 'vovnet39'": dict(backbone='vovnet39'),
     'a built VoVNet': dict(backbone=lambda: create_backbone('vovnet19_slim')),
-    "choose among 'FasterRCNN_ResNet50_FPN_Weights.COCO_V1' (resnet50)": dict(
+    "choose from 'FasterRCNN_ResNet50_FPN_Weights.COCO_V1' (resnet50)": dict(
         pretrained=V2, backbone='mobilenet_v3_large'
     ),
-    "no weights 'voc': give True, 'coco' or one of 'FasterRCNN": dict(pretrained='voc'),
+    "no weights 'voc': pass True, 'coco' or one of 'FasterRCNN": dict(pretrained='voc'),
     "no weights 'FCOS_ResNet50": dict(pretrained=weights_of('fcos_resnet50_fpn')),
     'pretrained_backbone, but': dict(pretrained_backbone=True),
     "neck='pan'": dict(neck='pan'),

@@ -257,7 +257,7 @@ BAD = {
     "'box_detection_per_img'. Did you mean 'box_detections_per_img'": lambda m: detector(box_detection_per_img=3),
     'num_classes=1': lambda m: detector(num_classes=1),
     'img_size=(1, 2, 3)': lambda m: detector(img_size=(1, 2, 3)),
-    'beside min_size': lambda m: detector(img_size=64, min_size=64),
+    'together with min_size': lambda m: detector(img_size=64, min_size=64),
     'pretrained_backbone=True': lambda m: detector(plain(), pretrained_backbone=True),
     "no backbone 'vovnet19_slm'": lambda m: detector('vovnet19_slm'),
     "no neck 'fnp'": lambda m: detector(neck='fnp'),

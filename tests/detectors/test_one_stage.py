@@ -322,7 +322,7 @@ BAD = {
     "norm='qn', expected one of bn": lambda: detector('fcos', head_norm='qn'),
     'num_classes=1': lambda: detector('retinanet', num_classes=1),
     'img_size=(1, 2, 3)': lambda: detector('fcos', img_size=(1, 2, 3)),
-    'beside min_size': lambda: detector('fcos', img_size=64, min_size=64),
+    'together with min_size': lambda: detector('fcos', img_size=64, min_size=64),
     'pretrained_backbone=True': lambda: detector('fcos', plain(), pretrained_backbone=True),
     "no backbone 'vovnet19_slm'": lambda: detector('retinanet', 'vovnet19_slm'),
     "no neck 'fnp'": lambda: detector('fcos', neck='fnp'),

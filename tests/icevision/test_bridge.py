@@ -469,7 +469,7 @@ def test_a_box_that_is_cut_away_takes_its_mask_along(tmp_path):
             lambda p: [ice_record(p), ice_record(p, class_map=core.ClassMap(['blue', 'red']))],
             'has the classes background, blue, red',
         ),
-        (lambda p: [], 'no records'),
+        (lambda p: [], 'neither records'),
     ],
 )
 def test_records_that_cannot_be(tmp_path, make, match):

@@ -273,7 +273,7 @@ def test_bad_learner(dls):
         IceVisionDetector(net, 'efficientdet', 3)
     with pytest.raises(ValueError, match='the model has 3 with background'):
         IceVisionDetector(net, 'faster_rcnn', 5)
-    with pytest.raises(TypeError, match='wrap a model of IceVision'):
+    with pytest.raises(TypeError, match='wrap an IceVision model'):
         icevision_learner(dls, net)
     small_net = icevision_model('efficientdet', len(dls.class_map), body, img_size=128).eval()
     with pytest.raises(ValueError, match='an image of 96x96, but this efficientdet was built for 128x128'):

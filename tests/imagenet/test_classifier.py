@@ -179,9 +179,9 @@ def test_one_channel():
             (classifier(small, 3), 3),
             {},
             ValueError,
-            'got a whole Classifier, expected a backbone: give its `.backbone`',
+            'got a whole Classifier, expected a backbone: pass its `.backbone`',
         ),
-        ((faster_rcnn.model(3, small), 3), {}, ValueError, 'got a whole .*give its `.backbone`'),
+        ((faster_rcnn.model(3, small), 3), {}, ValueError, 'got a whole .*pass its `.backbone`'),
     ],
 )
 def test_what_is_refused(args, kw, error, message):
@@ -495,7 +495,7 @@ def test_images_of_one_channel(colors, tmp_path):
         ],
         (dict(ese=False), TypeError, "takes no argument 'ese'.*create_backbone"),
         (dict(droput=0.1), TypeError, "Did you mean 'dropout'"),
-        (dict(backbone=create_backbone(small), strides=8), ValueError, 'got a built .*strides=8, expected a name'),
+        (dict(backbone=create_backbone(small), strides=8), ValueError, 'got an existing .*strides=8, expected a name'),
         (dict(metric=accuracy), TypeError, "Did you mean 'metrics'"),
         (dict(model=3), TypeError, "takes no argument 'model'"),
         (dict(n_out=-1), ValueError, 'got num_classes=-1'),
@@ -517,7 +517,7 @@ def test_other_loaders(dls, records, tmp_path):
     with pytest.raises(ValueError, match='got a DataLoaders without a number of classes.*pass n_out'):
         backbone_learner(plain, small)
     kw = dict(n_out=2, loss_func=nn.CrossEntropyLoss())
-    with pytest.raises(ValueError, match='whose batches take no transforms.*normalize=False'):
+    with pytest.raises(ValueError, match='that accepts no batch transforms.*normalize=False'):
         backbone_learner(plain, small, **kw)
     learn = quiet(backbone_learner(plain, small, normalize=False, **kw))
     learn.fit(1)

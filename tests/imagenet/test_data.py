@@ -177,7 +177,7 @@ def test_a_file_that_appears_is_not_overwritten(csv, val, monkeypatch):
         return look
 
     monkeypatch.setattr(folders, '_places', late())
-    with pytest.raises(FileExistsError, match='has appeared'):
+    with pytest.raises(FileExistsError, match='exist: remove one of them'):
         prepare_val(csv, val)
     assert len(list(val.glob('*.JPEG'))) == 20 and {o.read_text() for o in val.glob('n*/*')} == {'precious'}
 
@@ -216,9 +216,9 @@ wrong = dict(
     ),
     sorted=(
         lambda c, v: (v / 'n09999999').mkdir() or shutil.move(v / 'ILSVRC2012_val_00000003.JPEG', v / 'n09999999'),
-        'gives another class than the folder',
+        'states another class than the folder',
     ),
-    nothing=(lambda c, v: [o.unlink() for o in v.iterdir()], 'holds none of them'),
+    nothing=(lambda c, v: [o.unlink() for o in v.iterdir()], 'contains none of them'),
 )
 
 
@@ -262,7 +262,7 @@ def test_what_is_not_there(tmp_path, csv, val):
     with pytest.raises(FileNotFoundError, match='no file'):
         prepare_val(tmp_path / 'none.csv', val)
     for allow in (False, True):  # the folder above
-        with pytest.raises(ValueError, match='holds none of them: give the folder they are in'):
+        with pytest.raises(ValueError, match='contains none of them: pass the folder they are in'):
             prepare_val(csv, val.parent, allow_missing=allow)
 
 
@@ -478,7 +478,7 @@ def test_limits_and_seeds_of_shards(ready, tmp_path):
     for bad in (dict(maxcount=0), dict(maxsize=0)):
         with pytest.raises(ValueError, match='expected at least 1'):
             write_shards(folder, tmp_path / 'd', **bad)
-    with pytest.raises(ValueError, match='other images or other arguments'):
+    with pytest.raises(ValueError, match='other images or with other arguments'):
         write_shards(folder, tmp_path / 'a', maxsize=5000, progress=False)
     (tmp_path / 'letters').mkdir()
     (tmp_path / 'letters' / 'hello.txt').write_text('x')
@@ -608,7 +608,7 @@ def test_a_full_disk(tmp_path, name):
             writers[name](part)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    one_sentence(e, f'could not write {f}', 'free some space', 'what was there before is unchanged')
+    one_sentence(e, f'could not write {f}', 'free some space', 'the previous file is unchanged')
     assert f.read_text() == 'old' and list(tmp_path.iterdir()) == [f]
 
 
@@ -810,7 +810,7 @@ def test_wrong_addresses(server, monkeypatch):
     for bad in ('http://127.0.0.1:1/x', 'http://nowhere.invalid/x', 'http://host:port/x', 'http:///x', 'pipe:false {}'):
         with pytest.raises(ConnectionError) as e:
             shard_dls(bad, 16)
-        one_sentence(e, 'train/index.json', 'cannot be fetched', 'check the address and the network')
+        one_sentence(e, 'train/index.json', 'cannot be fetched', 'check the URL and the network')
     server.busy = 1
     with pytest.raises(ConnectionError) as e:
         shard_dls(server.url, 16)

@@ -132,6 +132,15 @@ def test_shards_are_resumed(data, tmp_path):
     assert results(tmp_path / 'parts') == results(tmp_path / 'whole')
 
 
+def test_every_batch_but_the_last_has_a_checkpoint_of_its_own(data, tmp_path):
+    "The last one's is that of the epoch."
+    n = 33 // 4
+    for at, found in ((n - 1, (0, n - 1)), (n, (1, 0))):
+        with pytest.raises(KeyboardInterrupt):
+            train_imagenet(data, tmp_path / str(at), cbs=[Stop(at)], **small | dict(epochs=2, every=1))
+        assert position(tmp_path / str(at)) == found
+
+
 def life(data, out, kw, torn):
     """Trains in a process that leads a group of its own, so that its loader workers die with it;
     with `torn` it is killed in the middle of its second write."""
@@ -479,7 +488,7 @@ def test_another_training_is_not_mixed_in(data, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             train_imagenet(data, tmp_path, **kw | change)
-    with pytest.raises(ValueError, match='holds a checkpoint: continue it'):
+    with pytest.raises(ValueError, match='contains a checkpoint: continue'):
         train_imagenet(data, tmp_path, resume=False, **kw)
     (tmp_path / 'checkpoint.pt').write_bytes((tmp_path / 'checkpoint.pt').read_bytes()[:1000])
     with pytest.raises(ValueError, match='cannot be read as a checkpoint'):

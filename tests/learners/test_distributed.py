@@ -376,3 +376,62 @@ def test_one_process_changes_nothing(tmp_path):
     ):
         with learn.distrib_ctx(sync_bn=True):
             pass
+
+
+# --- a run of `finetune`
+
+run_script = '''
+import sys, torch
+from fastai.callback.core import Callback
+from backbones_nb.learners import training
+from backbones_nb.learners.finetune import finetune
+
+torch.set_num_threads(1)
+data,images,out = sys.argv[1:]
+kw = dict(data=data, images=images, detector='retinanet', backbone='timm/test_convnext', size=64, bs=1, epochs=2,
+          lr=1e-3, device='cpu', checkpoint_every=1, model_args=dict(neck_channels=8, score_thresh=0., topk_candidates=20))
+class Stop(Callback):
+    order = -200
+    def before_batch(self):
+        if self.training and self.epoch==1 and self.iter==2: raise KeyboardInterrupt
+
+finetune(**kw, out=f'{out}/two')
+real = training.run_callbacks
+training.run_callbacks = lambda *a: [*real(*a), Stop()]
+try: finetune(**kw, out=f'{out}/parts')
+except KeyboardInterrupt: pass
+training.run_callbacks = real
+finetune(**kw, out=f'{out}/parts', resume=True)
+'''
+
+
+def test_finetune_on_two_processes_as_on_one_and_resumed(tmp_path):
+    import json
+
+    import pandas as pd
+    from common import cm
+
+    from backbones_nb.data.coco import to_coco
+    from backbones_nb.learners.finetune import finetune
+
+    drawn = [draw_record(i, tmp_path, masks=False) for i in range(12)]
+    (tmp_path / 'ann.json').write_text(json.dumps(to_coco(drawn, cm, images=tmp_path)))
+    (tmp_path / 'run.py').write_text(run_script)
+    launch = '-W ignore -m torch.distributed.run --standalone --nproc_per_node=2'.split()
+    env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(root))
+    p = run(
+        sys.executable, *launch, tmp_path / 'run.py', tmp_path / 'ann.json', tmp_path, tmp_path, timeout=600, env=env
+    )
+    assert p.returncode == 0, p.stderr[-4000:]
+    assert p.stdout.count('images to learn from') == 3 and p.stdout.count('finetune --resume --out') == 1
+    for name in ('detector.safetensors', 'best.safetensors', 'history.csv'):
+        assert (tmp_path / 'two' / name).read_bytes() == (tmp_path / 'parts' / name).read_bytes(), name
+    kw = dict(data=str(tmp_path / 'ann.json'), images=str(tmp_path), detector='retinanet', size=64, bs=2, epochs=2)
+    args = dict(neck_channels=8, score_thresh=0.0, topk_candidates=20)
+    one = finetune(
+        **kw, backbone='timm/test_convnext', lr=1e-3, model_args=args, out=str(tmp_path / 'one'), device='cpu'
+    )
+    tables = [pd.read_csv(tmp_path / o / 'history.csv') for o in ('one', 'two')]
+    assert tables[0].valid_loss.to_numpy() == pytest.approx(tables[1].valid_loss.to_numpy(), rel=1e-3)
+    two = json.loads((tmp_path / 'two' / 'metrics.json').read_text())
+    assert two['valid_images'] == one['valid_images'] and two['steps'] == one['steps'] * 2

@@ -399,7 +399,7 @@ def test_what_does_not_fit(records, tmp_path):
         detection_learner(dls, model(5))
     with pytest.raises(TypeError, match='Linear.*detector'):
         detection_learner(dls, nn.Linear(1, 1))
-    with pytest.raises(ValueError, match='no class_map'):
+    with pytest.raises(ValueError, match='without a class_map'):
         detection_learner(DataLoaders([1], [2]), model())
     with pytest.raises(ValueError, match='AP51'):
         detection_learner(dls, model(), metrics='AP51')
@@ -611,7 +611,7 @@ def test_a_shuffled_loader_comes_back_in_order(colors, records):
         (dict(save_preds='x'), ValueError, 'torch.save'),
         (dict(concat_dim=1), ValueError, 'never concatenated'),
         (dict(with_los=True), TypeError, 'with_loss'),
-        (dict(dl=[1], size=32), ValueError, 'give a loader'),
+        (dict(dl=[1], size=32), ValueError, 'pass a loader'),
     ],
 )
 def test_what_get_preds_refuses(colors, kw, error, words):

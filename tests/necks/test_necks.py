@@ -267,7 +267,7 @@ def test_select():
     close(m(noise()), [full[1], full[4]])
     assert len(m.get_feature_maps(noise())) == 5
     assert m.select(out_indices=(1, 5)).strides == (4, 64) and m.select().strides == (4, 8, 16, 32, 64)
-    with pytest.raises(ValueError, match='no map at stride 2: choose among its strides 4, 8, 16, 32, 64'):
+    with pytest.raises(ValueError, match='no map at stride 2: choose from its strides 4, 8, 16, 32, 64'):
         m.select((2,))
 
 
@@ -330,7 +330,7 @@ def test_freeze(n, pretrained, neck):
 
 
 def test_freeze_says_how_many_groups_there_are():
-    with pytest.raises(ValueError, match='there are 6 groups: give a number from -6 to 6'):
+    with pytest.raises(ValueError, match='there are 6 groups: pass a number from -6 to 6'):
         attach_neck(Tiny(), channels=8).freeze_to(7)
 
 

@@ -53,7 +53,6 @@ def _make_anchors(
 class EfficientDet(Detector):
     "effdet's heads and default BiFPN on any backbone (Tan et al. 2020, arXiv:1911.09070)."
     loss_names = 'loss_classifier','loss_box_reg'
-    lr = 4e-3 # batch norm after every convolution stands high rates
     pretrained,record = None,None # tag and record of weights for the whole detector
 
     def __init__(self,
@@ -72,6 +71,10 @@ class EfficientDet(Detector):
             setattr(self, k, safe_norms(init_effdet_weights(HeadNet(cfg, num_outputs=n), k)))
         self.anchors = _make_anchors(cfg)
         self.loss_fn = DetectionLoss(cfg)
+
+    @property
+    def lr(self): # new layers, each with a batch norm, stand four times the rate of trained ones
+        return 1e-3 if self.pretrained else 4e-3
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #cc88bf08
 @patch

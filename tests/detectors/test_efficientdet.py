@@ -326,6 +326,13 @@ def test_a_hundred_steps_forget_the_initial_statistics():
     assert {m.momentum for m in kept.modules() if isinstance(m, nn.BatchNorm2d)} == {0.01}
 
 
+def test_new_layers_learn_faster_than_published_ones():
+    net = detector()
+    assert net.lr == 4e-3
+    net.pretrained = 'coco'
+    assert net.lr == 1e-3
+
+
 def test_flags_and_statistics_survive():
     m, (x, t) = detector(), data()
     flags, before = {k: o.training for k, o in m.named_modules()}, buffers(m)

@@ -146,11 +146,11 @@ def create_batch(self:DetectionDL,
 def repeat_items(self:DetectionDL,
     factors, # how often each item should occur in a pass, from 1; None: each once
 ):
-    "Makes passes longer, with some items more often; raises ValueError for factors that do not fit."
+    "Makes passes longer, with some items more often; raises ValueError for wrong factors."
     f = None if factors is None else np.asarray(factors, float)
     if f is not None and (len(f)!=len(self.dataset) or not (f>=1).all()): raise ValueError(
-        f'got {len(f)} factors from {f.min(initial=0):g} for {len(self.dataset)} items, expected one '
-        'of at least 1 for each')
+        f'got {len(f)} factors from {f.min(initial=0):g} for {len(self.dataset)} items, '
+        'expected one of at least 1 for each')
     self.repeats = f
     self.n = len(self.dataset) if f is None else int(np.ceil(f.sum()-1e-9))
 
@@ -208,7 +208,7 @@ def set_epoch(self:DetectionDL,
         self.rng.seed(self.seed)
         for _ in range(epoch):
             self.randomize()
-            super(DetectionDL, self).get_idxs()
+            self.order()
     self.epoch,self.start = epoch,start
 
 # %% ../../nbs/data/43_batches.ipynb #9dcc3ba5

@@ -32,6 +32,7 @@ from .finite import NonFiniteLoss
 from .metrics import COCOMetric
 from .precision import PrecisionMixin
 from .prediction import PredictionMixin, gives_masks
+from .tiled import TiledMixin
 
 # %% ../../nbs/learners/51_fastai.ipynb #0be35524
 class Targets(Sequence):
@@ -155,7 +156,8 @@ def _losses_per_image(model, images, targets):
     own = getattr(get_model(model), 'losses_per_image', None)
     return own(images, targets) if own else losses_one_by_one(get_model(model), images, targets)
 
-class DetectionLearner(_FreezeMixin, PredictionMixin, PrecisionMixin, DistributedMixin, Learner):
+class DetectionLearner(_FreezeMixin, TiledMixin, PredictionMixin, PrecisionMixin, DistributedMixin,
+                       Learner):
     """fastai's `Learner` for detectors: one pass computes losses and detections of a validation
     batch."""
     loss_parts = None # the losses of the current batch by name

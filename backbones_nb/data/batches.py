@@ -76,7 +76,8 @@ class DetectionDL(DataLoader):
         bs:int=16,
         size=256, # int or (height, width) of the batch's images
         class_map=None, # names of the classes
-        tfm=None, # function from (image, target) to (image, target), tv_tensors; None: no augmentation
+        # function from (image, target) to (image, target), tv_tensors; None: no augmentation
+        tfm=None,
         seed:int=None, # the same seed gives the same batches, with any number of workers
         batch_tfm=None, # takes and returns (images, targets) on the device; None: none
         **kwargs, # for fastai's DataLoader
@@ -145,11 +146,11 @@ def create_batch(self:DetectionDL,
 def repeat_items(self:DetectionDL,
     factors, # how often each item should occur in a pass, from 1; None: each once
 ):
-    "Makes passes longer, with some items more often; raises ValueError for factors that do not fit."
+    "Makes passes longer, with some items more often; raises ValueError for wrong factors."
     f = None if factors is None else np.asarray(factors, float)
     if f is not None and (len(f)!=len(self.dataset) or not (f>=1).all()): raise ValueError(
-        f'got {len(f)} factors from {f.min(initial=0):g} for {len(self.dataset)} items, expected one '
-        'of at least 1 for each')
+        f'got {len(f)} factors from {f.min(initial=0):g} for {len(self.dataset)} items, '
+        'expected one of at least 1 for each')
     self.repeats = f
     self.n = len(self.dataset) if f is None else int(np.ceil(f.sum()-1e-9))
 
@@ -158,7 +159,8 @@ def repeat_items(self:DetectionDL,
 def for_process(self:DetectionDL,
     rank:int=0, # index of the process
     world_size:int=1, # number of processes
-    equal:bool=False, # the same number of full batches for each, dropping the rest; False: every item once
+    # the same number of full batches for each, dropping the rest; False: every item once
+    equal:bool=False,
 ):
     "Restricts the loader to the share of one process; without arguments, lifts the restriction."
     if not 0<=rank<world_size:
@@ -206,7 +208,7 @@ def set_epoch(self:DetectionDL,
         self.rng.seed(self.seed)
         for _ in range(epoch):
             self.randomize()
-            super(DetectionDL, self).get_idxs()
+            self.order()
     self.epoch,self.start = epoch,start
 
 # %% ../../nbs/data/43_batches.ipynb #9dcc3ba5
@@ -297,11 +299,11 @@ def detection_dls(
     cache:bool=False, # keep decoded images in memory (small sets)
     val_bs:int=None, # None: bs
     path='.', # where learners save
-    drop_last:bool=None, # drop the last, smaller training batch; None: where a full one exists
+    drop_last:bool=None, # drop the last, smaller training batch; None: if there is a full one
     **kwargs, # item_tfms (fastai's name for augment), batch_tfms (take images and targets on the
         # device), or for fastai's DataLoader, such as device (None: fastai's default) or pin_memory
 ) -> DetectionDataLoaders:
-    "Returns loaders of training and validation; raises ValueError for labels beyond the class map."
+    "Returns loaders for training and validation; raises ValueError for labels outside the class map."
     train,valid = dataset_items(train),dataset_items(valid)
     if bs<1 or num_workers<0: raise ValueError(f'got bs={bs} and num_workers={num_workers}, '
         'expected at least one image per batch and zero or more workers')

@@ -166,7 +166,8 @@ def from_records(
         class_map = _to_our_map(records[0])
     odd = next((r for r in records if _to_our_map(r)!=class_map), None)
     if odd is not None: raise ValueError(f'record {odd.record_id!r} has the classes '
-        f"{', '.join(_to_our_map(odd).names)}, expected {', '.join(class_map.names)}: parse all data with the same class map")
+        f"{', '.join(_to_our_map(odd).names)}, expected {', '.join(class_map.names)}: parse all data with the same "
+        "class map")
     res = [_from_parser(r) for r in records]
     check_labels(res, class_map)
     return res,class_map

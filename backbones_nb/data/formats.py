@@ -31,7 +31,7 @@ from .yolo import find_yolo, write_yolo, yolo_parts, yolo_sheet
 # %% ../../nbs/data/131_formats.ipynb #254376c3
 @dataclass(frozen=True)
 class _Format:
-    "One annotation format: its name, how to recognize it, and the functions that find, read and write it."
+    "One annotation format: how to recognize it, and the functions that find, read and write it."
     name:str
     looks:str # how a person recognizes it
     find:object # function of a file or folder: list of the paths in this format
@@ -221,7 +221,7 @@ def _unknown(path):
 def find_format(
     path, # file or folder
 ) -> tuple: # name in `formats`, and the path of the file or folder itself
-    "Returns the format of a data set; raises FileNotFoundError or ValueError if it is missing, unknown or ambiguous."
+    "Returns the format of a data set; raises ValueError if it is missing, unknown or ambiguous."
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f'there is no {path}: check the path')
     if found := _direct(path): return found
@@ -292,8 +292,7 @@ def write_data(
 ) -> Path: # argument for `read_data`
     "Writes records with copies of their images; a dict becomes a folder per split."
     row = formats[format]
-    if row.write is None:
-        raise ValueError(f'got format={format!r}, which cannot be written: choose another format')
+    if not row.write: raise ValueError(f'got format={format!r}, which cannot be written: choose another')
     if not isinstance(records, dict): return row.write(records, class_map, folder)
     if row.name=='yolo': return row.write(records, class_map, folder) # one data.yaml for all
     for k,rs in records.items(): row.write(rs, class_map, Path(folder)/k)

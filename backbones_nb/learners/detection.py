@@ -35,7 +35,8 @@ from .prediction import PredictionMixin, gives_masks
 
 # %% ../../nbs/learners/51_fastai.ipynb #0be35524
 class Targets(Sequence):
-    "The targets of a batch, with a `shape`, so that fastai counts images, not the first image's boxes."
+    """The targets of a batch, with a `shape`, so that fastai counts images,
+    not the first image's boxes."""
     def __init__(self, items): self.items = tuple(items)
     def __getitem__(self, i): return self.items[i]
     def __len__(self): return len(self.items)
@@ -130,7 +131,8 @@ class _FreezeMixin:
 
 # %% ../../nbs/learners/51_fastai.ipynb #ee7f43f3
 def _log_epoch(cb):
-    "Does what fastai's TensorBoardCallback does after an epoch, with detections drawn by our loader."
+    """Does what fastai's TensorBoardCallback does after an epoch,
+    with detections drawn by our loader."""
     draws,cb.log_preds = cb.log_preds,False
     type(cb).after_epoch(cb) # the numbers
     cb.log_preds = draws
@@ -154,7 +156,8 @@ def _losses_per_image(model, images, targets):
     return own(images, targets) if own else losses_one_by_one(get_model(model), images, targets)
 
 class DetectionLearner(_FreezeMixin, PredictionMixin, PrecisionMixin, DistributedMixin, Learner):
-    "fastai's `Learner` for detectors: one pass computes losses and detections of a validation batch."
+    """fastai's `Learner` for detectors: one pass computes losses and detections of a validation
+    batch."""
     loss_parts = None # the losses of the current batch by name
     stopped_by = None # what has interrupted the fit
     find_unused_parameters = True # backbones keep the layers after their last map

@@ -216,7 +216,7 @@ def finetune(
 def load_run(
     run, # folder of a run, or its learner.pkl
 ): # a `DetectionLearner`, on the CPU
-    "Returns the trained learner of a run; raises FileNotFoundError or ValueError for a file that is missing or damaged."
+    "Returns the trained learner of a run; raises FileNotFoundError or ValueError if it cannot be read."
     run = Path(run)
     f = run/'learner.pkl' if run.is_dir() else run
     if not f.exists(): raise FileNotFoundError(
@@ -224,8 +224,8 @@ def load_run(
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try: return load_learner(f)
-        except Exception as e: raise ValueError(f'got run={str(run)!r}, but {f} is not a learner that this installation '
-            f'can read ({reason(e)}): copy the file again, or train again with the versions installed here') from e
+        except Exception as e: raise ValueError(f'got run={str(run)!r}, but {f} is not a learner that this '
+            f'installation can read ({reason(e)}): copy the file again, or train again with the versions installed here') from e
 
 def _print_detections(f, found):
     print(f'{f}:' + (' nothing found' if not found else ''))

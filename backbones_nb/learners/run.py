@@ -64,7 +64,7 @@ class _Match(NamedTuple):
     def __str__(self): return self.what
 
 _kinds = {bool: (bool, 'True or False'), int: (Integral, 'an integer'), float: (Real, 'a number'),
-          str: ((str, os.PathLike), 'a string'), dict: (Mapping, 'a dict')} # type of an option -> (what is taken, in words)
+          str: ((str, os.PathLike), 'a string'), dict: (Mapping, 'a dict')} # type of an option -> (accepted, in words)
 
 def _expected(v, kind, rules, extra):
     "Returns what an option accepts, in words, if it does not accept `v`; otherwise None."
@@ -228,7 +228,8 @@ def _read_any(data, images, toy_images, valid_pct, seed, pets, use=('train','val
     elif not (path := Path(data)).exists(): raise FileNotFoundError(f"got data={str(data)!r}, which does not exist: "
         "pass 'toy', 'pets', or a file or folder with annotations, such as a COCO file or a YOLO data.yaml")
     if find_format(path)[0]=='pets':
-        if images: raise ValueError(f'got images={str(images)!r} together with {path}, which has its own images: leave it out')
+        if images: raise ValueError(f'got images={str(images)!r} together with {path}, which has its own images: '
+            'leave it out')
         train,valid,cm,report = pets_splits(path, valid_pct=valid_pct, seed=seed, **pets)
         return dict(train=train, valid=valid),cm,report
     has = find_splits(path)

@@ -279,8 +279,8 @@ def measure_icevision(trained, run, data):
         return learn.get_preds()
 
 
-peers = dict(
-    torchvision=(train_torchvision, measure_torchvision, ('faster_rcnn', 'retinanet', 'fcos')),
-    effdet=(train_effdet, measure_effdet, ('efficientdet',)),
-    icevision=(train_icevision, measure_icevision, ('faster_rcnn', 'retinanet', 'efficientdet')),
+train_and_measure = dict(
+    torchvision=(train_torchvision, measure_torchvision),
+    effdet=(train_effdet, measure_effdet),
+    icevision=(train_icevision, measure_icevision),
 )

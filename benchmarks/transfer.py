@@ -29,9 +29,11 @@ and give that folder as --weights."""
 import argparse
 import csv
 import os
+import platform
 import sys
 import time
 import warnings
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
@@ -56,9 +58,15 @@ from backbones_nb.learners.metrics import coco_eval
 from backbones_nb.learners.run import cpu_preset, get_detector
 
 families = 'faster_rcnn', 'retinanet', 'fcos', 'efficientdet'
+peers = dict(  # what they have of these families
+    torchvision=('faster_rcnn', 'retinanet', 'fcos'),
+    effdet=('efficientdet',),
+    icevision=('faster_rcnn', 'retinanet', 'efficientdet'),
+)
 backbones = dict(mobilenet_v2='mobilenet_v2', efficientnet_lite0='timm/tf_efficientnet_lite0')
 weights = dict(mobilenet_v2='mobilenet_v2-b0353104.pth', efficientnet_lite0='efficientnet-lite0-57934424.pth')
-recipes = dict(ours=1, torchvision=1, effdet=1, icevision=1)
+times = 2, 4  # how much longer two of them train from random weights
+recipes = dict(ours=2, torchvision=1, effdet=1, icevision=1)
 many = dict(  # as many detections as a crowded image needs, beside the CPU preset
     faster_rcnn=dict(box_detections_per_img=100),
     retinanet=dict(detections_per_img=100),
@@ -150,7 +158,7 @@ def train_ours(run, data, augment=True, cbs=()):
     learn = detection_learner(data.loaders(run, augment), net, parts=False, lr=1e-3, wd=0.01, cbs=[*cbs])
     with learn.no_bar(), learn.no_logging(), learn.added_cbs(NoValidation()):
         if run.init == 'imagenet':
-            learn.fine_tune(run.epochs - 1, 1e-3)
+            learn.fine_tune(run.epochs - 1)
         else:
             learn.fit_one_cycle(run.epochs, 1e-3)
     return learn
@@ -168,6 +176,16 @@ def versions():
     return ', '.join(map(one, names))
 
 
+def machine():
+    "The processor's name, as far as the system tells."
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        cpu = next(o.partition(':')[2].strip() for o in lines if o.startswith('model name'))
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
+    return f'{cpu}, {torch.get_num_threads()} thread'
+
+
 def train_and_score(run, folders, augment=True, cbs=()):
     """Returns the row of a run. `augment` and `cbs` are for experiments with our own: as `detection_dls` takes it, and
     callbacks of fastai."""
@@ -180,9 +198,9 @@ def train_and_score(run, folders, augment=True, cbs=()):
         with learn.no_bar():
             found = learn.get_preds()
     else:
-        from peers import peers
+        from peers import train_and_measure
 
-        train, measure, _ = peers[run.peer]
+        train, measure = train_and_measure[run.peer]
         trained = train(run, data)
         took = time.process_time() - clock
         found = measure(trained, run, data)
@@ -191,23 +209,23 @@ def train_and_score(run, folders, augment=True, cbs=()):
     scores['AP_per_class'] = ' '.join(f'{k} {v:.3f}' for k, v in res['per_class'].items())
     cost = dict(seconds=round(took, 1), seconds_in_all=round(time.process_time() - clock, 1))
     sizes = dict(images=len(data.valid), steps=run.steps(len(data.train)), recipe=recipes[run.peer])
-    return asdict(run) | sizes | scores | cost | dict(day=date.today().isoformat(), versions=versions())
+    return (
+        asdict(run) | sizes | scores | cost | dict(day=date.today().isoformat(), machine=machine(), versions=versions())
+    )
 
 
 def full_table(seeds=(0, 1, 2), **cut):
     "All runs, seed by seed: ours, then the peers, then what takes longer."
-    from peers import peers
-
     for seed in seeds:
         same = dict(seed=seed) | cut
         for data, backbone, family in product(('pets', 'bccd'), reversed(backbones), families):
             one = Run(data, family, backbone, **same)
             yield one
             yield replace(one, init='random')
-            yield from (replace(one, peer=k) for k, v in peers.items() if family in v[2])
-        for family, times in product(('efficientdet', 'faster_rcnn'), (2, 4)):
+            yield from (replace(one, peer=k) for k, v in peers.items() if family in v)
+        for family, n in product(('efficientdet', 'faster_rcnn'), times):
             one = Run('pets', family, init='random', **same)
-            yield replace(one, epochs=one.epochs * times)
+            yield replace(one, epochs=one.epochs * n)
 
 
 def quick_table(seeds=(0,)):
@@ -217,7 +235,19 @@ def quick_table(seeds=(0,)):
 
 
 columns = [f.name for f in fields(Run)]
-columns += ['steps', 'recipe', 'AP', 'AP50', 'AP75', 'AP_per_class', 'seconds', 'seconds_in_all', 'day', 'versions']
+columns += [
+    'steps',
+    'recipe',
+    'AP',
+    'AP50',
+    'AP75',
+    'AP_per_class',
+    'seconds',
+    'seconds_in_all',
+    'day',
+    'machine',
+    'versions',
+]
 whole = {f.name for f in fields(Run) if f.type is int} | {'steps', 'recipe'}
 broken = {'AP', 'AP50', 'AP75', 'seconds', 'seconds_in_all'}
 
@@ -263,24 +293,94 @@ def show_pm(o):
     return f'{m:.3f}' + ('' if pm is None else f' ± {pm:.3f}')
 
 
-def means(rows):
-    "A row for each setting, with means over the seeds and half-widths of their intervals."
+def means(rows, metric='AP'):
+    "(mean over the seeds, half-width of its interval) for each setting."
     groups = {}
     for r in rows:
-        groups.setdefault(tuple(r[f.name] for f in fields(Run) if f.name not in ('seed', 'images')), []).append(r)
+        groups.setdefault(key(r | dict(seed=None)), []).append(r[metric])
+    return {k: (mean(v), interval(v)) for k, v in groups.items()}
+
+
+def compare(rows, metric='AP'):
+    "A row for each detector, backbone and data set: ours from random and from ImageNet's weights, and the peers'."
+    found = means(rows, metric)
     res = []
-    for rs in groups.values():
-        both = {k: (mean(v), interval(v)) for k in ('AP', 'AP50', 'AP75') for v in [[r[k] for r in rs]]}
-        res.append(rs[0] | both | dict(seeds=len(rs), seconds=mean(r['seconds'] for r in rs)))
+    for epochs, data, backbone, family in product(
+        sorted({r['epochs'] for r in rows}), ('pets', 'bccd'), backbones, families
+    ):
+        one = Run(data, family, backbone, epochs=epochs, seed=None)
+        cells = {k: found.get(key(replace(one, peer=k))) for k in ('ours', *peers)}
+        cells['random'] = found.get(key(replace(one, init='random')))
+        if any(v for k, v in cells.items() if k != 'random'):
+            seeds = sorted(
+                {
+                    r['seed']
+                    for r in rows
+                    if key(r | dict(seed=None, init='', peer='')) == key(replace(one, init='', peer=''))
+                }
+            )
+            res.append(dict(data=data, backbone=backbone, family=family, epochs=epochs, seeds=len(seeds)) | cells)
     return res
 
 
-def results_table(rows):
-    heads = dict(data=('data', ''), family=('detector', ''), backbone=('backbone', ''), init=('from', ''))
-    heads |= dict(peer=('by', ''), steps=('steps', 'd'), seeds=('seeds', 'd'))
-    heads |= {k: (k, show_pm) for k in ('AP', 'AP50', 'AP75')} | dict(seconds=('CPU s', '.0f'))
-    order = ('data', 'backbone', 'family', 'init', 'steps', 'peer')
-    return Table(sorted(means(rows), key=lambda r: [str(r[k]).zfill(9) for k in order]), heads)
+def comparison_table(rows, metric='AP'):
+    heads = dict(data=('data', ''), backbone=('backbone', ''), family=('detector', ''), epochs=('passes', 'd'))
+    heads |= dict(seeds=('seeds', 'd'), random=('ours, random', show_pm), ours=('ours, ImageNet', show_pm))
+    return Table(
+        compare(rows, metric), heads | {k: (k, show_pm) for k in peers}, note=f'{metric}, mean and 95 % interval'
+    )
+
+
+def shortfalls(rows, metric='AP'):
+    "Sentences on peers that are above ours: by more than the interval of the difference, or with no interval yet."
+    res = []
+    for r in compare(rows, metric):
+        for k in peers:
+            if not (r['ours'] and r[k]) or (gap := r[k][0] - r['ours'][0]) <= 0:
+                continue
+            name = f"{k}'s {r['family']} on {r['backbone']}, {r['data']}"
+            if None in (r['ours'][1], r[k][1]):
+                res.append(f'{name}: above ours by {gap:.3f} with a single seed')
+            elif gap > (pm := (r['ours'][1] ** 2 + r[k][1] ** 2) ** 0.5):
+                res.append(f'{name}: above ours by {gap:.3f}, more than the interval of {pm:.3f}')
+    return res
+
+
+def savings(rows):
+    "A row for each detector that trained longer from random weights: its AP after each time, and ImageNet's."
+    found, res = means(rows), []
+    for family in families:
+        one = Run('pets', family, seed=None)
+        goal = found.get(key(one))
+        longer = {n: found.get(key(replace(one, init='random', epochs=one.epochs * n))) for n in (1, *times)}
+        if goal and any(longer[n] for n in times):
+            reached = [n for n in longer if longer[n] and longer[n][0] >= goal[0]]
+            last = max(n for n in longer if longer[n])
+            said = f'{reached[0]} times' if reached else f'more than {last} times'
+            res.append(dict(family=family, goal=goal, said=said) | {f'x{n}': v for n, v in longer.items()})
+    return res
+
+
+def savings_table(rows):
+    heads = dict(family=('detector', ''), goal=('ImageNet', show_pm))
+    heads |= {f'x{n}': (f'random, {n} x' if n > 1 else 'random', show_pm) for n in (1, *times)}
+    return Table(savings(rows), heads | dict(said=('steps to reach it', '')))
+
+
+def state(rows):
+    "Sentences on what has been measured: how many of the runs, what is missing, with what, when."
+    runs = list(full_table())
+    have = {key(r) for r in rows}
+    lacking = Counter(f"{o.data} seed {o.seed}" for o in runs if key(o) not in have)
+    res = [f'{len(runs) - lacking.total()} of {len(runs)} runs are measured']
+    if lacking:
+        res.append('missing: ' + ', '.join(f'{n} of {k}' for k, n in lacking.items()))
+    for k in ('machine', 'versions'):
+        res += sorted({r[k] for r in rows})
+    if rows:
+        days = sorted(r['day'] for r in rows)
+        res.append(f'{days[0]} to {days[-1]}, {sum(r["seconds_in_all"] for r in rows) / 3600:.1f} hours of one core')
+    return res
 
 
 def work(run, folders):
@@ -351,8 +451,11 @@ def main(argv=None):
         lost = make_rows(runs, Folders(a.pets, a.bccd, a.weights, tuple(a.breeds)), a.out, a.jobs)
     mine = {key(o) for o in runs}
     rows = [r for r in read_rows(a.out) if key(r) in mine]
-    print(results_table(rows))
-    print(f'{len(rows)} of {len(mine)} runs')
+    for metric in ('AP', 'AP50', 'AP75'):
+        print(comparison_table(rows, metric), end='\n\n')
+    if savings(rows):
+        print(savings_table(rows), end='\n\n')
+    print('\n'.join([*shortfalls(rows), f'{len(rows)} of {len(mine)} runs have a row']))
     if lost:
         sys.exit('\n'.join(lost))
 

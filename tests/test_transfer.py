@@ -47,7 +47,9 @@ def arguments(folders, tmp_path, monkeypatch):
 
 def fake(seed, ap, **kwargs):
     row = dict.fromkeys(transfer.columns, '') | transfer.asdict(replace(tiny, seed=seed, **kwargs))
-    return row | dict(steps=1, recipe=1, AP=ap, AP50=ap, AP75=ap, seconds=1, seconds_in_all=1)
+    return row | dict(
+        steps=1, recipe=transfer.recipes[row['peer']], AP=ap, AP50=ap, AP75=ap, seconds=1, seconds_in_all=1
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,7 @@ def test_rows_that_are_there_are_not_made_again(arguments, capsys, monkeypatch):
     main([*arguments, '--seeds', '0', '1', '--jobs', '1'])
     out = arguments[arguments.index('--out') + 1]
     rows = read_rows(out)
-    assert {r['seed'] for r in rows} == {0, 1} and '2 of 2 runs' in capsys.readouterr().out
+    assert {r['seed'] for r in rows} == {0, 1} and '2 of 2 runs have a row' in capsys.readouterr().out
     monkeypatch.setattr(transfer, 'train_and_score', lambda run, folders: fake(run.seed, 0.5))
     main([*arguments, '--seeds', '0', '1', '2'])
     assert '1 runs to do, 2 rows' in capsys.readouterr().out
@@ -113,10 +115,31 @@ def test_rows_of_an_older_recipe_do_not_count(tmp_path, monkeypatch):
 def test_the_table_shows_means_and_intervals():
     assert interval([0.5]) is None
     assert interval([0.1, 0.2, 0.3]) == pytest.approx(4.303 * 0.1 / 3**0.5)
-    shown = str(
-        transfer.results_table([fake(s, ap) for s, ap in enumerate((0.1, 0.2, 0.3))] + [fake(0, 0.7, peer='effdet')])
-    )
-    assert '0.200 ± 0.248' in shown and '0.700' in shown and shown.count('±') == 3
+    rows = [fake(s, ap) for s, ap in enumerate((0.1, 0.2, 0.3))]
+    shown = str(transfer.comparison_table([*rows, fake(0, 0.7, peer='effdet')]))
+    assert '0.200 ± 0.248' in shown and '0.700' in shown and shown.count('±') == 1
+
+
+def test_a_peer_above_ours_is_named():
+    ours = [fake(s, 0.5 + s / 100) for s in range(3)]
+    close = [fake(s, 0.51 + s / 100, peer='torchvision') for s in range(3)]
+    above = [fake(s, 0.61 + s / 100, peer='effdet') for s in range(3)]
+    (said,) = transfer.shortfalls([*ours, *close, *above])
+    assert said.startswith("effdet's efficientdet on mobilenet_v2, pets: above ours by 0.110, more than")
+    (said,) = transfer.shortfalls([*ours, above[0]])
+    assert 'by 0.100 with a single seed' in said
+    assert not transfer.shortfalls(above + [fake(s, 0.9) for s in range(3)])
+
+
+def test_the_steps_that_pretraining_saves():
+    one = dict(backbone='efficientnet_lite0', size=160, epochs=4)
+    rows = [
+        fake(0, 0.5, **one),
+        *(fake(0, ap, **one | dict(init='random', epochs=n)) for n, ap in ((4, 0.1), (8, 0.2))),
+    ]
+    assert [o['said'] for o in transfer.savings(rows)] == ['more than 2 times']
+    rows.append(fake(0, 0.5, **one | dict(init='random', epochs=16)))
+    assert [o['said'] for o in transfer.savings(rows)] == ['4 times'] and '0.200' in str(transfer.savings_table(rows))
 
 
 def test_the_full_table_has_every_row_once_and_the_quick_one_is_a_part():
@@ -125,6 +148,12 @@ def test_the_full_table_has_every_row_once_and_the_quick_one_is_a_part():
     assert [o.seed for o in runs] == sorted(o.seed for o in runs)  # whole tables first
     quick = quick_table()
     assert {(o.family, o.peer) for o in quick} == {(o.family, o.peer) for o in runs}
+    said = transfer.state(
+        [fake(0, 0.5, **dict(backbone='efficientnet_lite0', size=160, epochs=4)) | dict(day='2026-01-01')]
+    )
+    assert said[0] == f'1 of {len(runs)} runs are measured' and said[1].startswith(
+        'missing: 33 of pets seed 0, 30 of bccd'
+    )
     assert all(o.data == 'pets' and o.epochs < runs[0].epochs for o in quick)
 
 

@@ -127,10 +127,13 @@ def predict_command(
     out:Annotated[str, dict(metavar='DIR')]=None, # folder for copies of the images with the boxes drawn on them
     score_thr:float=0.5, # score threshold: drop detections below it
     json:Annotated[str, dict(metavar='FILE')]=None, # write the detections to this JSON file
+    # run on tiles of this side, px, besides the whole image; default: as in training; 0: no tiles
+    tiles:int=None,
+    overlap:float=None, # share of a tile that overlaps its neighbor; default: as in training
 ):
     "Run a trained detector on images."
     from backbones_nb.learners.finetune import predict
-    predict(run, images, out, score_thr, json)
+    predict(run, images, out, score_thr, json, tiles, overlap)
 
 def evaluate_command(
     run:Annotated[str, dict(metavar='RUN')], # folder of a finished run

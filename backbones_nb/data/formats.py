@@ -292,7 +292,7 @@ def write_data(
 ) -> Path: # argument for `read_data`
     "Writes records with copies of their images; a dict becomes a folder per split."
     row = formats[format]
-    if not row.write: raise ValueError(f'got format={format!r}, which cannot be written: choose another')
+    if not row.write: raise ValueError(f'got format={format!r}, which is read-only: use another')
     if not isinstance(records, dict): return row.write(records, class_map, folder)
     if row.name=='yolo': return row.write(records, class_map, folder) # one data.yaml for all
     for k,rs in records.items(): row.write(rs, class_map, Path(folder)/k)

@@ -103,6 +103,7 @@ class Detector(_Parts):
     A subclass defines `encode(images, targets)`, which runs the backbone, and `losses` and
     `detections`, which take the output of `encode`."""
     target_keys = 'boxes','labels' # tensors of a target that the losses read
+    lr = 1e-3 # peak rate that suits its neck and heads, with Adam
 
     def __init__(self,
         backbone:nn.Module, # a `Backbone`, with or without a neck

@@ -72,6 +72,10 @@ class EfficientDet(Detector):
         self.anchors = _make_anchors(cfg)
         self.loss_fn = DetectionLoss(cfg)
 
+    @property
+    def lr(self): # new layers, each with a batch norm, stand four times the rate of trained ones
+        return 1e-3 if self.pretrained else 4e-3
+
 # %% ../../nbs/detectors/33_efficientdet.ipynb #cc88bf08
 @patch
 def encode(self:EfficientDet, images, targets):
@@ -176,6 +180,8 @@ def _mean_std(backbone, cfg, normalize):
     return mean_std(backbone, normalize)
 
 # %% ../../nbs/detectors/33_efficientdet.ipynb #f1f9ffd6
+_norm_kwargs = dict(norm_kwargs=dict(eps=.001, momentum=.1))
+
 def model(
     model_name:str='tf_efficientdet_lite0', # one of `list_models()`
     num_classes:int=None, # with background, as len(class_map); None: as in the pretrained weights
@@ -194,7 +200,7 @@ def model(
         asked = {k:v for k,v in locals().items() if k!='kwargs'} | kwargs
         return build_from_detector_file(model, 'efficientdet', asked, [_renames])
     num_classes = count_classes(num_classes, class_map)
-    cfg = effdet_config(model_name, **kwargs)
+    cfg = effdet_config(model_name, **_norm_kwargs | kwargs)
     parts = dict(backbone=backbone, neck=neck, pretrained_backbone=pretrained_backbone)
     record = _published(pretrained, cfg.name, **parts) if pretrained else None
     if record is None or num_classes is not None: check_num_classes(num_classes)

@@ -48,5 +48,5 @@ def icevision_engine(
     build = partial(icevision_model, config.detector, backbone=config.backbone,
                     pretrained=config.pretrained, img_size=config.size,
                     backbone_args=config.backbone_args, **args)
-    def trainer(learn): return icevision_learner(learn.dls, learn.model, lr=config.lr, wd=config.wd)
+    def trainer(learn): return icevision_learner(learn.dls, learn.model, lr=config.lr or 1e-3, wd=config.wd)
     return build,trainer

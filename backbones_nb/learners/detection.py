@@ -32,6 +32,7 @@ from .finite import NonFiniteLoss
 from .metrics import COCOMetric
 from .precision import PrecisionMixin
 from .prediction import PredictionMixin, gives_masks
+from .tiled import TiledMixin
 
 # %% ../../nbs/learners/51_fastai.ipynb #0be35524
 class Targets(Sequence):
@@ -69,11 +70,8 @@ class DetectionLoss:
 class LossMeans(Callback):
     "Means of a detector's losses over an epoch, for training and validation, in fastai's table."
     order = 45 # before the Recorder
-    def __init__(self,
-        names, # of the losses
-    ):
-        self.names = list(names)
-        self.sums,self.counts = {},{}
+    def __init__(self, names): # of the losses
+        self.names,self.sums,self.counts = list(names),{},{}
 
     def _start(self, phase):
         self.sums[phase] = dict.fromkeys(self.names, 0.)
@@ -100,11 +98,9 @@ class LossMeans(Callback):
         n = len(self.yb[0])
         for k in self.names: self.sums[phase][k] = self.sums[phase][k] + parts[k]*n
         self.counts[phase] += n
-
     def mean(self, phase, name):
         n = self.counts.get(phase)
         return float(self.sums[phase][name])/n if n else None
-
     def metrics(self):
         "fastai metrics, one per loss: first those of training, then those of validation."
         return [ValueMetric(partial(self.mean, p, k), f"{p}_{k.removeprefix('loss_')}")
@@ -116,7 +112,7 @@ def _sub(m, name):
     return list(m.parameters()) if isinstance(m, nn.Module) else []
 
 class _FreezeMixin:
-    "Makes a learner's `freeze` stop at the detector's neck."
+    "Makes `freeze` and `fine_tune` of a learner count the neck among the new parts."
     @property
     def n_backbone(self):
         "The number of parameter groups of the backbone, which `freeze` freezes."
@@ -124,10 +120,25 @@ class _FreezeMixin:
         neck = {id(p) for n in ('neck', 'backbone.neck') for p in _sub(m, n)}
         body = {id(p) for p in _sub(m, 'backbone')} - neck
         return sum(all(id(p) in body for p in g) for g in m.param_groups())
-
     def freeze(self):
         "Freezes the backbone; neck and heads stay trainable (and batch norm, if `train_bn`)."
         self.freeze_to(self.n_backbone)
+
+    def fine_tune(self,
+        epochs:int, # of all parts
+        base_lr=None, # peak rate of neck and heads; None: the learner's
+        freeze_epochs:int=1, # before, of neck and heads alone
+        lr_mult=10, # the stem learns so many times slower, the stages in between
+        pct_start:float=.3, div:float=5., **kwargs, # for `fit_one_cycle`
+    ):
+        "As fastai's, but the neck learns at the rate of the heads: both are new."
+        lr = base_lr or self.lr
+        self.freeze()
+        if freeze_epochs: self.fit_one_cycle(freeze_epochs, lr, pct_start=.99, **kwargs)
+        self.unfreeze()
+        n = self.n_backbone
+        rates = [lr/lr_mult**max(1-i/n, 0) if n else lr for i in range(len(self.opt.param_lists))]
+        self.fit_one_cycle(epochs, rates, pct_start=pct_start, div=div, **kwargs)
 
 # %% ../../nbs/learners/51_fastai.ipynb #ee7f43f3
 def _log_epoch(cb):
@@ -155,7 +166,8 @@ def _losses_per_image(model, images, targets):
     own = getattr(get_model(model), 'losses_per_image', None)
     return own(images, targets) if own else losses_one_by_one(get_model(model), images, targets)
 
-class DetectionLearner(_FreezeMixin, PredictionMixin, PrecisionMixin, DistributedMixin, Learner):
+class DetectionLearner(_FreezeMixin, TiledMixin, PredictionMixin, PrecisionMixin, DistributedMixin,
+                       Learner):
     """fastai's `Learner` for detectors: one pass computes losses and detections of a validation
     batch."""
     loss_parts = None # the losses of the current batch by name
@@ -268,7 +280,7 @@ def detection_learner(
     loss_weights:dict=None, # name of a loss -> its weight
     splitter=param_groups, # parameter groups; default: stem, stages, neck, heads
     opt_func=Adam,
-    **kwargs, # for fastai's Learner: lr, path, model_dir, wd, cbs, moms, ...
+    **kwargs, # for fastai's Learner: lr (default: the detector's), path, model_dir, wd, cbs, ...
 ) -> DetectionLearner:
     "Returns a learner; raises TypeError or ValueError if model and data do not match."
     _check_model(dls, model)
@@ -276,7 +288,7 @@ def detection_learner(
     if metrics is None: metrics = ['AP','AP50'] + ['mask_AP','mask_AP50']*gives_masks(model)
     metrics = [COCOMetric(m) if isinstance(m, str) else m for m in L(metrics)]
     res = DetectionLearner(dls, model, DetectionLoss(loss_weights), opt_func=opt_func,
-                           splitter=splitter, metrics=metrics, **kwargs)
+                           splitter=splitter, metrics=metrics, **kwargs | dict(lr=kwargs.get('lr') or getattr(model, 'lr', 1e-3)))
     if parts:
         res.add_cb(LossMeans(_infer_loss_names(model, dls.train.size)))
         res.metrics = res.loss_means.metrics() + metrics
@@ -289,6 +301,5 @@ class NoValidation(Callback):
         self.was = self.recorder.valid_metrics,self.learn.metrics
         self.recorder.valid_metrics = False
         self.learn.metrics = L()
-
     def before_validate(self): raise CancelValidException()
     def after_fit(self): self.recorder.valid_metrics,self.learn.metrics = self.was

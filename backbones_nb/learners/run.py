@@ -109,6 +109,9 @@ class RunConfig:
     valid_pct:Annotated[float, _Range(0, 1, inner=True)]=0.2
     toy_images:Annotated[int, _Range(1)]=800 # how many toy pets to draw
     size:Annotated[int, _Range(32)]=256 # side of the images in a batch, px
+    # cut images into tiles of this side, px, for objects that are small in large images
+    tiles:Annotated[int, _Range(32)]=None
+    overlap:Annotated[float, _Range(0, 0.95)]=0.2 # share of a tile in common with its neighbor
     bs:Annotated[int, _Range(1)]=8 # images per batch
     workers:Annotated[int, _Range(0)]=0 # processes that load images
     # images that cannot be decoded: stop before training, skip them, or read as much as possible
@@ -135,7 +138,8 @@ class RunConfig:
     model_args:dict=None # more arguments for the detector's `model`
     cpu_preset:bool=False # narrow neck and heads and few proposals, for small images on a CPU
     epochs:Annotated[int, _Range(1)]=20 # passes over the training images
-    lr:Annotated[float, _Range(0, inner=True)]=1e-3 # peak learning rate
+    # peak learning rate; default: the detector's own
+    lr:Annotated[float, _Range(0, inner=True)]=None
     wd:Annotated[float, _Range(0)]=0.01 # weight decay
     loss_weights:dict=None # name of a loss -> its weight
     bf16:bool=False # train in bfloat16 mixed precision

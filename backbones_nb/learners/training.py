@@ -121,7 +121,7 @@ def _fit(learn, config, cbs):
     c = config
     if c.bf16: learn.to_bf16()
     fit = learn.fine_tune if c.pretrained or c.pretrained_detector else learn.fit_one_cycle
-    with learn.added_cbs(cbs): fit(c.epochs, c.lr)
+    with learn.added_cbs(cbs): fit(c.epochs, c.lr or learn.lr)
 
 # %% ../../nbs/learners/159_training.ipynb #ffde3721
 def resume_command(out):

@@ -506,7 +506,7 @@ def test_what_writers_refuse(tmp_path, boxed, masked):
         assert read_data(tmp_path / name)[0]['all'][0].iscrowd.tolist() == [1]
     with pytest.raises(ValueError, match="Did you mean 'yolo'"):
         write_data(boxed, cm, tmp_path / 'c', 'yolov8')
-    with pytest.raises(ValueError, match='cannot be written'):
+    with pytest.raises(ValueError, match='is read-only'):
         write_data(boxed, cm, tmp_path / 'c', 'pets')
 
 

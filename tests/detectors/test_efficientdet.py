@@ -319,6 +319,20 @@ def test_settings_of_effdet():
     assert not any('anchors' in k for k in m.state_dict())
 
 
+def test_a_hundred_steps_forget_the_initial_statistics():
+    own = {m.momentum for k, m in detector().named_modules() if isinstance(m, nn.BatchNorm2d) and 'body' not in k}
+    assert own == {0.1} and (1 - 0.1) ** 100 < 1e-4 < 0.1 < (1 - 0.01) ** 100
+    kept = detector(norm_kwargs=dict(eps=0.001, momentum=0.01)).class_net
+    assert {m.momentum for m in kept.modules() if isinstance(m, nn.BatchNorm2d)} == {0.01}
+
+
+def test_new_layers_learn_faster_than_published_ones():
+    net = detector()
+    assert net.lr == 4e-3
+    net.pretrained = 'coco'
+    assert net.lr == 1e-3
+
+
 def test_flags_and_statistics_survive():
     m, (x, t) = detector(), data()
     flags, before = {k: o.training for k, o in m.named_modules()}, buffers(m)

@@ -195,6 +195,20 @@ def test_fine_tune_trains_heads_first(learn):
     assert any(not torch.equal(v, before[k]) for k, v in learn.model.named_parameters() if id(v) in frozen)
 
 
+def test_fine_tune_trains_a_new_neck_as_fast_as_the_heads(learn):
+    peaks = []
+    fit = learn.fit_one_cycle
+    learn.fit_one_cycle = lambda n, rates, **kw: (fit(n, rates, **kw), peaks.append((n, rates)))
+    learn.fine_tune(1, 1e-3, freeze_epochs=2)
+    (frozen, first), (free, rates) = peaks
+    assert (frozen, first, free) == (2, 1e-3, 1)
+    neck_and_heads = len(rates) - learn.n_backbone
+    assert neck_and_heads == 2 and rates[-2:] == [1e-3, 1e-3]
+    assert rates[0] == pytest.approx(1e-4) and rates == sorted(rates) and rates[2] < 1e-3
+    learn.fine_tune(1, 1e-3, freeze_epochs=0, lr_mult=1)
+    assert len(peaks) == 3 and peaks[-1][1] == pytest.approx([1e-3] * len(rates))
+
+
 def test_lr_find_puts_everything_back(learn):
     state = {k: v.clone() for k, v in learn.model.state_dict().items()}
     lr = learn.lr_find(num_it=12, show_plot=False)

@@ -149,7 +149,7 @@ def repeat_items(self:DetectionDL,
     "Makes passes longer, with some items more often; raises ValueError for wrong factors."
     f = None if factors is None else np.asarray(factors, float)
     if f is not None and (len(f)!=len(self.dataset) or not (f>=1).all()): raise ValueError(
-        f'got {len(f)} factors from {f.min(initial=0):g} for {len(self.dataset)} items, '
+        f'got {len(f)} factors from {f.min() if len(f) else 0:g} for {len(self.dataset)} items, '
         'expected one of at least 1 for each')
     self.repeats = f
     self.n = len(self.dataset) if f is None else int(np.ceil(f.sum()-1e-9))

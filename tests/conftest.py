@@ -10,7 +10,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 from project import root
 
-allowed_skips = 'slow', 'no CUDA device', 'shared data absent', 'no C++ compiler', 'no package index'
+allowed_skips = 'slow', 'no CUDA device', 'shared data absent', 'no C++ compiler', 'no package index', 'sahi absent'
 unknown_skips = set()
 
 
@@ -88,6 +88,15 @@ def shared_pets():
     if not path.is_dir():
         pytest.skip('shared data absent')
     return path
+
+
+@pytest.fixture(scope='session')
+def sahi():
+    try:
+        import sahi
+    except ImportError:
+        pytest.skip('sahi absent')
+    return sahi
 
 
 @pytest.fixture(scope='session')

@@ -33,7 +33,8 @@ def _label(pair):
 
 # %% ../../nbs/analysis/92_compare.ipynb #2b2856d9
 def _shape_of(build):
-    "Returns the result of `build`, on the meta device if possible: shapes and names, no values, no memory."
+    """Returns the result of `build`, on the meta device if possible:
+    shapes and names, no values, no memory."""
     try:
         with torch.device('meta'): return build()
     except Exception: return build()
@@ -46,7 +47,8 @@ def _fill(net, seed):
     return randomize_(filled_copy(net, float('nan')) if on_meta else net, seed)
 
 def _load(pair, ref, ours):
-    "Loads the reference's tensors into ours, strictly; a tensor left on the meta device could not run."
+    """Loads the reference's tensors into ours, strictly;
+    a tensor left on the meta device could not run."""
     sd = pair.weights(ref, ours) if callable(pair.weights) else weights_for(ref, ours, pair.weights)
     ours.load_state_dict(sd, strict=True, assign=True)
 
@@ -70,7 +72,8 @@ def compare_pair(
     tol:float=1e-5, # largest relative error of a map
     seed:int=0, # of weights and noise
 ) -> dict: # the row of the table
-    "Returns the difference between ours and its reference, with the reason if they cannot be compared."
+    """Returns the difference between ours and its reference,
+    with the reason if they cannot be compared."""
     start = time.perf_counter()
     sizes = sizes or pair.sizes or _default_sizes
     tol,dtype = (1e-11,torch.float64) if pair.double else (tol,torch.float32)

@@ -57,7 +57,8 @@ def _input(model, size, batch=1):
 
 # %% ../../nbs/analysis/05_costs.ipynb #1fd4bac1
 def _twin(model, meta):
-    "Returns a copy to experiment on, on the meta device (shapes, no values, no memory) or with values."
+    """Returns a copy to experiment on, on the meta device (shapes, no values,
+    no memory) or with values."""
     def f(t):
         new = t.detach().to('meta') if meta else _real(t.detach())
         return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
@@ -193,7 +194,8 @@ from ..core.tables import Table
 
 # %% ../../nbs/analysis/05_costs.ipynb #faabfe06
 def _parts(model, tr):
-    "Returns (stage, module names) of the rows in order; a group of the trunk is split after each map."
+    """Returns (stage, module names) of the rows in order;
+    a group of the trunk is split after each map."""
     if not hasattr(model, 'trunk'):
         order = {k:i for i,k in enumerate(tr.out)}
         first = {n:min((order[id(o)] for o in m.modules() if id(o) in order), default=len(order))
@@ -233,7 +235,9 @@ def summary(
     size=224, # pixels: int or (height, width); or an input: a tensor, a list of maps for a neck
     batch:int=1, # images
 ) -> _Summary: # a row per stage; for other modules one per child, in order of execution
-    "Returns the output and costs of each part of `model`; raises ValueError for an unsuitable input."
+    """Returns the output and costs of each part of `model`.
+
+    Raises ValueError for an unsuitable input."""
     twin,tr,hw = _trace(model, size, batch)
     rows,used,counted = [],set(),set()
     def cost(mods):

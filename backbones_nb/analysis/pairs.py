@@ -174,6 +174,6 @@ def find_pairs(
     hits = {o:[p for p in pairs if any(fnmatch(n, o) for n in names(p))] for o in patterns}
     for o,found in hits.items():
         if not found: raise ValueError(f'no row of the parity table matches {o!r}.'
-            f"{did_you_mean(o, sorted({n for p in pairs for n in names(p)}))} Pass a name from 'backbones-nb list' or a "
-            "pattern such as 'timm/*'")
+            f"{did_you_mean(o, sorted({n for p in pairs for n in names(p)}))} Pass a name from 'backbones-nb list' or "
+            "a pattern such as 'timm/*'")
     return [p for p in pairs if not hits or any(p in found for found in hits.values())]

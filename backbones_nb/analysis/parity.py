@@ -71,7 +71,8 @@ def randomize_(
 
 # %% ../../nbs/analysis/07_parity.ipynb #dab92132
 def _tensors(m):
-    "Returns parameters and buffers by name, without batch norm's counter, which does not affect outputs."
+    """Returns parameters and buffers by name, without batch norm's counter,
+    which does not affect outputs."""
     sd = m.state_dict() if isinstance(m, nn.Module) else m
     return {k:v for k,v in sd.items() if not k.endswith('num_batches_tracked')}
 
@@ -181,7 +182,9 @@ def compare_maps(
     seed:int=0, # of the noise
     dtype=torch.float32, # float64 separates rounding (drops to 1e-15) from true differences (stay)
 ) -> Errors: # a row per map and size: size, map, shape, max_diff, max_ref, rel
-    "Returns how much two models' maps differ in eval mode; raises ValueError if their shapes differ."
+    """Returns how much two models' maps differ in eval mode.
+
+    Raises ValueError if their shapes differ."""
     rows = []
     for s in [size] if sizes is None else sizes:
         x = _noise(s, batch, seed)

@@ -117,7 +117,8 @@ _cfgs = { # name of the file -> its layers up to the classifier
 
 # %% ../../nbs/analysis/91_references.ipynb #215924f0
 class CfgNet(nn.Module):
-    "The layers of a Darknet .cfg file; returns the outputs before each downsampling, and the last one."
+    """The layers of a Darknet .cfg file; returns the outputs before each downsampling,
+    and the last one."""
     def __init__(self,
         lines, # see `cfgs`
         slope:float=0.1, # of leaky ReLU
@@ -223,5 +224,6 @@ def csp_weights(
     return convert_split(sd, to='convs') if isinstance(stage.split, TwoConvs) else sd
 
 def cfg_slices(ref, ours):
-    "Returns the weights of csdarknet53.cfg, which uses two convolutions, for a CSPDarknet with one."
+    """Returns the weights of csdarknet53.cfg, which uses two convolutions,
+    for a CSPDarknet with one."""
     return convert_split(weights_for(ref, convert_split(filled_copy(ours), to='convs')), to='slice')

@@ -41,12 +41,14 @@ def _check_pair(a, b, where):
 
 # %% ../../nbs/backbones/17_csp_convert.ipynb #16816ca4
 def _join(a, b, where):
-    "Returns the tensors of one convolution with norm from those of two: outputs of `a`, then of `b`."
+    """Returns the tensors of one convolution with norm from those of two:
+    outputs of `a`, then of `b`."""
     _check_pair(a, b, where)
     return {k:torch.cat([t, b[k]]) if t.dim() else t.clone() for k,t in a.items()}
 
 def _cut(a, where):
-    "Returns the tensors of two convolutions with norm from those of one, its outputs split in half."
+    """Returns the tensors of two convolutions with norm from those of one,
+    its outputs split in half."""
     _check_parts(a, where)
     halves = {k:t.chunk(2) if t.dim() else (t,t) for k,t in a.items()}
     return [{k:t[i].clone() for k,t in halves.items()} for i in (0,1)]

@@ -26,7 +26,8 @@ def _cspdark_stage(
     ni:int, # input channels
     nf:int, # output channels
     blocks:int, # Darknet blocks; 0: a convolution with stride 2 and nothing else
-    full:bool=False, # both branches keep all channels and the blocks are narrow; otherwise each has half
+    # both branches keep all channels and the blocks are narrow; otherwise each has half
+    full:bool=False,
     act='leaky_relu',
     norm='bn',
     **kwargs, # of CSPStage: split, order, transition
@@ -48,7 +49,8 @@ class CSPDarknet(Backbone):
     """CSPDarknet (arXiv:1911.11929): Darknet's layout with cross-stage partial stages.
 
     Raises ValueError for an inconsistent configuration."""
-    conversions = dict(split=convert_split) # arguments that loaded weights can be converted to exactly
+    # arguments that loaded weights can be converted to exactly
+    conversions = dict(split=convert_split)
     def __init__(self,
         blocks=(1,2,8,8,4), # Darknet blocks, by stage; 0: the stage is one convolution
         outs=(64,128,256,512,1024), # output channels, by stage

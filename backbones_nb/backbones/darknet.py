@@ -166,7 +166,8 @@ def vt_release(
     top1:float, # percent
     **kwargs, # of `WeightRecord`, to override
 ) -> dict: # arguments of `WeightRecord`
-    "Returns what vision-toolbox (https://github.com/gau-nernst/vision-toolbox) states about a file."
+    """Returns what vision-toolbox (https://github.com/gau-nernst/vision-toolbox) states about a
+    file."""
     home = 'https://github.com/gau-nernst/vision-toolbox'
     return dict(publisher='vision-toolbox', tag='vt',
                 url=f'{home}/releases/download/v0.0.1/{file}.pth', sha256=file.split('-')[1],

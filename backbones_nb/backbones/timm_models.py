@@ -26,7 +26,8 @@ from ..core.registry import on_register
 
 # %% ../../nbs/backbones/16_timm.ipynb #c8752464
 class TimmBackbone(Backbone):
-    "A timm model; the keys of its state dict are those of timm's features_only model with the prefix `body.`."
+    """A timm model; the keys of its state dict are those of timm's features_only model with the
+    prefix `body.`."""
     runtime_args = ('plan','device','cache_dir') # arguments that do not describe the net
     def __init__(self,
         model:str='resnet50', # timm's name, with or without the tag of weights
@@ -53,7 +54,9 @@ class TimmBackbone(Backbone):
 # %% ../../nbs/backbones/16_timm.ipynb #721e3c9e
 @patch
 def _maps(self:TimmBackbone, x, n):
-    "Returns the first `n` maps, channels first; raises ValueError for a size that the model does not accept."
+    """Returns the first `n` maps, channels first.
+
+    Raises ValueError for a size that the model does not accept."""
     size = tuple(x.shape[-2:])
     name = self.name or self.plan.name
     if x.dim()!=4: raise ValueError(
@@ -74,7 +77,8 @@ def _maps(self:TimmBackbone, x, n):
 # %% ../../nbs/backbones/16_timm.ipynb #e7818b2d
 @patch(as_prop=True)
 def trunk(self:TimmBackbone) -> dict: # group name -> dotted names of its modules
-    "One group up to each map if timm's model is a sequence of modules, otherwise one group for all."
+    """One group up to each map if timm's model is a sequence of modules,
+    otherwise one group for all."""
     if self.nhwc or not isinstance(self.body, FeatureListNet): return dict(body=['body'])
     res,group = {},[]
     for name in self.body:
@@ -85,7 +89,8 @@ def trunk(self:TimmBackbone) -> dict: # group name -> dotted names of its module
 # %% ../../nbs/backbones/16_timm.ipynb #c6035bef
 @patch
 def param_groups(self:TimmBackbone) -> list: # lists of parameters, from the input on
-    "Returns the parameters grouped by the first map that depends on them, each once; unused ones last."
+    """Returns the parameters grouped by the first map that depends on them, each once;
+    unused ones last."""
     if not hasattr(self, '_groups'): self._groups = depth_groups(self.plan)
     rest = dict(self.body.named_parameters())
     groups = [[rest.pop(n) for n in g if n in rest] for g in self._groups]
@@ -109,7 +114,8 @@ def _from_classifier(model, sd, body):
 
 @patch
 def file_records(self:TimmBackbone) -> list: # of `WeightRecord`s
-    "Returns records that read files with the names of timm's classifier or of efficientnet_pytorch."
+    """Returns records that read files with the names of timm's classifier or of
+    efficientnet_pytorch."""
     model = self.plan.name
     cfg = timm_config(model)
     convert = partial(_from_classifier, model, body=[*self.state_dict()])
@@ -124,7 +130,8 @@ for _name in timm.list_models() + timm.list_models(pretrained=True):
 def _first_names(
     modules=None, # timm's modules; None: all
 ) -> dict: # timm's module -> name
-    "Returns for each timm module the first model that has feature maps, or its first name if none has."
+    """Returns for each timm module the first model that has feature maps,
+    or its first name if none has."""
     res = {}
     for m in modules or timm.list_modules():
         names = [o for o in timm.list_models(module=m) if not o.startswith('bbnb_')]
@@ -141,7 +148,8 @@ def _first_names(
 def _timm_facts(
     name:str, # timm's name
 ) -> dict: # one row of the table
-    "Returns strides, channels and accepted sizes of a model, computed on the meta device, or why it fails."
+    """Returns strides, channels and accepted sizes of a model, computed on the meta device,
+    or why it fails."""
     row = dict(name=name, strides='', channels='', sizes='', reason='')
     try:
         net = TimmBackbone(name, device='meta').eval()
@@ -193,7 +201,8 @@ def _offer_to_timm(
     timm.models.register_model(f)
 
 def __getattr__(name):
-    "Returns an entry point by name, since timm lists it in `__all__` of the module that registers it."
+    """Returns an entry point by name, since timm lists it in `__all__` of the module that
+    registers it."""
     if name.startswith('bbnb_') and timm.is_model(name): return timm.model_entrypoint(name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 

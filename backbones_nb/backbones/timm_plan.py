@@ -126,7 +126,9 @@ def plan_timm(
     name:str, # timm's name
     **kwargs, # for timm.create_model
 ) -> TimmPlan:
-    "Returns how to build a model with one map per stride; raises ValueError if it has no feature maps."
+    """Returns how to build a model with one map per stride.
+
+    Raises ValueError if it has no feature maps."""
     cfg = timm_config(name)
     free = cfg.fixed_input_size and not set(kwargs) & set(_size_args)
     sizes = [kwargs|o for o in (*(_sizes if free else ()), {})]
@@ -176,7 +178,7 @@ def depth_groups(
     probe = build_timm('meta', plan.name, **kw)
     if len(plan.rows)==1: kw['out_indices'] = tuple(range(len(probe.feature_info.info)))
     rnn = any(isinstance(m, nn.RNNBase) for m in probe.modules()) # slow on the meta device
-    for device in ('cpu',) if rnn else ('meta','cpu'): # the CPU for nets whose control flow depends on values
+    for device in ('cpu',) if rnn else ('meta','cpu'): # the CPU for nets that look at values
         net = build_timm(device, plan.name, **kw).eval()
         x = torch.zeros(1, 3, *((size,size) if isinstance(size, int) else size), device=device)
         try: groups = _params_by_map(_iter_features(net, x, len(kw['out_indices'])))

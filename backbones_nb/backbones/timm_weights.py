@@ -96,7 +96,8 @@ def classifier_key(
 
 # %% ../../nbs/backbones/65_timm_weights.ipynb #164f39e7
 def _overlay(name, record, kw):
-    "Returns an overlay with the file that we fetched and verified; None if only timm can read its format."
+    """Returns an overlay with the file that we fetched and verified;
+    None if only timm can read its format."""
     if timm_config(name).custom_load or 'cache_dir' in kw: return
     if record.url or record.hub_id.startswith('timm/'): return dict(file=str(fetch_weights(record)))
 
@@ -105,7 +106,9 @@ def load_timm_weights(
     name:str, # with the tag
     record=None, # `WeightRecord` of the file; None: timm's
 ):
-    "Loads the weights strictly, downloaded if needed; raises RuntimeError with what to do if that fails."
+    """Loads the weights strictly, downloaded if needed.
+
+    Raises RuntimeError with what to do if that fails."""
     kw = {k:v for k,v in backbone.plan.kwargs.items() if k!='out_indices'}
     record = record or timm_record(name)
     over = _overlay(name, record, kw)

@@ -36,7 +36,8 @@ def _drop_last_feature(
 def _classifier_record(
     weights, # a member of a torchvision enum, such as ResNet50_Weights.IMAGENET1K_V2
 ) -> WeightRecord: # what is unknown is None
-    "Returns what torchvision states about published weights: source, hash, input, accuracy, recipe."
+    """Returns what torchvision states about published weights:
+    source, hash, input, accuracy, recipe."""
     t = weights.transforms()
     meta = weights.meta
     name = type(weights).__name__.removesuffix('_Weights').lower()
@@ -123,7 +124,8 @@ def _steps_by_stride(
 
 # %% ../../nbs/backbones/15_torchvision.ipynb #9be0c8e7
 def _block_steps(net):
-    "Returns the steps without a final 1x1 convolution, so that each level ends with a block's output."
+    """Returns the steps without a final 1x1 convolution,
+    so that each level ends with a block's output."""
     steps = _trunk_steps(net)
     return steps[:-1] if isinstance(net.get_submodule(steps[-1]), Conv2dNormActivation) else steps
 
@@ -135,7 +137,8 @@ def _width(net, steps):
     return next(v for k in sizes if (v := getattr(m, k, None)))
 
 def _trunk_groups(net, levels):
-    "Returns the trunk: the stem, then levels under torchvision's names, or stage2 for stride 4 and so on."
+    """Returns the trunk: the stem, then levels under torchvision's names,
+    or stage2 for stride 4 and so on."""
     (stride,first),*rest = levels.items()
     n = 1 if isinstance(net.get_submodule(first[0]), Conv2dNormActivation) else len(first)
     res = dict(stem=first[:n])
@@ -210,7 +213,8 @@ _register_torchvision(*_mobilenets, *efficientnets)
 
 # %% ../../nbs/backbones/15_torchvision.ipynb #b6b76a49
 def _expand_block(net, name):
-    "Returns the layers of a stage or block that downsamples after an expansion, otherwise its own name."
+    """Returns the layers of a stage or block that downsamples after an expansion,
+    otherwise its own name."""
     m = net.get_submodule(name)
     if type(m) is nn.Sequential: # a stage: only its first block halves the map
         first,*rest = [f'{name}.{k}' for k,_ in m.named_children()]

@@ -68,7 +68,8 @@ def _vov_stage(
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #b07c4131
 def _trunk_and_rows(stem, outs, two):
-    "Returns the trunk and one row per map; `two` is the index of the last stem convolution at stride 2."
+    """Returns the trunk and one row per map; `two` is the index of the last stem convolution at
+    stride 2."""
     rows = [feature_row(nf, 4*2**i, f'stages.{i}') for i,nf in enumerate(outs)]
     trunk = dict(stem=['stem.0','stem.1','stem.2'])
     trunk |= {f'stage{i}':[r['module']] for i,r in enumerate(rows, 2)}
@@ -84,7 +85,8 @@ def _check(stem, mids, outs, blocks, residual, ese):
 
 # %% ../../nbs/backbones/14_vovnet.ipynb #bbaa0359
 def _by_block(config):
-    "Returns the configuration with `residual` and `ese` per block, so that equal nets have equal ones."
+    """Returns the configuration with `residual` and `ese` per block,
+    so that equal nets have equal ones."""
     keys = ('stem','mids','outs','blocks','residual','ese')
     _check(*[config[k] for k in keys])
     stem,_,outs,blocks,residual,ese = [config[k] for k in keys]
@@ -98,7 +100,8 @@ class VoVNet(Backbone):
     """VoVNet V1 (arXiv:1904.09730) and V2 (arXiv:1911.06667): a stem, then stages of OSA blocks.
 
     Raises ValueError for an inconsistent configuration."""
-    canonical = staticmethod(_by_block) # `core.published` compares its result instead of the arguments
+    # `core.published` compares its result instead of the arguments
+    canonical = staticmethod(_by_block)
 
     @delegates(OSABlock)
     def __init__(self,

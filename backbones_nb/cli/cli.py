@@ -26,7 +26,8 @@ from ..learners.run import RunConfig, presets, run_config, run_options
 _not_given = object()
 
 def call_command(
-    func, # a function with docments, or one whose only parameter is `argv` and that parses it itself
+    # a function with docments, or one whose only parameter is `argv` and that parses it itself
+    func,
     argv:list, # the arguments on the command line
     prog:str, # program name in the usage message
 ):
@@ -121,14 +122,18 @@ def list_command(
 
 def predict_command(
     run:Annotated[str, dict(metavar='RUN')], # folder of a finished run
-    images:Annotated[str, dict(nargs='+', metavar='IMAGE')], # image files, folders of them, and patterns such as 'photos/*.jpg'
+    # image files, folders of them, and patterns such as 'photos/*.jpg'
+    images:Annotated[str, dict(nargs='+', metavar='IMAGE')],
     out:Annotated[str, dict(metavar='DIR')]=None, # folder for copies of the images with the boxes drawn on them
     score_thr:float=0.5, # score threshold: drop detections below it
     json:Annotated[str, dict(metavar='FILE')]=None, # write the detections to this JSON file
+    # run on tiles of this side, px, besides the whole image; default: as in training; 0: no tiles
+    tiles:int=None,
+    overlap:float=None, # share of a tile that overlaps its neighbor; default: as in training
 ):
     "Run a trained detector on images."
     from backbones_nb.learners.finetune import predict
-    predict(run, images, out, score_thr, json)
+    predict(run, images, out, score_thr, json, tiles, overlap)
 
 def evaluate_command(
     run:Annotated[str, dict(metavar='RUN')], # folder of a finished run

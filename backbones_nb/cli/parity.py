@@ -22,8 +22,8 @@ def _check_out(
     if path is None: return None
     path = Path(path)
     got = f'got --out {str(path)!r}'
-    if path.suffix not in ('.csv','.json','.md'): raise ValueError(f'{got}, expected a file name that ends in .csv, .json '
-        'or .md')
+    if path.suffix not in ('.csv','.json','.md'): raise ValueError(f'{got}, expected a file name that ends in .csv, '
+        '.json or .md')
     if not path.parent.is_dir(): raise ValueError(f'{got}, but the folder {str(path.parent)!r} does not exist: '
         'create it first')
     return path
@@ -46,7 +46,9 @@ def _save_table(
 def _parse_size(
     s:str, # '224', or '230x310' for height x width
 ): # int, or (height, width)
-    "Returns the size in pixels; raises ValueError for a string that is not a size or a side below 32."
+    """Returns the size in pixels.
+
+    Raises ValueError for a string that is not a size or a side below 32."""
     n = [int(o) if o.isascii() and o.isdigit() else 0 for o in s.lower().split('x')]
     if len(n)>2 or min(n)<32: raise ValueError(f'got --sizes {s!r}, expected '
         'at least 32 pixels, such as 224, or 230x310 for height x width')
@@ -87,8 +89,10 @@ def _print_progress(i, n, row):
 
 # %% ../../nbs/cli/96_parity.ipynb #e73e90a1
 def parity_command(
-    patterns:Annotated[str, dict(nargs='*', opt=False, metavar='PATTERN')]=None, # names to compare, such as 'vovnet*'
-    sizes:Annotated[str, dict(nargs='+', metavar='PIXELS')]=None, # image sizes, such as 224 or 230x310 (height x width)
+    # names to compare, such as 'vovnet*'
+    patterns:Annotated[str, dict(nargs='*', opt=False, metavar='PATTERN')]=None,
+    # image sizes, such as 224 or 230x310 (height x width)
+    sizes:Annotated[str, dict(nargs='+', metavar='PIXELS')]=None,
     tol:float=1e-5, # largest relative error of a map that counts as equal, in float32
     out:Annotated[str, dict(metavar='FILE')]=None, # write the table to this .csv, .json or .md file
 ):

@@ -37,7 +37,9 @@ def encode(
 def decode(
     value, # the output of `encode`
 ): # lists come back as tuples
-    "Returns the decoded value without importing anything; raises ValueError for a layer that torch.nn does not have."
+    """Returns the decoded value without importing anything.
+
+    Raises ValueError for a layer that torch.nn does not have."""
     if isinstance(value, list): return tuple(decode(o) for o in value)
     if not isinstance(value, dict): return value
     if _key not in value: return {k:decode(v) for k,v in value.items()}

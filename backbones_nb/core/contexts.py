@@ -84,7 +84,9 @@ def fixed_rng(
     device='cpu', # whose generator is seeded in addition to the CPU's
     seed:int=0,
 ):
-    "Seeds the generators of the CPU, of `device`, of numpy and of Python, and puts them back at the end."
+    """Seeds the generators of the CPU, `device`, numpy and Python.
+
+    Restores their states when the block ends."""
     device = torch.device(device)
     cuda = device.type=='cuda'
     was = random.getstate(),np.random.get_state()

@@ -22,7 +22,8 @@ from .weights import load_weights
 def _build_pretrained(
     request:Request, # with `record`, as `pick_for` returns it
 ) -> Backbone: # with the weights loaded
-    "Returns the model in the configuration of its published weights, with them loaded, converted to the requested one."
+    """Returns the model in the configuration of its published weights, with them loaded,
+    converted to the requested one."""
     entry,record = request.entry,request.record
     if request.conversions:
         with torch.device('meta'): entry.build(strides=None, **request.config | request.conversions)
@@ -35,7 +36,9 @@ def _build_pretrained(
 def _build_request(
     request:Request, # as `Entry.resolve` returns it
 ) -> Backbone: # with `name`, `config` and the selected maps
-    "Builds the model of a request; raises ValueError, TypeError or RuntimeError with the reason if it cannot."
+    """Builds the model of a request.
+
+    Raises ValueError, TypeError or RuntimeError with the reason if it cannot."""
     entry = request.entry
     if is_weight_file(request.pretrained): model,request = build_from_file(request)
     elif entry.loads_weights:

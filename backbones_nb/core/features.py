@@ -76,7 +76,9 @@ class Backbone(nn.Module, HubMixin):
         strides=None, # see `select`
         out_indices=None, # see `select`
     ):
-        "Declares the data path, its maps and the selected strides; raises ValueError if they are inconsistent."
+        """Declares the data path, its maps and the selected strides.
+
+        Raises ValueError if they are inconsistent."""
         self.trunk = {k:list(v) for k,v in trunk.items()}
         self.rows = [dict(r) for r in rows]
         self._steps = [o for v in self.trunk.values() for o in v]
@@ -167,9 +169,9 @@ def freeze_to(self:Backbone,
 ) -> Backbone: # itself
     """Freezes the first `n` parameter groups; `freeze_to(0)` unfreezes all.
 
-    Raises ValueError if there are fewer groups. Their batch norms (affine parameters and statistics)
-    are frozen only if the weights are pretrained: the statistics of random weights mean nothing, so
-    they keep training."""
+    Raises ValueError if there are fewer groups. Their batch norms (affine parameters and
+    statistics) are frozen only if the weights are pretrained: the statistics of random weights
+    mean nothing, so they keep training."""
     groups = self.param_groups()
     if not -len(groups)<=n<=len(groups): raise ValueError(
         f'got freeze_to({n}), but there are {len(groups)} groups: '
@@ -202,7 +204,7 @@ def infer_channels_and_strides(
     model:nn.Module, # returns a feature map, or a list, tuple or mapping of them
     size=(256,192), # (height, width) of the zero image, pixels
 ) -> list: # (channels, stride) of each map
-    """Returns the channels and strides that the maps of `model` have in a forward pass in eval mode.
+    """Returns the channels and strides of the maps of `model` in a forward pass in eval mode.
 
     Raises ValueError for outputs that are not (B,C,H,W) maps, or that have different strides for
     height and width."""

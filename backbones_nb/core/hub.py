@@ -50,7 +50,8 @@ def hub_config(
 def _subclasses(cls): return {cls} | {o for c in cls.__subclasses__() for o in _subclasses(c)}
 
 def _builder(cls, spec):
-    "Returns the builder of the model in a config.json: a row of the registry, or an imported class."
+    """Returns the builder of the model in a config.json:
+    a row of the registry, or an imported class."""
     name,kind = spec.get('name'),spec.get('kind')
     if name and name in REGISTRY: return REGISTRY.find(name).build
     found = next((c for c in _subclasses(cls) if f'{c.__module__}.{c.__qualname__}'==kind), None)
@@ -119,8 +120,8 @@ def load_saved(
     odd = set(hub) - {'revision','cache_dir','force_download','local_files_only','token'}
     if odd: raise TypeError(f"from_pretrained takes no argument {', '.join(sorted(odd))}, only strides and the "
         "hub's: the model is built as it was saved")
-    if config is None: raise ValueError(f'got {model_id} without a config.json, expected a model written by save_pretrained: '
-        'build the model and load its state dict')
+    if config is None: raise ValueError(f'got {model_id} without a config.json, expected a model written by '
+        'save_pretrained: build the model and load its state dict')
     model = from_config(cls, config)
     file = constants.SAFETENSORS_SINGLE_FILE
     if Path(model_id).is_dir(): load_tensors(model, Path(model_id)/file)
@@ -145,9 +146,9 @@ def _facts(r):
 
 def _origin(spec):
     r,tag = saved_record(spec),spec['pretrained']
-    if r: return f'The model was initialized with published weights. Their publisher states:\n\n| | |\n|---|---|\n{_facts(r)}'
+    if r: return f'The model started from published weights. Their publisher states:\n\n| | |\n|---|---|\n{_facts(r)}'
     if tag: return f'The weights are called {tag!r}; they have no record.'
-    return 'The model was initialized with random weights.'
+    return 'The model started from random weights.'
 
 # %% ../../nbs/core/09_hub.ipynb #da1e8493
 _card = """# {name}
@@ -211,10 +212,11 @@ def _not_found(source, e):
 
 
 # %% ../../nbs/core/09_hub.ipynb #2509adeb
-_coders = {object:(serializable, lambda value: value)} # (when the object is created, when it is read)
+_coders = {object:(serializable, lambda value: value)} # (on creation, on loading)
 
 class HubMixin(PyTorchModelHubMixin):
-    "Adds methods to a `Backbone` that save, load and push it; `config` holds the arguments it was created with."
+    """Adds methods to a `Backbone` that save, load and push it;
+    `config` holds the arguments it was created with."""
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(coders=_coders, **kwargs) # which subclasses do not inherit
 

@@ -34,7 +34,8 @@ def make_norm(norm, nf): return _make_layer(norm, norms, 'norm', nf)
 
 # %% ../../nbs/core/02_layers.ipynb #bcf42a3c
 class ConvNormAct(nn.Module):
-    "Convolution without bias, normalization, activation; output size is ceil(size/stride) for odd kernels."
+    """Convolution without bias, normalization, activation;
+    output size is ceil(size/stride) for odd kernels."""
     def __init__(self,
         ni:int, # input channels
         nf:int, # output channels

@@ -115,7 +115,8 @@ def find_weights(
 def weight_records(
     name:str, # a registered name
 ) -> list: # of `WeightRecord`s
-    "Returns the records of a model in the order they were added; an empty list if nothing is published."
+    """Returns the records of a model in the order they were added;
+    an empty list if nothing is published."""
     return WEIGHTS.of(name)
 
 # %% ../../nbs/core/90_published.ipynb #b6fa9655

@@ -121,7 +121,8 @@ class Announcements:
         self._cleared = set() # modules to be repeated when they are discovered
 
     def announce(self, module, key, f):
-        "Calls `f`, and calls it again when the module is discovered after `clear`; returns its result."
+        """Calls `f`, and calls it again when the module is discovered after `clear`;
+        returns its result."""
         self.announced.setdefault(module, {})[key] = f
         return f()
 
@@ -140,7 +141,8 @@ class Registry(Announcements):
         self.clear()
 
     def clear(self):
-        "Removes all rows and callbacks; the next lookup discovers those of the installed families again."
+        """Removes all rows and callbacks; the next lookup discovers those of the installed
+        families again."""
         self.entries = {} # name -> `Entry`
         self.callbacks = [] # called with each `Entry`
         self._sources = None

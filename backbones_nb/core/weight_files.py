@@ -47,7 +47,9 @@ def get_weight_file(
     source, # path or URL
     name:str, # of the model that it is for
 ) -> tuple: # Path of the file, and a record of where it came from
-    "Returns the file, downloaded if needed; raises FileNotFoundError for a missing file, RuntimeError for a URL that fails."
+    """Returns the file, downloaded if needed.
+
+    Raises FileNotFoundError for a missing file, RuntimeError for a URL that fails."""
     file = _file_name(source)
     if re.match('https?://', str(source)):
         record = WeightRecord(name, file, 'file', url=source)
@@ -80,7 +82,8 @@ class _Fit:
 
     @property
     def rank(self):
-        "Lower is better: whether everything fits, then how much does, then how many renames matched nothing."
+        """Lower is better: whether everything fits, then how much does,
+        then how many renames matched nothing."""
         wrong = sum(len(v) for k,v in self.misfits.items() if k!='unexpected')
         return bool(self.misfits),wrong-len(self.model.state_dict()),self.idle
 
@@ -106,7 +109,8 @@ def _try(sd, prefix, record, model, request=None, whole=None):
     inside = {k.removeprefix(prefix):v for k,v in sd.items() if k.startswith(prefix)}
     try: tensors = fit_weights(inside, record)
     except (ValueError, KeyError): return # the renames are for other names
-    return _Fit(record, model, tensors, find_misfits(model, tensors), _idle(record.renames, [*inside]), request, whole or model)
+    misfits = find_misfits(model, tensors)
+    return _Fit(record, model, tensors, misfits, _idle(record.renames, [*inside]), request, whole or model)
 
 def best_fit(
     sd:dict, # name -> tensor, as in the file
@@ -139,7 +143,8 @@ def _published(model, name, path, file):
     "Returns what a file may be: the exact file of one record, or one with the key names of any of them."
     have = model.file_records() if hasattr(model, 'file_records') else weight_records(name)
     digest = file_hash(path) if any(r.sha256 for r in have) else ''
-    if same := [replace(r, url=file.url, hub_id=None) for r in have if r.sha256 and digest.startswith(r.sha256)]: return same
+    same = [r for r in have if r.sha256 and digest.startswith(r.sha256)]
+    if same: return [replace(r, url=file.url, hub_id=None) for r in same]
     rows = [_as_file(r, file) for r in have]
     return [r for i,r in enumerate(rows) if r not in rows[:i]]
 
@@ -187,7 +192,8 @@ def add_native_format(names, format):
 def _from_native(request, path, file):
     name = request.entry.name
     REGISTRY.discover() # families register their formats on import
-    if name not in _native_formats: raise ValueError(f"got {path.name} for {name}, a file in Darknet's own format, which "
+    if name not in _native_formats: raise ValueError(f"got {path.name} for {name}, a file in Darknet's own format, "
+        "which "
         f"only {' and '.join(_native_formats)} can load: choose one of these, or pass a .pth or .safetensors file")
     f = _native_formats[name]
     request = pick_for(replace(request, pretrained=replace(file, config=f.config, mean=f.mean, std=f.std)))

@@ -57,7 +57,7 @@ def _why(e):
     if isinstance(e, LocalEntryNotFoundError): return 'it is not cached and the hub cannot be reached'
     m = re.search(r'GLOBAL ([\w.]+)', str(e))
     if m: return f'it contains the Python object {m[1]}, and unpickling objects can run arbitrary code'
-    if 'weights_only' in str(e): return 'it is not a file of tensors written by torch.save' # torch would advise to run it
+    if 'weights_only' in str(e): return 'it is not a file of tensors from torch.save' # torch would advise to run it
     return reason(e, 300).split('. ')[0]
 
 # %% ../../nbs/core/04_weights.ipynb #93cb9e78

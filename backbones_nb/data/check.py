@@ -132,7 +132,9 @@ def check_data(
     workers:int=None, # threads that decode; None: one per processor, at most 8
     progress:bool=False, # show a progress bar
 ) -> DataReport:
-    "Returns a report on a data set; raises ValueError or FileNotFoundError if there is nothing to check."
+    """Returns a report on a data set.
+
+    Raises ValueError or FileNotFoundError if there is nothing to check."""
     title,entries,names,problems = read_entries(data, images, format, class_map, min_iou)
     if not entries:
         raise ValueError(f'{title} has no image to check: '

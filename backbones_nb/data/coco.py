@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from faster_coco_eval import mask as mask_api
 
+from ..core.errors import one_of
 from .images import image_size, unreadable
 from .records import ClassMap, Record, SkipReport, fix_boxes, natural_key, refuse_relative
 from .run_lengths import CocoMasks, polygons, read_segmentation
@@ -198,11 +199,10 @@ def coco_records(
     empty:bool=True, # keep images without objects
 ) -> tuple: # records (their ids are the file's), ClassMap, SkipReport
     "Returns the records of a COCO file and a report of skipped images; raises ValueError if all are skipped."
-    if crowd not in ('crowd','keep','skip'): raise ValueError(f"got crowd={crowd!r}, expected 'crowd', 'keep' or "
-        "'skip'")
+    one_of(crowd, ('crowd','keep','skip'), 'crowd')
     data = read_coco(json)
-    if images is None and isinstance(json, Mapping): raise ValueError('got the content of a file, but not the folder of '
-        'its images: pass images=')
+    if images is None and isinstance(json, Mapping): raise ValueError('got the content of a file, but not the folder '
+        'of its images: pass images=')
     folder = coco_images(json, data) if images is None else Path(images)
     if not folder.is_dir(): raise FileNotFoundError(f'there is no folder {folder}: check the path')
     if class_map is None: class_map = ClassMap(coco_categories(data))
@@ -222,7 +222,7 @@ def coco_records(
     for i in sorted(anns.keys()-{entry_id(o) for o in data['images']}|{None}&anns.keys(), key=natural_key):
         report.note(i, 'annotated, but not in the list of images')
     if masks and _no_masks in report.reasons and not any(len(r.labels) for r in res): raise ValueError(f'no object of '
-        f'{title} has a mask: train a detector that does not need masks, such as faster_rcnn, or read the data without them')
+        f'{title} has a mask: train a detector without masks, such as faster_rcnn, or read no masks')
     if not res: raise ValueError(f'no image in {folder} can be used with these annotations: {report}')
     return res,class_map,report
 
@@ -295,6 +295,6 @@ def coco_results(
     numbers = _numbers(class_map, category_ids)
     ids = _image_ids(records)
     if iou_type=='segm' and any(p.get('masks') is None for p in preds):
-        raise ValueError("got predictions without masks, which iou_type='segm' needs: use a detector that predicts masks")
+        raise ValueError("got predictions without masks, which iou_type='segm' needs: use a detector with masks")
     return [_entry(p, j, i, numbers, iou_type=='bbox', iou_type=='segm') | dict(score=float(s))
             for p,i in zip(preds, ids) for j,s in enumerate(p['scores'])]

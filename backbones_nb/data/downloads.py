@@ -56,7 +56,9 @@ def download(
     tries:int=3, # consecutive attempts without progress before giving up
     progress=None, # called with (bytes so far, total bytes or None)
 ) -> Path: # dest
-    "Downloads to `dest`, resumes and verifies; raises RuntimeError if the server fails or the content is wrong."
+    """Downloads to `dest`, resumes and verifies.
+
+    Raises RuntimeError if the server fails or the content is wrong."""
     dest = Path(dest)
     part = Path(f'{dest}.part')
     left = tries
@@ -72,8 +74,8 @@ def download(
         except (OSError, HTTPException) as e: err = e
         left = tries if _size(part)>had else left-1
         if not left:
-            raise RuntimeError(f'{url} could not be downloaded ({err}): check the URL and the network '
-                               f'and try again, {_size(part)} bytes are kept')
+            raise RuntimeError(f'{url} could not be downloaded ({err}): check the URL and the '
+                f'network and try again, {_size(part)} bytes are kept')
         if left<tries: time.sleep(tries-left)
     if md5sum and (got := calculate_md5(part))!=md5sum:
         part.unlink()

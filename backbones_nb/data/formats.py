@@ -31,7 +31,7 @@ from .yolo import find_yolo, write_yolo, yolo_parts, yolo_sheet
 # %% ../../nbs/data/131_formats.ipynb #254376c3
 @dataclass(frozen=True)
 class _Format:
-    "One annotation format: its name, how to recognize it, and the functions that find, read and write it."
+    "One annotation format: how to recognize it, and the functions that find, read and write it."
     name:str
     looks:str # how a person recognizes it
     find:object # function of a file or folder: list of the paths in this format
@@ -94,8 +94,7 @@ def _coco_pair(files):
     pairs = [v for k,v in res.items() if 'train' in v and (len(res)==1 or k=='instances')]
     return pairs[0] if pairs and (len(res)>1 or sum(map(len, res.values()))==len(files)) else {}
 
-def _coco_parts(path):
-    "Returns the files of a folder by split."
+def _coco_parts(path): # files by split
     return _coco_pair(find_json(path, _is_coco)) if Path(path).is_dir() else {}
 
 def write_coco(records, class_map, folder) -> Path: # of _annotations.coco.json
@@ -161,8 +160,8 @@ rows = (
            write=write_cvat, masks=True),
     _Format('labelme', 'a JSON file per image, with shapes', find_labelme, _whole(labelme_sheet),
            write=write_labelme, masks=True),
-    _Format('via', 'via_region_data.json or .csv, or a project of VIA', find_via, _whole(via_sheet),
-           write=write_via, masks=True),
+    _Format('via', 'via_region_data.json or .csv, or a project of VIA 2 or 3', find_via,
+           _whole(via_sheet), write=write_via, masks=True),
     _Format('createml', 'a JSON list of images with coordinates', find_createml,
            _whole(createml_sheet), write=write_createml),
     _Format('label_studio', 'a JSON list of tasks with results', find_label_studio,
@@ -222,7 +221,7 @@ def _unknown(path):
 def find_format(
     path, # file or folder
 ) -> tuple: # name in `formats`, and the path of the file or folder itself
-    "Returns the format of a data set; raises FileNotFoundError or ValueError if it is missing, unknown or ambiguous."
+    "Returns the format of a data set; raises ValueError if it is missing, unknown or ambiguous."
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f'there is no {path}: check the path')
     if found := _direct(path): return found
@@ -293,8 +292,7 @@ def write_data(
 ) -> Path: # argument for `read_data`
     "Writes records with copies of their images; a dict becomes a folder per split."
     row = formats[format]
-    if row.write is None:
-        raise ValueError(f'got format={format!r}, which cannot be written: choose another format')
+    if not row.write: raise ValueError(f'got format={format!r}, which is read-only: use another')
     if not isinstance(records, dict): return row.write(records, class_map, folder)
     if row.name=='yolo': return row.write(records, class_map, folder) # one data.yaml for all
     for k,rs in records.items(): row.write(rs, class_map, Path(folder)/k)

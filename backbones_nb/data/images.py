@@ -31,7 +31,9 @@ def _top(im, a):
 def gray_range(
     im:Image.Image, # as opened by PIL
 ) -> tuple: # its pixels and the value of white; (None, None) for 8-bit images
-    "Returns the pixels of an image with more than 8 bits; raises ValueError for an unexpected range."
+    """Returns the pixels of an image with more than 8 bits.
+
+    Raises ValueError for an unexpected range."""
     if im.mode!='F' and not im.mode.startswith('I'): return None,None
     a = np.nan_to_num(np.asarray(im, np.float64), posinf=np.inf, neginf=-np.inf)
     return a,_top(im, a)
@@ -92,7 +94,9 @@ def load_image(
     path, # file in any format that PIL reads, whatever its suffix
     truncated:bool=False, # read as much of a truncated file as possible; False: raise an error
 ) -> Image.Image: # RGB, upright
-    "Returns the image as RGB, upright, on white; raises FileNotFoundError or ValueError naming the file."
+    """Returns the image as RGB, upright, on white.
+
+    Raises FileNotFoundError or ValueError naming the file."""
     try:
         with _open(path) as im:
             _decode(im, truncated)
@@ -130,7 +134,7 @@ def _plain_jpeg(path):
             if im.getexif().get(_orientation, 1)!=1: return None
         data = torch.from_numpy(np.fromfile(path, np.uint8))
         return decode_jpeg(data).permute(1,2,0).numpy()
-    except (*_broken, RuntimeError): return None
+    except (*_broken, RuntimeError, AttributeError): return None # the last: no decoder
 
 def load_pixels(
     path, # as for `load_image`

@@ -32,10 +32,12 @@ def to_original(
     size, # (height, width) of the original image
     box, # (height, width) of the letterbox
 ) -> dict: # in pixels of the original image, masks as `RunLengths`
-    "Returns detections with the letterbox undone."
+    "Returns detections with the letterbox undone, without those that lie in its padding."
     res = unletterbox({k:v for k,v in det.items() if k!='masks'}, size, box)
+    seen = ~(res['boxes'][:,2:]<=res['boxes'][:,:2]).any(1)
+    res = {k:v[seen] if isinstance(v, Tensor) and len(v)==len(seen) else v for k,v in res.items()}
     if det.get('masks') is not None:
-        one = [run_lengths(unletterbox_masks(m[None], size, box)) for m in det['masks']]
+        one = [run_lengths(unletterbox_masks(m[None], size, box)) for m in det['masks'][seen]]
         res['masks'] = RunLengths([c for o in one for c in o.counts], size)
     return res
 

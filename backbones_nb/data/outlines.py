@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..core.errors import reason
 from .sheets import (Sheet, copy_images, find_json, load_json, polygon_box, write_json,
                                       written_objects)
 
@@ -154,10 +155,44 @@ def _via_region(s):
     raise ValueError(f'a region of the kind {kind}, expected rect, polygon, circle or ellipse')
 
 # %% ../../nbs/data/128_outlines.ipynb #e9c93b17
+_via3 = {2:('rect', ('x','y','width','height')), 3:('circle', ('cx','cy','r')),
+         4:('ellipse', ('cx','cy','rx','ry'))} # number of a shape -> name and values as in VIA 2
+
+def _via3_region(m, attributes):
+    "Returns a region of VIA 3 as VIA 2 has it."
+    number,*v = m['xy']
+    if m.get('z'): shape = dict(name='frame of a video')
+    elif number==7: shape = dict(name='polygon', all_points_x=v[::2], all_points_y=v[1::2])
+    elif number==8: # four points on the sides of a rectangle
+        x,y,*more = (f(v[i::2]) for f in (min,max) for i in (0,1))
+        shape = dict(name='rect', x=x, y=y, width=more[0]-x, height=more[1]-y)
+    else:
+        name,keys = _via3.get(number, (f'number {number}', ()))
+        shape = dict(zip(keys, v)) | dict(name=name)
+    def text(a, v): return attributes[a].get('options', {}).get(str(v).split(',')[0], v)
+    named = {attributes[a]['aname']:text(a, v) for a,v in m['av'].items() if a in attributes}
+    return dict(shape_attributes=shape, region_attributes=named)
+
+def _via3_rows(data):
+    "Returns (file name, regions) per image of a project of VIA 3."
+    names = {k:data['file'][str(v['fid_list'][0])]['fname'] for k,v in data['view'].items()}
+    regions = {k:[] for k in names}
+    for m in data['metadata'].values():
+        if m.get('xy'): regions[str(m['vid'])].append(_via3_region(m, data['attribute']))
+    return [(names[k], v) for k,v in regions.items()]
+
+def _is_via3(o):
+    return isinstance(o, dict) and {'project','file','view','metadata','attribute'}<=set(o)
+
 def _via_rows(path):
     "Returns (file name, regions) per image."
     if path.suffix.lower()!='.csv':
         data = load_json(path)
+        if _is_via3(data):
+            try: return _via3_rows(data)
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
+                raise ValueError(f'{path} is no project of VIA 3 that can be read '
+                                 f'({reason(e)}): save it again in VIA') from e
         rows = data.get('_via_img_metadata', data).values()
         def listed(r): return list(r.values()) if isinstance(r, dict) else r or []
         return [(r['filename'], listed(r.get('regions'))) for r in rows]
@@ -172,7 +207,7 @@ def _via_rows(path):
     return list(res.items())
 
 def via_sheet(
-    path, # CSV or JSON of VIA 1 or 2, or a saved project of VIA 2
+    path, # CSV or JSON of VIA 1 or 2, or a saved project of VIA 2 or 3
     images=None, # folder of the images; None: the file's folder, or images/ in it
 ) -> Sheet:
     "Returns the content of a VIA file."
@@ -229,6 +264,7 @@ def find_labelme(path) -> list: # paths
 
 def _is_via(o):
     if not isinstance(o, dict): return False
+    if _is_via3(o): return True
     rows = list(o.get('_via_img_metadata', o).values())
     return bool(rows) and all('filename' in r and 'regions' in r for r in rows[:5])
 

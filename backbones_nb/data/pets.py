@@ -200,7 +200,9 @@ def pets_records(
     instances:str=None, # 'whole' or 'components'; None: components for toy pets, otherwise whole
     border:bool=True, # whether the trimap's border belongs to the body
 ) -> tuple: # list of `Record`s, `SkipReport`
-    "Returns a split's records and a report of what was skipped; raises ValueError for missing annotations."
+    """Returns a split's records and a report of what was skipped.
+
+    Raises ValueError for missing annotations."""
     path = Path(path)
     _check_request(split, boxes, masks, instances)
     if instances is None: instances = 'components' if (path/'toy.json').exists() else 'whole'

@@ -108,19 +108,19 @@ def to_floats(
     img:Tensor, # uint8, or float in [0,1]
 ) -> Tensor: # a new one, float32 in [0,1], contiguous
     "Returns the image as plain floats."
-    x = plain(img).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    return x if img.is_floating_point() else x.div_(255)
+    x = plain(img).contiguous()
+    return x.to(torch.float32, copy=True) if x.is_floating_point() else x/255
 
 def _brightness(x, f): return x.mul_(f)
 
 def _contrast(x, f):
     mean = x.mean((1,2)) @ x.new_tensor(gray_weights)
-    return x.mul_(f).add_((1-f)*mean)
+    return torch.add((1-f)*mean, x, alpha=f, out=x)
 
 def _saturation(x, f):
-    r,g,b = [(1-f)*o for o in gray_weights]
+    r,g,b = gray_weights
     gray = (x[0]*r).add_(x[1], alpha=g).add_(x[2], alpha=b)
-    return x.mul_(f).add_(gray)
+    return x.lerp_(gray, 1-f)
 
 class ColorJitter(torch.nn.Module):
     "Changes brightness, contrast and saturation in random order, each by a random factor."

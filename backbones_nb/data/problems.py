@@ -41,7 +41,8 @@ problem_kinds = {
     'same content': ('hint', 'equal files: may end up in training and in validation'),
     'image without objects': ('hint', 'fine if there is nothing in it'),
     'image not annotated': ('hint', 'it is in the folder, but in no annotation or list'),
-    'object without mask': ('hint', 'other objects have one: its image is skipped if masks are needed'),
+    'object without mask': ('hint', 'other objects have one: its image is skipped if masks are '
+    'needed'),
     'class spelled twice': ('hint', 'names that differ only in case, spaces or hyphens'),
     'turned image': ('hint', 'its EXIF data rotate or mirror it: check whether the boxes fit'),
     'dark image': ('hint', 'it uses few of its 16 bits and looks nearly black: rescale it'),
@@ -65,7 +66,8 @@ class Problem:
 
 # %% ../../nbs/data/101_problems.ipynb #92203e25
 class DataReport:
-    "What a data set contains and what is wrong with it; displayed as text, or as Markdown in a notebook."
+    """What a data set contains and what is wrong with it;
+    displayed as text, or as Markdown in a notebook."""
     def __init__(self,
         title:str, # what was checked
         images:int, # entries

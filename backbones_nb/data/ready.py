@@ -36,7 +36,8 @@ def size_for(
     image, # (height, width) of their image
     size, # int or (height, width) of the letterbox
 ): # int or (height, width)
-    "Returns the size with that aspect, in multiples of 32, at which the smallest box keeps a pixel."
+    """Returns the size with that aspect, in multiples of 32,
+    at which the smallest box keeps a pixel."""
     side = max(shortest_sides(boxes, image, size).min(), 1e-3)
     for k in 1.02**np.arange(50)/side: # more than once if the letterbox rounds down
         h,w = (32*ceil(o*k/32) for o in hw(size))
@@ -57,7 +58,8 @@ def small_objects(
     size, # int or (height, width) of the letterbox
     class_map=None, # class names
 ) -> str: # empty if there are none
-    "Returns how many objects are smaller than a pixel after letterboxing, and which size keeps them."
+    """Returns how many objects are smaller than a pixel after letterboxing,
+    and which size keeps them."""
     total,lost,where,need = Counter(),Counter(),[],[]
     for r in records:
         if not len(getattr(r, 'boxes', ())): continue
@@ -93,7 +95,8 @@ def _partly(record):
 def usable_images(
     records,
     report, # `SkipReport` for images that are skipped or read in part
-    broken:str='stop', # for truncated images: 'stop' (an error), 'skip', or 'read' as much as possible
+    # for truncated images: 'stop' (an error), 'skip', or 'read' as much as possible
+    broken:str='stop',
 ) -> list: # records
     "Returns the records whose images can be decoded; raises ValueError naming those that cannot."
     if broken not in ('stop','skip','read'):
@@ -113,6 +116,23 @@ def usable_images(
         f"{'; '.join(bad[:3] + ['...']*(len(bad)>3))}; "
         "broken='skip' leaves them out, broken='read' reads as much of them as possible")
     return res
+
+# %% ../../nbs/data/136_ready.ipynb #b672b84d
+def check_labels(
+    records,
+    class_map, # `ClassMap`
+):
+    "Raises ValueError for labels that are not in the class map, or that come from another one."
+    for r in records:
+        name,own = getattr(r, 'image_id', '?'),getattr(r, 'class_map', None)
+        if own is not None and own is not class_map and own.names!=class_map.names[:len(own)]: raise ValueError(
+            f"record {name!r} was read with the classes {', '.join(own.names[1:])}, expected "
+            f"{', '.join(class_map.names[1:])}, in this order: pass class_map= to the reader")
+        bad = [int(l) for l in getattr(r, 'labels', ()) if not 1<=int(l)<len(class_map)]
+        if bad:
+            raise ValueError(f"record {name!r} has label {bad[0]}, but the "
+                             f'class map has 1 to {len(class_map)-1} (0 is background): '
+                             'read the records with this class map')
 
 # %% ../../nbs/data/136_ready.ipynb #8251743b
 def _length(r):

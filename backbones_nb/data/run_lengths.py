@@ -103,7 +103,8 @@ class RunLengths(Sequence):
 
 # %% ../../nbs/data/100_run_lengths.ipynb #a7c61ba4
 def run_lengths(
-    masks, # (N,H,W) or (N,1,H,W): floats in [0,1], uint8 or bool; or `RunLengths`, returned unchanged
+    # (N,H,W) or (N,1,H,W): floats in [0,1], uint8 or bool; or `RunLengths`, returned unchanged
+    masks,
     thr:float=0.5, # pixels at or above this value belong to the object
 ) -> RunLengths:
     "Returns masks as run lengths."

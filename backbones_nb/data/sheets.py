@@ -28,7 +28,8 @@ from .run_lengths import run_lengths
 
 # %% ../../nbs/data/125_sheets.ipynb #47808ecb
 class Sheet:
-    "Images and objects of a data set, to be converted to COCO's format, and what could not be read."
+    """Images and objects of a data set, to be converted to COCO's format,
+    and what could not be read."""
     def __init__(self,
         root, # folder that image names are relative to
         images=None, # folder with the images; None: the usual ones
@@ -155,7 +156,9 @@ def _mask_rings(
 
 # %% ../../nbs/data/125_sheets.ipynb #c4c183f5
 def _mask_polygon(mask) -> list: # x, y, x, y, ..., pixels
-    "Returns a mask (H,W) as one polygon, including parts and holes; raises ValueError for an empty mask."
+    """Returns a mask (H,W) as one polygon, including parts and holes.
+
+    Raises ValueError for an empty mask."""
     rings = _mask_rings(mask)
     if not rings: raise ValueError('got an empty mask, expected an object: leave it out')
     first,*others = rings
@@ -168,19 +171,22 @@ def copy_images(
     records,
     folder, # of the copies
 ) -> list: # names of the copies, in the order of the records, with unique stems
-    "Copies the images of records into a folder; raises FileNotFoundError for a missing one."
+    "Copies the images of records into a folder, and saves those of tiles; raises FileNotFoundError for a missing one."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names,taken = [],set()
     for r in records:
-        stem,n = r.path.stem,1
+        tile = getattr(r, 'window', None) # of a tile, whose file is the whole image
+        first = '_'.join(map(str, (r.path.stem, *(tile or ()))))
+        stem,n = first,1
         while stem.lower() in taken:
             n += 1
-            stem = f'{r.path.stem}_{n}'
+            stem = f'{first}_{n}'
         taken.add(stem.lower())
-        names.append(stem+r.path.suffix)
+        names.append(stem + ('.png' if tile else r.path.suffix))
         if not r.path.is_file(): raise FileNotFoundError(f'there is no image {r.path}: check the path')
-        if r.path.resolve()!=(folder/names[-1]).resolve(): shutil.copyfile(r.path, folder/names[-1])
+        if tile: r.image().save(folder/names[-1])
+        elif r.path.resolve()!=(folder/names[-1]).resolve(): shutil.copyfile(r.path, folder/names[-1])
     return names
 
 def written_objects(

@@ -40,7 +40,9 @@ def _number(word):
 
 # %% ../../nbs/data/127_tables.ipynb #4aecd147
 def read_csv(path) -> list: # of lists of words
-    "Returns the rows of a comma- or semicolon-separated file; raises ValueError if it is not UTF-8."
+    """Returns the rows of a comma- or semicolon-separated file.
+
+    Raises ValueError if it is not UTF-8."""
     try: text = Path(path).read_text(encoding='utf-8-sig')
     except UnicodeDecodeError as e:
         raise ValueError(f'{path} is not UTF-8 ({e}): save it as UTF-8') from e
@@ -95,7 +97,8 @@ def write_retinanet(records, class_map, folder) -> Path:
 
 # %% ../../nbs/data/127_tables.ipynb #83b518b4
 def _objects(o):
-    "Returns (box x, y, width, height, class) of the `objects` of a line, stored as lists or one by one."
+    """Returns (box x, y, width, height, class) of the `objects` of a line,
+    stored as lists or one by one."""
     if isinstance(o, list): return [(b['bbox'], next(b[k] for k in _classes if k in b)) for b in o]
     boxes,key = o['bbox'],next((k for k in _classes if k in o), None)
     if key is None: raise ValueError(f"objects with {', '.join(o)}, expected bbox and categories")

@@ -28,7 +28,9 @@ from .records import Record
 
 # %% ../../nbs/data/99_transforms.ipynb #d9fcb5fc
 def _from_array(a):
-    "Returns the PIL image of an array (H,W) or (H,W,C); raises ValueError for another shape or range."
+    """Returns the PIL image of an array (H,W) or (H,W,C).
+
+    Raises ValueError for another shape or range."""
     if a.ndim not in (2,3) or a.ndim==3 and a.shape[-1] not in (1,3,4):
         raise ValueError(f'got an array of shape {a.shape}, expected one image (H,W,3)')
     if a.dtype!=np.uint8:
@@ -148,7 +150,7 @@ def unletterbox(
 
 # %% ../../nbs/data/99_transforms.ipynb #5a2415e0
 def tighten(boxes, masks, which): # (N,4), (N,H,W), and (N,) bool
-    "Returns the boxes, those in `which` cut to their masks; empty masks give empty boxes."
+    "Returns the boxes, those in `which` shrunk to their masks; empty masks yield empty boxes."
     boxes = plain(boxes).clone()
     for i in which.nonzero()[:,0].tolist():
         if not masks[i].any(): boxes[i] = 0; continue
@@ -195,7 +197,8 @@ class RandomZoom(torch.nn.Module):
         self.size = None if size is None else hw(size)
 
     def window(self, h, w):
-        "Returns top, left, height, width of a random window in an h x w image; it may extend past the edge."
+        """Returns top, left, height, width of a random window in an h x w image;
+        it may extend past the edge."""
         u = torch.rand(4).tolist()
         between = lambda lo,hi,t: lo*(hi/lo)**t
         s = between(*self.scale, u[0])
@@ -264,7 +267,8 @@ def drop_small(
 
 # %% ../../nbs/data/99_transforms.ipynb #ba8dc4c7
 class ToBatch(torch.nn.Module):
-    "The last step: letterbox, clip boxes, remove empty ones, update areas, convert to floats in [0,1]."
+    """The last step: letterbox, clip boxes, remove empty ones, update areas,
+    convert to floats in [0,1]."""
     def __init__(self, size):
         super().__init__()
         self.letterbox = Letterbox(size)

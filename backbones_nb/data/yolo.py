@@ -110,7 +110,9 @@ def yolo_sheet(
     images=None, # folder of the images; None: as in data.yaml
     part:str=None, # 'train', 'valid' or 'test'; None: all
 ) -> Sheet:
-    "Returns the content of a YOLO data set; raises ValueError or FileNotFoundError for a bad data.yaml."
+    """Returns the content of a YOLO data set.
+
+    Raises ValueError or FileNotFoundError for a bad data.yaml."""
     path = Path(path)
     root = path if path.is_dir() else path.parent
     if path.is_dir():

@@ -33,8 +33,8 @@ class Resize(GeneralizedRCNNTransform):
         max_size=None, # its limit for the longer side, px
     ):
         if img_size is not None and (min_size or max_size): raise ValueError(
-            f'got img_size={img_size} together with min_size or max_size, which set the same thing: '
-            'pass one of them')
+            f'got img_size={img_size} together with min_size or max_size, which set the same '
+            'thing: pass one of them')
         super().__init__(min_size or 800, max_size or 1333, list(mean), list(std), size_divisible)
         self.img_size = img_size
         self.torchvision_rule = bool(min_size or max_size)
@@ -72,7 +72,8 @@ def roi_levels(
     backbone:nn.Module,
     levels, # indices of the maps in use
 ) -> list: # indices of maps
-    "Returns the maps to pool boxes from: a neck's levels without extra ones, or those up to stride 32."
+    """Returns the maps to pool boxes from: a neck's levels without extra ones,
+    or those up to stride 32."""
     neck = getattr(backbone, 'neck', None)
     real = getattr(neck, 'in_strides', None) or [s for s in backbone.strides if s<=32]
     return [i for i in levels if backbone.strides[i] in real] or list(levels)[:1]
@@ -84,7 +85,8 @@ def check_names(
     reference, # torchvision's class, whose constructor accepts them
     more=(), # names that the caller accepts itself
 ):
-    "Raises TypeError, with similar names, for a name that neither the caller nor torchvision accepts."
+    """Raises TypeError, with similar names, for a name that neither the caller nor torchvision
+    accepts."""
     known = {*inspect.signature(reference.__init__).parameters, *more, 'size_divisible'}
     known = sorted(known - {'self','kwargs'})
     for k in kwargs:

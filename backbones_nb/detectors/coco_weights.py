@@ -172,8 +172,8 @@ def _pick_torchvision(
     for r in found:
         if getattr(r, 'backbone', None)==wanted: return r
     what = repr(wanted) if isinstance(wanted, str) else f'an existing {type(wanted).__name__}'
-    raise ValueError(f'got pretrained={_tag(pretrained)} together with the backbone {what}, but the weights are those of the '
-        f'whole detector: leave the backbone out, choose from {_tags(have)}, or pass pretrained_backbone=')
+    raise ValueError(f'got pretrained={_tag(pretrained)} together with the backbone {what}, but the weights are those '
+        f'of the whole detector: leave the backbone out, choose from {_tags(have)}, or pass pretrained_backbone=')
 
 coco_families.update({
     o:CocoFamily(partial(_torchvision_records, o), partial(_pick_torchvision, o))
@@ -214,7 +214,8 @@ def _freeze_norms(
     module:nn.Module, # changed in place
     eps:float, # added to the variance
 ) -> nn.Module: # itself
-    "Replaces each batch norm with torchvision's frozen one, which has four buffers and no parameters."
+    """Replaces each batch norm with torchvision's frozen one,
+    which has four buffers and no parameters."""
     for name,m in list(module.named_modules()):
         if isinstance(m, nn.BatchNorm2d):
             parent,_,last = name.rpartition('.')
@@ -252,7 +253,8 @@ def _given(build, asked):
     return {k:v for k,v in asked.items() if not same(k, v)}
 
 def _file_renames(family):
-    "Returns the renames of all published detectors of a family, each once: files may use their names."
+    """Returns the renames of all published detectors of a family, each once:
+    files may use their names."""
     return [*dict.fromkeys(r.renames for r in coco_families[family].records())]
 
 def build_coco(

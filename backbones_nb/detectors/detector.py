@@ -140,7 +140,8 @@ def _both(self:Detector, images, targets):
 
 @patch
 def losses_and_detections(self:Detector, images, targets):
-    "Returns (losses, detections) in eval mode from one backbone pass, without changing batch norm statistics."
+    """Returns (losses, detections) in eval mode from one backbone pass,
+    without changing batch norm statistics."""
     return self(images, targets, both=True)
 
 # %% ../../nbs/detectors/30_detector.ipynb #2fdaa324
@@ -182,7 +183,9 @@ def param_groups(self:Detector) -> list: # lists of parameters
 def freeze_to(self:Detector,
     n:int, # number of groups to freeze; n<0 counts from the end, -1 trains only the heads
 ) -> Detector: # itself
-    "Freezes the first `n` groups, batch norm only if pretrained; raises ValueError if there are fewer."
+    """Freezes the first `n` groups, batch norm only if pretrained.
+
+    Raises ValueError if there are fewer."""
     groups = self.param_groups()
     if not -len(groups)<=n<=len(groups): raise ValueError(
         f'got freeze_to({n}), but there are {len(groups)} groups: '
@@ -214,7 +217,9 @@ def prepare_backbone(
     pretrained=False, # weights of a backbone given by name
     **neck_config, # channels, norm: for a neck built here
 ) -> nn.Module: # a `Backbone`, with a neck if one was requested
-    "Returns a detector's backbone; raises ValueError for `pretrained` together with an existing module."
+    """Returns a detector's backbone.
+
+    Raises ValueError for `pretrained` together with an existing module."""
     if pretrained and isinstance(backbone, nn.Module): raise ValueError(
         f'got an existing {type(backbone).__name__} and pretrained_backbone={pretrained!r}: '
         'load its weights when you create it, or pass its name')

@@ -54,7 +54,8 @@ def change_classes(
     names, # of the new classes, label 0 first
     old_names, # of the current classes
 ) -> Detector: # `net`
-    "Changes a detector's classes: rows of classes with equal names are copied, others are initialized."
+    """Changes a detector's classes: rows of classes with equal names are copied,
+    others are initialized."""
     names,old_names = list(names),list(old_names)
     if names[1:]==old_names[1:]: return net
     old = {k:(v.clone(),f) for k,(v,f) in _class_rows(net.state_dict(), net.num_classes).items()}
@@ -104,7 +105,8 @@ def _file_classes(net, fit, facts):
     return net.num_classes
 
 def _set_source(net, record, facts):
-    "Records the source of the weights on each part and sets the normalization that they were trained with."
+    """Records the source of the weights on each part and sets the normalization that they were
+    trained with."""
     body = net.backbone.body if isinstance(net.backbone, WithNeck) else net.backbone
     for o in (net, net.backbone, body): o.pretrained,o.record = record.tag,record
     if net.backbone is not body: net.backbone.neck.pretrained = record.tag
@@ -126,7 +128,9 @@ def build_from_detector_file(
     asked:dict, # arguments of `build`, including `pretrained`
     renames=(), # of published detectors of the family, whose files are recognized too
 ) -> Detector: # in training mode
-    "Returns the detector from a file with the requested classes; raises RuntimeError if it does not fit."
+    """Returns the detector from a file with the requested classes.
+
+    Raises RuntimeError if it does not fit."""
     asked = dict(asked)
     path,record = get_weight_file(asked.pop('pretrained'), family)
     names,n = [asked.pop(k, None) for k in ('class_map','num_classes')]

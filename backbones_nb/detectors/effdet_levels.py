@@ -81,7 +81,9 @@ def consecutive_levels(
     min_level:int=3, # the finest level requested, stride 2**min_level
     max_level:int=7, # the coarsest
 ) -> list: # indices of maps
-    "Returns the maps from `min_level` on, or the last if all are finer; raises ValueError for a gap."
+    """Returns the maps from `min_level` on, or the last if all are finer.
+
+    Raises ValueError for a gap."""
     res = [i for i,s in enumerate(strides) if 2**min_level<=s<=2**max_level] or [len(strides)-1]
     at = [strides[i] for i in res]
     if any(b!=2*a for a,b in zip(at, at[1:])):

@@ -58,7 +58,8 @@ class BiFpnNeck(Neck):
 
 # %% ../../nbs/detectors/93_effdet_neck.ipynb #f3c5c6d8
 class _SafeBatchNorm(nn.BatchNorm2d):
-    "Batch norm that uses its running statistics if a channel has a single value, and so no variance."
+    """Batch norm that uses its running statistics if a channel has a single value,
+    and so no variance."""
     @classmethod
     def like(cls,
         norm:nn.BatchNorm2d, # whose tensors are shared
@@ -77,7 +78,8 @@ class _SafeBatchNorm(nn.BatchNorm2d):
 def safe_norms(
     module:nn.Module, # changed in place
 ) -> nn.Module: # itself
-    "Replaces all batch norms inside, so that a batch of one image works with a coarsest map of one cell."
+    """Replaces all batch norms inside, so that a batch of one image works with a coarsest map of
+    one cell."""
     for parent in list(module.modules()):
         for name,child in parent.named_children():
             if type(child) is nn.BatchNorm2d: setattr(parent, name, _SafeBatchNorm.like(child))
@@ -114,7 +116,8 @@ def find_body(
 
 # %% ../../nbs/detectors/93_effdet_neck.ipynb #e0257c16
 def _attach_ours(neck, body, cfg):
-    "Attaches one of our necks by name, with the configuration's width and depth; any other as in `attach_neck`."
+    """Attaches one of our necks by name, with the configuration's width and depth;
+    any other as in `attach_neck`."""
     more = max(cfg.max_level - int(log2(body.strides[-1])), 0)
     extra = {0:None, 1:'pool'}.get(more, 'p6p7')
     known = dict(fpn=dict(extra=extra), pan=dict(extra=extra),

@@ -67,7 +67,8 @@ def octave_anchor_sizes(
 def _group_norm(
     nf:int, # channels
 ) -> nn.GroupNorm:
-    "Returns GroupNorm with 32 groups, or fewer that divide 32 and `nf`, with at least two channels each."
+    """Returns GroupNorm with 32 groups, or fewer that divide 32 and `nf`,
+    with at least two channels each."""
     groups = gcd(32, nf)
     return nn.GroupNorm(groups if nf>groups else max(groups//2, 1), nf)
 
@@ -86,7 +87,8 @@ class OneStage(Detector):
     settings = 'score_thresh','nms_thresh','detections_per_img','topk_candidates','box_coder'
 
     def __init__(self,
-        net:nn.Module, # torchvision's detector, whose head, anchors, settings and transform are used
+        # torchvision's detector, whose head, anchors, settings and transform are used
+        net:nn.Module,
         backbone:nn.Module, # returns the maps
         levels, # indices of the maps in use
         **config, # num_classes, img_size, normalize

@@ -56,7 +56,8 @@ class _IceVisionMaps(nn.Module):
 def _frozen_norms(
     backbone:nn.Module, # a `Backbone`, with or without a neck
 ) -> list: # modules
-    "Returns the batch norms in the frozen groups of a pretrained body, whose statistics must not change."
+    """Returns the batch norms in the frozen groups of a pretrained body,
+    whose statistics must not change."""
     while isinstance(backbone, WithNeck): backbone = backbone.body
     if not backbone.pretrained: return []
     norms = {id(p) for p in norm_bias_params(backbone, with_bias=False)}
@@ -127,8 +128,8 @@ def __call__(self:IceVisionBackbone,
     "Returns a configuration with its own backbone; raises ValueError for missing weights."
     built = isinstance(self.source, nn.Module)
     if pretrained and built and not getattr(self.source, 'pretrained', None): raise ValueError(
-        f'got pretrained={pretrained!r} for an existing {type(self.source).__name__} that states no '
-        'weights: load them when you create it and set its `pretrained`, or pass its name')
+        f'got pretrained={pretrained!r} for an existing {type(self.source).__name__} that states '
+        'no weights: load them when you create it and set its `pretrained`, or pass its name')
     res = copy(self)
     res.__dict__.pop('backbone', None)
     res.pretrained = pretrained
@@ -181,7 +182,8 @@ class _Holder:
     def __reduce__(self): return _Holder,()
 
 def bbnb_icevision(pretrained=False, holder=None, out_indices=None, **kwargs) -> _IceVisionMaps:
-    "Builds the backbone when `timm.create_model` is called with an effdet configuration created here."
+    """Builds the backbone when `timm.create_model` is called with an effdet configuration created
+    here."""
     if holder is None or holder.config is None: raise ValueError(
         'got no backbone: this configuration comes from a saved model, '
         'so build the backbone again with icevision_backbone')

@@ -33,7 +33,9 @@ def _check_supported(config):
 def icevision_engine(
     config:RunConfig, # of the training run
 ) -> tuple: # build(num_classes) -> model, trainer(learn) -> IceVision's learner of that model
-    "Returns the functions that build and train the model; raises ImportError, ValueError or TypeError."
+    """Returns the functions that build and train the model.
+
+    Raises ImportError, ValueError or TypeError."""
     need_icevision()
     _check_supported(config)
     from backbones_nb.icevision.learner import (icevision_args, icevision_learner, icevision_model,

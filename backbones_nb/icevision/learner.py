@@ -30,7 +30,8 @@ from effdet import DetBenchPredict # last: ours imports effdet without its warni
 
 # %% ../../nbs/icevision/57_learner.ipynb #81235bea
 def _yxyx(targets):
-    "Returns targets in effdet's format; an image without objects has one box of zeros, as in IceVision."
+    """Returns targets in effdet's format; an image without objects has one box of zeros,
+    as in IceVision."""
     def box(t): return t['boxes'][:, [1,0,3,2]] if len(t['labels']) else t['boxes'].new_zeros(1, 4)
     def label(t): return t['labels'].float() if len(t['labels']) else t['boxes'].new_zeros(1)
     return dict(bbox=[box(t) for t in targets], cls=[label(t) for t in targets])
@@ -139,7 +140,8 @@ def forward(self:IceVisionDetector,
         targets = check_targets(targets, images, self.num_classes, self.target_keys)
     odd = next((tuple(o.shape[-2:]) for o in images if tuple(o.shape[-2:])!=self.img_size), None)
     if self.img_size and odd: raise ValueError(f'got an image of {odd[0]}x{odd[1]}, but this '
-        '{} was built for {}x{}: resize all images to that size'.format(self.family, *self.img_size))
+        '{} was built for {}x{}: resize all images to that '
+        'size'.format(self.family, *self.img_size))
     images = [F.normalize(o, *self.stats) for o in images]
     if both:
         res = self.calls.both(self.net.eval(), images, targets)
@@ -216,8 +218,8 @@ def icevision_learner(
 ): # a fastai Learner
     "Returns IceVision's learner on our data, nothing frozen; raises ValueError if the classes differ."
     icevision_compat()
-    if not isinstance(model, IceVisionDetector): raise TypeError(f'got a {type(model).__name__}, expected the result of '
-        'icevision_model: wrap an IceVision model in IceVisionDetector(net, model_type, len(class_map))')
+    if not isinstance(model, IceVisionDetector): raise TypeError(f'got a {type(model).__name__}, expected the result '
+        'of icevision_model: wrap an IceVision model in IceVisionDetector(net, model_type, len(class_map))')
     if model.num_classes!=len(dls.class_map): raise ValueError(f'the model has num_classes={model.num_classes}, but '
         f'the class map has {len(dls.class_map)} classes with background: build it with num_classes=len(class_map)')
     model_type = icevision_module(f'models.{model_modules[model.family]}')

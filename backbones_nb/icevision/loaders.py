@@ -33,7 +33,9 @@ def _flat(transforms):
 def _normalize_stats(
     tfm, # IceVision's transform, such as `tfms.A.Adapter([...])`, or None
 ): # (mean, std), or None if it does not normalize
-    "Returns the statistics of albumentations' `Normalize` among the transforms; raises ValueError if it cannot be undone."
+    """Returns the statistics of albumentations' `Normalize` among the transforms.
+
+    Raises ValueError if it cannot be undone."""
     top = getattr(tfm, 'tfms_list', ())
     found = [o for o in _flat(top) if type(o).__name__=='Normalize']
     if not found: return None

@@ -18,7 +18,8 @@ from .patches import PATCHES, has_line, icevision_module, patch_once
 
 # %% ../../nbs/icevision/110_model_patches.ipynb #2b42436d
 def _effdet_builder():
-    "Returns the module that calls effdet's builder, which is hidden by a function of the same name."
+    """Returns the module that calls effdet's builder,
+    which is hidden by a function of the same name."""
     return sys.modules[icevision_module('models.ross.efficientdet').model.__module__]
 
 @PATCHES.register('EfficientDet with pretrained=False downloads the weights of its backbone')
@@ -50,7 +51,8 @@ def _patch_anchors() -> bool:
 
 # %% ../../nbs/icevision/110_model_patches.ipynb #437fab16
 def _takes_configs(find):
-    "Returns whether effdet's lookup, as IceVision calls it, accepts a configuration in place of a name."
+    """Returns whether effdet's lookup, as IceVision calls it,
+    accepts a configuration in place of a name."""
     try: return find(OmegaConf.create(dict(name='mine'))).name=='mine'
     except Exception: return False # effdet looks it up in its table
 

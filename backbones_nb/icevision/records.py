@@ -10,7 +10,7 @@ __all__ = ['to_class_map', 'to_record', 'to_records', 'to_our_record', 'from_rec
 # %% ../../nbs/icevision/112_records.ipynb #4d00a7dd
 import numpy as np
 
-from ..data.batches import check_labels
+from ..data.ready import check_labels
 from ..data.images import image_size
 from ..data.records import ClassMap, Record
 from ..data.run_lengths import run_lengths
@@ -166,7 +166,8 @@ def from_records(
         class_map = _to_our_map(records[0])
     odd = next((r for r in records if _to_our_map(r)!=class_map), None)
     if odd is not None: raise ValueError(f'record {odd.record_id!r} has the classes '
-        f"{', '.join(_to_our_map(odd).names)}, expected {', '.join(class_map.names)}: parse all data with the same class map")
+        f"{', '.join(_to_our_map(odd).names)}, expected {', '.join(class_map.names)}: parse all data with the same "
+        "class map")
     res = [_from_parser(r) for r in records]
     check_labels(res, class_map)
     return res,class_map

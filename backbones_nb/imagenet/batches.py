@@ -45,7 +45,8 @@ def plain_tfms(
 def seeded(
     *key, # ints
 ):
-    "Makes random numbers on the CPU depend only on `key` in the block, and restores the generator's state after it."
+    """Makes random numbers on the CPU depend only on `key` in the block,
+    and restores the generator's state after it."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(hash(key) & (2**63-1))
         yield
@@ -156,7 +157,8 @@ class ClassDataLoaders(DataLoaders):
 def to_float(x:TensorImage): return x if x.is_floating_point() else x.float().div_(255)
 
 class Normalized(Normalize):
-    "A normalization that the item transforms have already applied; this only undoes it for display."
+    """A normalization that the item transforms have already applied;
+    this only undoes it for display."""
     def encodes(self, x:TensorImage): return x
 
 # %% ../../nbs/imagenet/48_batches.ipynb #eac15b53

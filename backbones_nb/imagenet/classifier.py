@@ -97,7 +97,9 @@ def classifier(
     dropout:float=0., # fraction of the pooled features dropped in training
     **config, # of a backbone given by name, such as `ese` or `strides`
 ) -> Classifier:
-    "Returns a backbone with a random head; raises ValueError for a whole model or unusable arguments."
+    """Returns a backbone with a random head.
+
+    Raises ValueError for a whole model or unusable arguments."""
     if isinstance(backbone, (Classifier,Detector)):
         raise ValueError(f'got a whole {type(backbone).__name__}, expected a backbone: '
                          'pass its `.backbone`')
@@ -115,8 +117,8 @@ def _add_normalize(
 ):
     """Adds the normalization that the weights expect, with ImageNet's statistics for random ones.
 
-    DataLoaders that already normalize are left alone; raises ValueError if they use other values than
-    pretrained weights were trained with, or accept no batch transforms."""
+    DataLoaders that already normalize are left alone; raises ValueError if they use other values
+    than pretrained weights were trained with, or accept no batch transforms."""
     fs = getattr(getattr(dls, 'after_batch', None), 'fs', None)
     if fs is None:
         raise ValueError(f'got a {type(dls).__name__} that accepts no batch transforms, expected '

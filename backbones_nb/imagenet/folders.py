@@ -125,8 +125,8 @@ def _refuse(solution, places, val_dir, val_solution, allow_missing):
                          'pass the csv that they were sorted with')
     missing = sorted(solution.keys()-places.keys())
     if not places:
-        raise ValueError(f'{val_solution} lists {len(solution)} images, but {val_dir} contains none of '
-                         'them: pass the folder they are in, ILSVRC/Data/CLS-LOC/val, '
+        raise ValueError(f'{val_solution} lists {len(solution)} images, but {val_dir} contains '
+            'none of them: pass the folder they are in, ILSVRC/Data/CLS-LOC/val, '
                          'or unpack the archive again')
     if missing and not allow_missing:
         raise ValueError(f'{val_solution} lists {len(solution)} images and {val_dir} is missing '

@@ -134,7 +134,8 @@ def recipe_args(
     world_size:int=1, # processes
     accum_steps:int=1, # batches accumulated per step
 ) -> dict:
-    "Returns loss, optimizer, learning rate and weight decay of a recipe, as arguments of a Learner."
+    """Returns loss, optimizer, learning rate and weight decay of a recipe,
+    as arguments of a Learner."""
     r = recipe(r)
     return dict(loss_func=smooth_loss(r.smoothing), opt_func=sgd(r.mom),
                 lr=scale_lr(r.lr, r.bs, bs, world_size, accum_steps), wd=r.wd, wd_bn_bias=True)
@@ -204,7 +205,8 @@ def apply_recipe(
     accum_steps:int=1, # batches accumulated per step
     seed:int=None, # order with repeated augmentation; None: that of the training loader, or 0
 ): # the learner, ready for `learn.fit(r.epochs)`
-    "Sets a learner's loss, optimizer, schedule and tricks to a recipe's; replaces an earlier recipe."
+    """Sets a learner's loss, optimizer, schedule and tricks to a recipe's;
+    replaces an earlier recipe."""
     r = recipe(r)
     dl = learn.dls.train
     bs = bs or getattr(dl, 'bs', getattr(dl, 'batch_size', None))

@@ -71,7 +71,9 @@ def _write_one(job, folder, classes, files, labels):
 
 # %% ../../nbs/imagenet/47_shards.ipynb #3e53aac5
 def _start(out, fingerprint):
-    "Creates `out`, or returns the index of one started with the same arguments; raises ValueError otherwise."
+    """Creates `out`, or returns the index of one started with the same arguments.
+
+    Raises ValueError otherwise."""
     if (out/index_name).exists():
         index = json.loads((out/index_name).read_text())
         if index.get('fingerprint')!=fingerprint:

@@ -32,10 +32,12 @@ from .finite import NonFiniteLoss
 from .metrics import COCOMetric
 from .precision import PrecisionMixin
 from .prediction import PredictionMixin, gives_masks
+from .tiled import TiledMixin
 
 # %% ../../nbs/learners/51_fastai.ipynb #0be35524
 class Targets(Sequence):
-    "The targets of a batch, with a `shape`, so that fastai counts images, not the first image's boxes."
+    """The targets of a batch, with a `shape`, so that fastai counts images,
+    not the first image's boxes."""
     def __init__(self, items): self.items = tuple(items)
     def __getitem__(self, i): return self.items[i]
     def __len__(self): return len(self.items)
@@ -140,7 +142,8 @@ class _FreezeMixin:
 
 # %% ../../nbs/learners/51_fastai.ipynb #ee7f43f3
 def _log_epoch(cb):
-    "Does what fastai's TensorBoardCallback does after an epoch, with detections drawn by our loader."
+    """Does what fastai's TensorBoardCallback does after an epoch,
+    with detections drawn by our loader."""
     draws,cb.log_preds = cb.log_preds,False
     type(cb).after_epoch(cb) # the numbers
     cb.log_preds = draws
@@ -163,8 +166,10 @@ def _losses_per_image(model, images, targets):
     own = getattr(get_model(model), 'losses_per_image', None)
     return own(images, targets) if own else losses_one_by_one(get_model(model), images, targets)
 
-class DetectionLearner(_FreezeMixin, PredictionMixin, PrecisionMixin, DistributedMixin, Learner):
-    "fastai's `Learner` for detectors: one pass computes losses and detections of a validation batch."
+class DetectionLearner(_FreezeMixin, TiledMixin, PredictionMixin, PrecisionMixin, DistributedMixin,
+                       Learner):
+    """fastai's `Learner` for detectors: one pass computes losses and detections of a validation
+    batch."""
     loss_parts = None # the losses of the current batch by name
     stopped_by = None # what has interrupted the fit
     find_unused_parameters = True # backbones keep the layers after their last map

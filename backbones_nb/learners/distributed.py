@@ -180,7 +180,8 @@ def _plain(v): return v.cpu() if isinstance(v, torch.Tensor) else v
 def all_reduce_sum(
     slots, # pairs of a dict and a key: numbers or lists
 ):
-    "Replaces each value with its sum over all processes; all must call it with the same number of pairs."
+    """Replaces each value with its sum over all processes;
+    all must call it with the same number of pairs."""
     slots = list(slots)
     gathered = _gather_objects([_plain(d[k]) for d,k in slots])
     for (d,k),*vs in zip(slots, *gathered): d[k] = reduce(add, vs)

@@ -89,7 +89,8 @@ class SavedAverage(WeightAverage):
     def load_state_dict(self,
         state:dict, # of `state_dict`
     ):
-        "Continues from a saved average in the next fit; the net must be the one that it was computed from."
+        """Continues from a saved average in the next fit;
+        the net must be the one that it was computed from."""
         self.start()
         self.average.load_state_dict(state['average'])
         self.count,self.backup,self.loaded = state['count'],state.get('own'),True

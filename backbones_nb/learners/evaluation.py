@@ -17,7 +17,7 @@ from ..core.tables import Table
 from ..data.formats import find_splits, read_data, relabel
 from ..data.ready import usable_images
 from .finetune import load_run
-from .metrics import coco_table
+from .metrics import coco_eval, coco_table
 from .prediction import gives_masks
 from .run import RunConfig, open_data
 
@@ -95,7 +95,11 @@ def measure(
     if note := _learned_from(run, config, data, split, records): print(f'warning: {note}')
     dl = learn.dls.test_dl(records, bs or config['bs'], with_labels=True, num_workers=workers)
     kind = 'both' if masks else 'bbox'
-    with learn.no_bar(): res = learn.evaluate(dl=dl, iou_type=kind, per_class=True)
+    with learn.no_bar():
+        if not learn.tiles[0]: res = learn.evaluate(dl=dl, iou_type=kind, per_class=True)
+        else:
+            found = learn.get_results(records, bs=bs)
+            res = coco_eval(*found, learn.dls.class_map, kind, per_class=True)
     res |= dict(images=len(records), data=str(data or config['data']), run=str(run),
                 skipped=str(report))
     _show(res, records, learn.dls.class_map)

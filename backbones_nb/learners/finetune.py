@@ -33,6 +33,7 @@ from ..data.images import load_image
 from ..data.multiscale import named_augment
 from ..data.ready import shared_images, small_objects, usable_images
 from ..data.records import image_files, natural_key
+from ..data.tiles import TileRecord, tile_records
 from .baseline import mean_box_detector
 from .detection import detection_learner
 from .distributed import join_processes
@@ -109,15 +110,18 @@ def _learner(config, build, out, device):
     _check_parts(train, valid, report)
     names = dict(class_map=class_map) if c.pretrained_detector else {} # rows of classes with equal names are kept
     model = build(num_classes=len(class_map), **names)
+    cut = [tile_records(o, c.tiles, c.overlap, whole=True) if c.tiles else o for o in (train, valid)]
+    close = [r for o in cut for r in o if isinstance(r, TileRecord)] or [*train, *valid] # where objects are largest
     mix = c.mix.split(',') if c.mix and c.augment else []
     items,batches,cbs = named_augment(mix, c.size, tuple(c.zoom), c.color) if c.augment else (None,None,[])
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*smaller than a pixel') # printed below
-        dls = detection_dls(train, valid, class_map, size=c.size, bs=c.bs, num_workers=c.workers, seed=c.seed,
+        dls = detection_dls(*cut, class_map, size=c.size, bs=c.bs, num_workers=c.workers, seed=c.seed,
                             cache=c.cache, path=out, device=device, item_tfms=items, batch_tfms=batches)
-    if c.repeat_thr: dls.train.repeat_items(repeat_factors(train, c.repeat_thr))
+    if c.repeat_thr: dls.train.repeat_items(repeat_factors(cut[0], c.repeat_thr))
     learn = detection_learner(dls, model, lr=c.lr, wd=c.wd, loss_weights=c.loss_weights, cbs=cbs)
-    return learn,train,valid,dict(skipped=str(report), small=small_objects([*train, *valid], c.size, class_map),
+    learn.tiles = c.tiles,c.overlap
+    return learn,train,valid,dict(skipped=str(report), small=small_objects(close, c.size, class_map),
                                   machine=environment_info(dls.device))
 
 # %% ../../nbs/learners/103_finetune.ipynb #325bbc60
@@ -127,7 +131,7 @@ def _evaluate_run(
     valid, # records of its validation loader, in order
 ) -> tuple: # COCO's numbers, those of the mean-box baseline, detections, targets
     "Returns the results on validation images, beside those of a baseline that always predicts the mean box."
-    preds,targets = learn.get_preds(original=True)
+    preds,targets = learn.get_results(valid) if learn.tiles[0] else learn.get_preds(original=True)
     base = coco_eval(mean_box_detector(train)(valid), [r.target() for r in valid], learn.dls.class_map)
     return coco_eval(preds, targets, learn.dls.class_map, per_class=True),base,preds,targets
 
@@ -137,19 +141,18 @@ def _mask_results(learn, preds, targets):
     return dict(mask_metrics=coco_eval(preds, targets, learn.dls.class_map, iou_type='segm', per_class=True))
 
 def _save_picture(
-    learn, # a `DetectionLearner`
-    preds, # detections of its validation images, in pixels of the originals
+    class_map, # `ClassMap`
+    valid, # records that were measured
+    preds, # detections, in pixels of the originals
     targets, # their ground truth
     path, # file to write
     n:int=8, # images
 ):
     "Draws ground truth beside predictions of some validation images, spread over the data."
-    dl = learn.dls.valid
-    n = min(n, len(dl.dataset))
-    at = [round(i*(len(dl.dataset)-1)/max(1, n-1)) for i in range(n)] # spread over the classes
+    n = min(n, len(valid))
+    at = [round(i*(len(valid)-1)/max(1, n-1)) for i in range(n)] # spread over the classes
     def pick(o): return [o[i] for i in at]
-    images = [dl.dataset[i][0] for i in at]
-    fig = show_side_by_side(images, pick(targets), pick(preds), learn.dls.class_map)
+    fig = show_side_by_side([valid[i].image() for i in at], pick(targets), pick(preds), class_map)
     fig.savefig(path, dpi=110, bbox_inches='tight')
     plt.close(fig)
 
@@ -160,7 +163,7 @@ def _save_results(learn, out, train, valid, **facts):
     res,base,preds,targets = _evaluate_run(learn, train, valid)
     return dict(metrics=res, **_mask_results(learn, preds, targets), mean_box=base,
                 train_images=len(train), valid_images=len(valid),
-                parameters=sum(p.numel() for p in learn.model.parameters()), **facts),(preds,targets)
+                parameters=sum(p.numel() for p in learn.model.parameters()), **facts),(learn.dls.class_map,valid,preds,targets)
 
 def _open_run(out, config, train, valid, **facts):
     "Makes the run's folder with what is known before training; an older run is removed first."
@@ -207,7 +210,7 @@ def finetune(
         res,drawn = _save_results(learn, out, train, valid, steps=steps, **times, **facts)
         res |= dict(seconds=round(time.time()-start, 1), config=options)
         save_json(out/'metrics.json', res)
-        with write_whole(out/config.picture) as part: _save_picture(learn, *drawn, part)
+        with write_whole(out/config.picture) as part: _save_picture(*drawn, part)
         (out/'checkpoint.pt').unlink(missing_ok=True)
     _report(res, out)
     return res
@@ -216,7 +219,7 @@ def finetune(
 def load_run(
     run, # folder of a run, or its learner.pkl
 ): # a `DetectionLearner`, on the CPU
-    "Returns the trained learner of a run; raises FileNotFoundError or ValueError for a file that is missing or damaged."
+    "Returns the trained learner of a run; raises FileNotFoundError or ValueError if it cannot be read."
     run = Path(run)
     f = run/'learner.pkl' if run.is_dir() else run
     if not f.exists(): raise FileNotFoundError(
@@ -224,8 +227,8 @@ def load_run(
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try: return load_learner(f)
-        except Exception as e: raise ValueError(f'got run={str(run)!r}, but {f} is not a learner that this installation '
-            f'can read ({reason(e)}): copy the file again, or train again with the versions installed here') from e
+        except Exception as e: raise ValueError(f'got run={str(run)!r}, but {f} is not a learner that this '
+            f'installation can read ({reason(e)}): copy the file again, or train again with the versions installed here') from e
 
 def _print_detections(f, found):
     print(f'{f}:' + (' nothing found' if not found else ''))
@@ -275,6 +278,8 @@ def predict(
     out=None, # folder for copies of the images with the boxes drawn on them; None: do not draw
     score_thr:float=0.5, # drop detections below
     json_file=None, # file to write the detections to
+    tiles:int=None, # side of tiles, px; None: as the run was trained; 0: whole images alone
+    overlap:float=None, # share of a tile in common with its neighbor; None: as the run was trained
 ) -> dict: # path -> list of dicts: name, score, box [x1,y1,x2,y2] in pixels, and mask in run lengths if it has one
     "Prints and returns the detections; raises FileNotFoundError at the end for images that cannot be read."
     learn = load_run(run)
@@ -289,7 +294,7 @@ def predict(
         except (FileNotFoundError, ValueError) as e:
             bad.append(str(e))
             continue
-        p = learn.predict(im, score_thr=score_thr)
+        p = learn.predict_tiled(im, tiles, overlap, score_thr=score_thr)
         res[str(f)] = _plain(p)
         _print_detections(f, res[str(f)])
         if out: _draw(im, p, learn.dls.class_map, Path(out)/names[f], score_thr)

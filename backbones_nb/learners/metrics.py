@@ -124,7 +124,8 @@ def coco_eval(
     preds:list, # one dict per image: boxes (N,4) xyxy px, labels (N,), scores (N,); maybe masks
     targets:list, # one dict per image, in that order: boxes, labels; maybe masks, area, iscrowd
     class_map=None, # the classes and their names; None: the labels that occur
-    iou_type:str='bbox', # 'bbox'; 'segm' for masks; 'both': also masks, under names such as 'mask_AP'
+    # 'bbox'; 'segm' for masks; 'both': also masks, under names such as 'mask_AP'
+    iou_type:str='bbox',
     per_class:bool=False, # also `per_class`: {name: AP}
 ) -> dict: # the twelve numbers by name; -1 if there are no objects, as in pycocotools
     "Returns COCO's twelve numbers (https://cocodataset.org/#detection-eval) by faster-coco-eval."
@@ -159,7 +160,8 @@ def coco_table(
 
 # %% ../../nbs/learners/50_metrics.ipynb #13478f20
 class DetectionMetric(Metric):
-    "Detections and targets of a validation, gathered once and evaluated once each for boxes and masks."
+    """Detections and targets of a validation, gathered once and evaluated once each for boxes and
+    masks."""
     def reset(self):
         self.preds,self.targets = [],[]
         self.class_map,self._res,self.leader = None,{},self

@@ -120,8 +120,8 @@ class PredictionMixin:
                           cbs=None, original=False):
         "Returns the callback that has collected the detections of a loader, each through `finish`."
         if with_loss and not getattr(getattr(dl, 'dataset', None), 'targets', True):
-            raise ValueError('losses were requested, but the loader returns images without targets: '
-                             'create it with learn.dls.test_dl(records, with_labels=True), or '
+            raise ValueError('losses were requested, but the loader returns images without '
+                'targets: create it with learn.dls.test_dl(records, with_labels=True), or '
                              'leave losses out')
         cb = _Gather(finish, with_input, with_loss, original)
         ctx = self.validation_context(cbs=L(cbs)+[cb], inner=inner)

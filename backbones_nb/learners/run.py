@@ -64,7 +64,7 @@ class _Match(NamedTuple):
     def __str__(self): return self.what
 
 _kinds = {bool: (bool, 'True or False'), int: (Integral, 'an integer'), float: (Real, 'a number'),
-          str: ((str, os.PathLike), 'a string'), dict: (Mapping, 'a dict')} # type of an option -> (what is taken, in words)
+          str: ((str, os.PathLike), 'a string'), dict: (Mapping, 'a dict')} # type of an option -> (accepted, in words)
 
 def _expected(v, kind, rules, extra):
     "Returns what an option accepts, in words, if it does not accept `v`; otherwise None."
@@ -109,6 +109,9 @@ class RunConfig:
     valid_pct:Annotated[float, _Range(0, 1, inner=True)]=0.2
     toy_images:Annotated[int, _Range(1)]=800 # how many toy pets to draw
     size:Annotated[int, _Range(32)]=256 # side of the images in a batch, px
+    # cut images into tiles of this side, px, for objects that are small in large images
+    tiles:Annotated[int, _Range(32)]=None
+    overlap:Annotated[float, _Range(0, 0.95)]=0.2 # share of a tile in common with its neighbor
     bs:Annotated[int, _Range(1)]=8 # images per batch
     workers:Annotated[int, _Range(0)]=0 # processes that load images
     # images that cannot be decoded: stop before training, skip them, or read as much as possible
@@ -229,7 +232,8 @@ def _read_any(data, images, toy_images, valid_pct, seed, pets, use=('train','val
     elif not (path := Path(data)).exists(): raise FileNotFoundError(f"got data={str(data)!r}, which does not exist: "
         "pass 'toy', 'pets', or a file or folder with annotations, such as a COCO file or a YOLO data.yaml")
     if find_format(path)[0]=='pets':
-        if images: raise ValueError(f'got images={str(images)!r} together with {path}, which has its own images: leave it out')
+        if images: raise ValueError(f'got images={str(images)!r} together with {path}, which has its own images: '
+            'leave it out')
         train,valid,cm,report = pets_splits(path, valid_pct=valid_pct, seed=seed, **pets)
         return dict(train=train, valid=valid),cm,report
     has = find_splits(path)

@@ -78,7 +78,8 @@ _norms = dict(bn=partial(nn.BatchNorm2d, eps=1e-3, momentum=.01)) # EfficientDet
 def _norm(norm, nf): return make_norm(_norms[norm] if norm=='bn' else norm, nf)
 
 def project(ni, nf, norm='bn', bias=False):
-    "Returns a 1x1 convolution with norm from `ni` to `nf` channels, or an identity if they are equal."
+    """Returns a 1x1 convolution with norm from `ni` to `nf` channels,
+    or an identity if they are equal."""
     if ni==nf: return nn.Identity()
     return nn.Sequential(nn.Conv2d(ni, nf, 1, bias=bias or norm is None), _norm(norm, nf))
 
@@ -178,7 +179,8 @@ class BiFPN(Neck):
 # %% ../../nbs/necks/22_bifpn.ipynb #5be97af9
 @patch
 def reset_parameters(self:BiFPN):
-    "Initializes convolutions from Glorot's uniform distribution, depth-wise ones with their own fans."
+    """Initializes convolutions from Glorot's uniform distribution,
+    depth-wise ones with their own fans."""
     for m in self.modules():
         if not isinstance(m, nn.Conv2d): continue
         fans = (m.in_channels + m.out_channels)/m.groups * m.weight[0,0].numel()

@@ -57,8 +57,8 @@ def create_neck(
     if neck is None: return None
     if isinstance(neck, nn.Module):
         if kwargs:
-            raise ValueError(f"got an existing {type(neck).__name__} and {', '.join(kwargs)} for it: "
-                'pass these when you build it')
+            raise ValueError(f"got an existing {type(neck).__name__} and {', '.join(kwargs)} for "
+                'it: pass these when you build it')
         return _check_neck(neck, backbone)
     if isinstance(neck, str):
         if neck not in neck_classes:
@@ -76,7 +76,9 @@ def attach_neck(
     neck='auto', # see `create_neck`
     **kwargs, # for the neck
 ) -> Backbone: # with its neck, or the backbone itself if there is none
-    "Returns both as one backbone; raises ValueError if the maps of a foreign neck do not match its claims."
+    """Returns both as one backbone.
+
+    Raises ValueError if the maps of a foreign neck do not match its claims."""
     backbone = as_backbone(backbone)
     neck = create_neck(neck, backbone, **kwargs)
     if neck is None: return backbone

@@ -32,7 +32,8 @@ class FPN(Neck):
         channels:int=256, # of every outgoing map
         extra=None, # coarser levels: 'pool' (subsampled P6), 'p6p7' (convolutions), None
         norm=None, # after each convolution: a name in `norms`, a callable taking channels, or None
-        from_c5:bool=False, # compute 'p6p7' from the last incoming map; False: from the last outgoing one
+        # compute 'p6p7' from the last incoming map; False: from the last outgoing one
+        from_c5:bool=False,
     ):
         one_of(extra, tuple(fpn_extras), 'extra')
         coarse = [in_strides[-1]*2**(i+1) for i in range(fpn_extras[extra])]

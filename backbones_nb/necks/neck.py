@@ -100,7 +100,9 @@ def param_groups(self:WithNeck) -> list: # lists of parameters: those of the bod
 def freeze_to(self:WithNeck,
     n:int, # groups before the n-th are frozen, the others trained; negative n counts from the end
 ) -> WithNeck: # itself
-    "Freezes the first `n` groups, the neck's norms only if pretrained; raises ValueError if there are fewer."
+    """Freezes the first `n` groups, the neck's norms only if pretrained.
+
+    Raises ValueError if there are fewer."""
     k = len(self.param_groups())
     m = len(self.body.param_groups())
     if not -k<=n<=k: raise ValueError(

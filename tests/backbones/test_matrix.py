@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-import re
 import shutil
 
 import pytest
@@ -19,7 +18,6 @@ from backbones_nb.core.create import create_backbone
 from backbones_nb.core.registry import list_backbones
 
 names = list_backbones()
-huge = 40e6  # parameters from which real tensors are for the slow run
 body = dict(  # parameters of the nets that torchvision lacks, in millions, without classifier
     darknet19=19.817,
     darknet53=40.585,
@@ -56,20 +54,12 @@ def count(m):
     return sum(p.numel() for p in m.parameters())
 
 
-size_of = {n: count(meta(n)) for n in names}
-repeated = {n for n in names if n.endswith('_fpn')} - {
-    'resnet18_fpn',
-    'resnet50_fpn',
-}  # the bodies are rows of their own
-# other sizes of a family: the same modules, more often or wider; their shapes, parameters, and groups are in every run
-sizes = re.compile(r'efficientnet_b[1-7]|regnet_[xy]_(?!400mf).*|(vgg13|vgg19)(_bn)?|vgg11_bn|vgg16|resnet34|resnext.*')
-
-
-def slow_if(cond, n):
-    return pytest.param(n, marks=pytest.mark.slow) if cond else n
-
-
-every = [slow_if(size_of[n] > huge or n in repeated or sizes.fullmatch(n), n) for n in names]
+# with real tensors in every run: one or two sizes of a family, since others repeat its modules; the rest is slow
+quick = """convnext_tiny cspdarknet19 cspdarknet53 darknet19 efficientnet_b0 efficientnet_v2_s mobilenet_v2
+    mobilenet_v3_large mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18 resnet18_fpn resnet50 resnet50_fpn
+    vgg11 vgg16_bn vovnet19 vovnet19_dw vovnet19_slim vovnet19_slim_dw vovnet27_slim vovnet39""".split()
+assert set(quick) <= set(names)
+every = [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 def noise(*hw, n=1):
@@ -110,18 +100,18 @@ def same(a, b):
 
 
 @pytest.mark.parametrize('name', names)
-@pytest.mark.parametrize('hw', [(224, 224), (256, 256), (231, 310)], ids=str)
-def test_shapes_and_strides(name, hw):
+def test_shapes_and_strides(name):
     m = meta(name).eval()
     assert isinstance(m, Backbone) and m.name == name and m.pretrained is None
     if not name.endswith('_fpn'):
         m.select(all_strides(m))
-    maps = m(torch.empty(2, 3, *hw, device='meta'))
     assert list(m.strides) == sorted(set(m.strides)) and m.strides[-1] >= 32
-    assert [o.shape[:2] for o in maps] == [(2, c) for c in m.channels]
-    for o, s in zip(maps, m.strides):  # pools without ceil_mode round down
-        for k, n in zip(hw, o.shape[2:]):
-            assert k // s <= n <= -(-k // s), (s, o.shape)
+    for hw in ((224, 224), (256, 256), (231, 310)):
+        maps = m(torch.empty(2, 3, *hw, device='meta'))
+        assert [o.shape[:2] for o in maps] == [(2, c) for c in m.channels], hw
+        for o, s in zip(maps, m.strides):  # pools without ceil_mode round down
+            for k, n in zip(hw, o.shape[2:]):
+                assert k // s <= n <= -(-k // s), (hw, s, o.shape)
 
 
 @pytest.mark.parametrize('name', names)
@@ -142,22 +132,23 @@ def test_default_and_selection(name):
 
 @pytest.mark.parametrize('name', names)
 def test_parameters(name):
+    size = count(meta(name))
     if name in body:
-        assert round(size_of[name] / 1e6, 3) == body[name]
+        assert round(size / 1e6, 3) == body[name]
     elif name.endswith('_fpn'):
         with torch.device('meta'):
             ref = resnet_fpn_backbone(backbone_name=name[:-4], weights=None)
         frozen = sum(
             b.numel() for n, b in ref.named_buffers() if n.endswith(('weight', 'bias'))
         )  # its batch norms have buffers
-        assert size_of[name] == count(ref) + frozen or size_of[name] == count(ref)
+        assert size == count(ref) + frozen or size == count(ref)
     else:  # of torchvision's published count, what its classifier has: linear layers, and a 1x1 convolution before them
         with T.SizesOnCPU(), torch.device('meta'):
             ref = models.get_model(name, weights=None)
         head = [getattr(ref, k) for k in ('fc', 'classifier') if hasattr(ref, k)]
         if 'expansion' in T.torchvision_taps[name]:
             head.append(ref.features[-1])
-        assert size_of[name] == models.get_model_weights(name).DEFAULT.meta['num_params'] - sum(map(count, head))
+        assert size == models.get_model_weights(name).DEFAULT.meta['num_params'] - sum(map(count, head))
 
 
 @pytest.mark.parametrize('name,variant', variants, ids='-'.join)

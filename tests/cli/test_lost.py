@@ -67,7 +67,7 @@ def no_objects(d):
     'change,more,words',
     [
         (relative, '', 'look relative to the image (0 to 1)'),
-        (no_masks, '--detector mask_rcnn', 'has a mask: train a detector that does not need masks'),
+        (no_masks, '--detector mask_rcnn', 'has a mask: train a detector without masks'),
         (no_objects, '', 'images to train on without a single object'),
         (None, '--valid-pct 0.01', 'valid_pct=0.01 of 6 images leaves none to validate on'),
         (None, '--bs 0', 'got bs=0, expected at least 1'),

@@ -963,7 +963,7 @@ def test_the_card_says_what_is_known(record, net, cache, tmp_path):
     (tmp_path / 'README.md').write_text('mine')
     create_backbone('mini').save_pretrained(tmp_path)
     assert (tmp_path / 'README.md').read_text() == 'mine'
-    assert 'was initialized with random weights' in hub.card_text(hub.hub_config(create_backbone('mini')))
+    assert 'started from random weights' in hub.card_text(hub.hub_config(create_backbone('mini')))
 
 
 # --- to the hub and back

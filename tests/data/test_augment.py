@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 
 from backbones_nb.data.batches import detection_dls
 from backbones_nb.data.copy_paste import CopyPaste
+from backbones_nb.data import images
 from backbones_nb.data.images import load_image, load_pixels
 from backbones_nb.data.jitter import large_scale_jitter, VisibilityFilter
 from backbones_nb.data.mosaic import join_targets, Mosaic
@@ -106,8 +107,10 @@ def test_a_part_of_a_float_image_lies_on_a_float_canvas():
     assert x[:, 0, 0].tolist() == pytest.approx([1, 0, 0.2]) and x[:, 1, 1].tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize('kind', ['plain', 'gray', 'cmyk', 'turned', 'progressive', 'png', 'cut'])
-def test_pixels_are_those_of_the_image(tmp_path, kind):
+@pytest.mark.parametrize('kind', ['plain', 'gray', 'cmyk', 'turned', 'progressive', 'png', 'cut', 'no decoder'])
+def test_pixels_are_those_of_the_image(tmp_path, kind, monkeypatch):
+    if kind == 'no decoder':
+        monkeypatch.setattr(images, 'decode_jpeg', lambda o: torch.ops.image.missing(o))
     rng = np.random.RandomState(0)
     im = Image.fromarray(rng.randint(0, 255, (12, 17, 3), dtype=np.uint8)).resize((170, 120))
     f, kw = tmp_path / 'a.jpg', {}

@@ -21,6 +21,7 @@ from backbones_nb.data.formats import (
     write_data,
 )
 from backbones_nb.data.records import ClassMap, Record
+from backbones_nb.data.servers import brush_values
 from backbones_nb.data.sheets import Sheet, _mask_polygon, sheet_records
 from backbones_nb.data.run_lengths import decode_mask
 from backbones_nb.data.outlines import write_via_csv
@@ -460,7 +461,7 @@ def test_label_studio(tmp_path):
     )
     put(tmp_path / 'p.json', [task, dict(id=6, data=dict(image='b.png'), annotations=[])])
     got, report, _ = read_one(tmp_path)
-    assert got == [('x', [20, 30, 40, 45]), ('y', [8, 6, 16, 12])] and 'kind brushlabels' in str(report)
+    assert got == [('x', [20, 30, 40, 45]), ('y', [8, 6, 16, 12])] and 'a brush mask that ends early' in str(report)
     local = task | dict(data=dict(image='/data/local-files/?d=images/my a.png'), annotations=[done, done])
     put(tmp_path / 'p.json', [local])
     assert 'of which the first counts' in str(read_one(tmp_path)[1])
@@ -505,7 +506,7 @@ def test_what_writers_refuse(tmp_path, boxed, masked):
         assert read_data(tmp_path / name)[0]['all'][0].iscrowd.tolist() == [1]
     with pytest.raises(ValueError, match="Did you mean 'yolo'"):
         write_data(boxed, cm, tmp_path / 'c', 'yolov8')
-    with pytest.raises(ValueError, match='cannot be written'):
+    with pytest.raises(ValueError, match='is read-only'):
         write_data(boxed, cm, tmp_path / 'c', 'pets')
 
 
@@ -551,3 +552,100 @@ def test_check_by_the_command(tmp_path, boxed, capsys):
     out = capsys.readouterr().out
     assert 'yolo data' in out and '4 images, all readable; 4 boxes' in out
     assert main(['check', str(file), '--format', 'voc']) == 1
+
+
+# --- VIA 3, and brushes of Label Studio
+
+
+def via3(shapes, kind=2, options=None):
+    options = {'0': 'cat', '1': 'dog'} if options is None else options
+    return dict(
+        project=dict(pid='x', data_format_version='3.1.1', vid_list=['1', '2']),
+        config={},
+        attribute={'1': dict(aname='Class', anchor_id='FILE1_Z0_XY1', type=3, options=options)},
+        file={
+            '1': dict(fid=1, fname='a.png', type=kind, loc=1, src=''),
+            '2': dict(fid='2', fname='http://x.org/b.png'),
+        },
+        view={'1': dict(fid_list=['1']), '2': dict(fid_list=[2])},
+        metadata={f'1_{i}': dict(vid='1', flg=0, z=[], xy=xy, av={'1': a}) for i, (xy, a) in enumerate(shapes)},
+    )
+
+
+def test_via_3(tmp_path):
+    png(tmp_path)
+    png(tmp_path, 'b.png')
+    data = via3(
+        [
+            ([2, 10, 20, 30, 15.5], '1'),
+            ([3, 40, 30, 10], '0'),
+            ([4, 40, 30, 20, 10], '0'),
+            ([7, 1, 1, 5, 1, 5, 5], '0,1'),
+            ([8, 10, 25, 20, 12, 30, 28, 22, 40], '1'),
+            ([1, 5, 5], '0'),
+            ([9, 1, 1, 2, 2, 3, 1], '0'),
+            ([], '0'),  # about the whole image
+        ]
+    )
+    data['metadata']['v'] = dict(vid='1', z=[1.5], xy=[2, 1, 2, 3, 4], av={'1': '0'})
+    f = put(tmp_path / 'project.json', data)
+    assert find_format(tmp_path) == ('via', f)
+    parts, classes, report = read_data(tmp_path, masks=False)
+    a, b = sorted(parts['all'], key=lambda r: r.path.name)
+    rows = sorted((classes.get_name(l), [round(v) for v in o]) for l, o in zip(a.labels, a.boxes.tolist()))
+    assert rows == [
+        ('cat', [1, 1, 5, 5]),
+        ('cat', [20, 20, 60, 40]),
+        ('cat', [30, 20, 50, 40]),
+        ('dog', [10, 12, 30, 40]),
+        ('dog', [10, 20, 40, 36]),
+    ]
+    assert len(b.labels) == 0 and all(o in str(report) for o in ('number 1', 'number 9', 'frame of a video'))
+    put(f, via3([([2, 1, 2, 10, 20], 'bird')], options={}))  # a text
+    assert read_data(tmp_path)[1].names[1:] == ['bird']
+    put(f, data | dict(view={'1': {}}))
+    with pytest.raises(ValueError, match='project.json is no project of VIA 3 that can be read') as e:
+        read_data(tmp_path)
+    assert '\n' not in str(e.value)
+
+
+# made by `encode_rle` of label-studio-sdk 2.1.2 from 7x9 pixels of red, green, blue and alpha
+stroke = [
+    0, 0, 0, 252, 57, 27, 254, 43, 0, 3, 254, 16, 8, 127, 225, 0, 135, 254, 16, 8, 127, 225, 0, 135,
+    254, 16, 8, 127, 225, 0, 3, 254, 216, 0, 31, 240, 128, 1, 255, 24, 0, 31, 240, 128, 67, 255, 8, 0,
+    31, 224, 3, 128, 18, 0, 88, 25, 0, 127, 194, 0, 7, 253, 176, 0, 63, 225, 0, 135, 254, 16, 8, 127,
+    225, 0, 135, 254, 16, 8, 127, 225, 0, 135, 254, 16, 0, 63, 237, 128, 1, 255, 8, 4, 63, 240, 128, 67,
+    255, 8, 4, 63, 240, 128, 67, 255, 8, 4, 63, 240, 128, 1, 255, 132, 192, 0, 130, 132, 0, 8, 44, 94,
+    0, 3, 36, 32, 0, 50, 0,
+]  # fmt: skip
+alpha = np.array(
+    [
+        [0, 0, 0, 0, 0, 0, 0, 0, 0],
+        [0, 0, 255, 255, 255, 255, 255, 255, 0],
+        [0, 0, 255, 0, 255, 255, 200, 255, 0],
+        [0, 0, 255, 255, 255, 255, 255, 255, 0],
+        [0, 0, 255, 255, 255, 255, 255, 255, 0],
+        [0, 0, 0, 0, 130, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0, 100],
+    ]
+)
+
+
+@pytest.mark.parametrize('minimal', [False, True])
+def test_brushes_of_label_studio(tmp_path, minimal):
+    png(tmp_path, size=(7, 9))
+    region = dict(format='rle', rle=stroke, brushlabels=['leaf'])
+    size = dict(original_width=9, original_height=7)
+    broken = region | dict(rle=stroke[:60]), region | dict(rle=[0, 0, 0, 4, 57, 27, 254, 16, 0])
+    if minimal:
+        task = dict(id=1, image='/data/upload/1/0a1b2c3d-a.png', tag=[o | size for o in (region, *broken)])
+    else:
+        rows = [dict(type='brushlabels', value=o) | size for o in (region, *broken)]
+        task = dict(id=1, data=dict(image='/data/upload/1/0a1b2c3d-a.png'), annotations=[dict(result=rows)])
+    put(tmp_path / 'tasks.json', [task])
+    (r,), classes, report = (lambda p, c, t: (p['all'], c, t))(*read_data(tmp_path, masks=True))
+    assert np.array_equal(r.target()['masks'][0].numpy(), alpha >= 128) and classes.names[1:] == ['leaf']
+    assert r.boxes.tolist() == [[2, 1, 8, 6]] and 'ends early' in str(report) and 'pixels, expected 63' in str(report)
+    values = brush_values(stroke).reshape(7, 9, 4)
+    assert np.array_equal(values[..., 3], alpha) and values[2, 6].tolist() == [7, 9, 11, 200]
+    assert check_data(tmp_path).counts['broken entry'] == 2

@@ -45,7 +45,6 @@ from backbones_nb.imagenet.recipe import (
     _RecipeTransform,
 )
 from backbones_nb.imagenet.schedule import (
-    Accumulate,
     no_decay_params,
     NoDecay,
     scale_lr,
@@ -53,6 +52,7 @@ from backbones_nb.imagenet.schedule import (
     warmup_cosine,
     WarmupCosine,
 )
+from backbones_nb.learners.checkpoint import Accumulate
 from backbones_nb.learners.precision import DetectionPrecision
 from backbones_nb.imagenet.batches import folder_dls
 from backbones_nb.imagenet.classifier import backbone_learner

@@ -389,7 +389,8 @@ from backbones_nb.learners.finetune import finetune
 torch.set_num_threads(1)
 data,images,out = sys.argv[1:]
 kw = dict(data=data, images=images, detector='retinanet', backbone='timm/test_convnext', size=64, bs=1, epochs=2,
-          lr=1e-3, device='cpu', checkpoint_every=1, model_args=dict(neck_channels=8, score_thresh=0., topk_candidates=20))
+          lr=1e-3, device='cpu', checkpoint_every=1,
+          model_args=dict(neck_channels=8, score_thresh=0., topk_candidates=20))
 class Stop(Callback):
     order = -200
     def before_batch(self):

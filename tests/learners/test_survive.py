@@ -289,5 +289,5 @@ def test_a_broken_checkpoint_is_refused(coco, tmp_path, at):
     at.off()
     for o in changes:
         torch.save({} if o is None else state | o, file)
-        with pytest.raises(ValueError, match='cannot be read as a checkpoint .*remove it to begin again'):
+        with pytest.raises(ValueError, match='cannot be read as a checkpoint .*remove it to start over'):
             finetune(**kw, resume=True)

@@ -248,6 +248,8 @@ def test_shares():
     f.weight.data[:] = s.weight.data[:] = torch.tensor([-1.0, 1.0, 3.0])
     torch.testing.assert_close(f.shares(), torch.tensor([0.0, 1.0, 3.0]) / 4.0001)
     assert (s.shares() > 0).all()
+    with pytest.raises(ValueError, match="kind 'sum', which has no weights"):
+        Fusion(3, 'sum').shares()
 
 
 def test_a_negative_weight_gets_no_gradient():

@@ -65,7 +65,7 @@ def trains(m):
 
 def test_faster_rcnn_on_its_default(typed):
     m = trains(typed('faster_rcnn.model(num_classes=len(class_map))').result)
-    assert 'resnet50 (random weights at the start), FPN' in repr(m) and m.strides == (4, 8, 16, 32, 64)
+    assert 'resnet50 (random weights), FPN' in repr(m) and m.strides == (4, 8, 16, 32, 64)
 
 
 @pytest.mark.parametrize(

@@ -345,7 +345,7 @@ def test_what_lies_behind_the_last_map_is_not_computed():
         (dict(transition='none'), ValueError, "transition='none'"),
         (dict(first='all'), ValueError, "'full', 'half'"),
         (dict(splitt='slice'), TypeError, "Did you mean 'split'"),
-        (dict(blocks=(1, 2, 8)), ValueError, '3 numbers of blocks and 5 outs'),
+        (dict(blocks=(1, 2, 8)), ValueError, '3 values in blocks and 5 in outs'),
         (dict(act='rellu'), ValueError, 'act'),
         (dict(pretrained='coco'), ValueError, 'weights'),
     ],

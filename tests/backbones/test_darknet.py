@@ -339,7 +339,7 @@ def test_what_lies_behind_the_last_map_is_not_computed():
         (dict(out_indices=(5,)), ValueError, 'no map at stride 64'),
         (dict(variant='timm'), ValueError, 'only vt, cfg'),
         (dict(down='avg'), ValueError, "expected one of 'conv', 'pool'"),
-        (dict(blocks=(1, 1, 1)), ValueError, '3 numbers of blocks'),
+        (dict(blocks=(1, 1, 1)), ValueError, '3 values in blocks'),
         (dict(residuals=True), TypeError, "Did you mean 'residual'"),
         (dict(act='leaky'), ValueError, 'act'),
     ],

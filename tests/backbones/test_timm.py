@@ -319,7 +319,7 @@ def test_compile():
         (dict(name='timm/resnet18', strides=64), 'timm/resnet18 has no map at stride 64'),
         (
             dict(name='timm/resnet18', depth=3),
-            "resnet18 gives no feature maps with {'depth': 3}.*unexpected keyword.*leave these arguments out",
+            "resnet18 returns no feature maps with {'depth': 3}.*unexpected keyword.*leave these arguments out",
         ),
         (
             dict(name='timm/resnet18', pretrained='none'),

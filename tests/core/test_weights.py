@@ -414,7 +414,7 @@ def test_adding_again_replaces(rows, record):
         (
             WeightRecord('other', 'a', 'us', url='file:///w'),
             ValueError,
-            "weights for other, expected one for mini: weight_records",
+            "record for other, expected one for mini: weight_records",
         ),
     ],
 )
@@ -560,7 +560,7 @@ def test_a_record_for_a_net_of_timm(cache, tmp_path):
     assert torch.equal(m(noise(64))[0], ref.forward_features(noise(64))) and (m.pretrained, m.record) == ('c3_in1k', r)
     with pytest.raises(RuntimeError, match='invalid hash value|has the hash'):
         create_backbone('timm/resnet10t', pretrained=replace(r, sha256='0' * 64))
-    with pytest.raises(ValueError, match='weights for timm/resnet10t.c3_in1k, expected one for timm/resnet18'):
+    with pytest.raises(ValueError, match='record for timm/resnet10t.c3_in1k, expected one for timm/resnet18'):
         create_backbone('timm/resnet18', pretrained=r)
 
 
@@ -698,7 +698,7 @@ def test_not_on_the_hub(hubrecord, change):
 def test_offline(hubrecord, hf, monkeypatch):
     monkeypatch.setattr(hf.constants, 'is_offline_mode', lambda: True)
     with pytest.raises(
-        RuntimeError, match=r'\(it is not in the cache, and the hub cannot be reached\): check the network'
+        RuntimeError, match=r'\(it is not cached and the hub cannot be reached\): check the network'
     ) as e:
         create_backbone('mini', pretrained=hubrecord)
     assert one_sentence(e) and not hf.asked
@@ -891,8 +891,8 @@ def test_a_file_cannot_name_other_code(layer):
             r"another library for resnet18.*create_backbone\('timm/resnet18'\)",
         ),
         (dict(hidden=3), ValueError, 'another library'),
-        (dict(name='nothing19', kind='a.B'), ValueError, 'config.json of nothing19, which is not known here'),
-        (dict(name=None, kind='os.system'), ValueError, 'config.json of os.system, which is not known here'),
+        (dict(name='nothing19', kind='a.B'), ValueError, 'config.json for nothing19, which is not registered'),
+        (dict(name=None, kind='os.system'), ValueError, 'config.json for os.system, which is not registered'),
         (dict(arguments=dict(depth=3)), ValueError, "could not build darknet19 as version .*depth.*: use that version"),
         (dict(channels=[1]), ValueError, 'with channels .*use version'),
         (

@@ -154,7 +154,7 @@ def test_other_files_side_by_side_are_still_a_question(tmp_path, parts):
     for o in ('one', 'two_train'):
         write_data(parts['train'], cm, tmp_path, 'coco')
         (tmp_path / '_annotations.coco.json').rename(tmp_path / f'{o}.json')
-    with pytest.raises(ValueError, match='has 2 json files .*: give one of them'):
+    with pytest.raises(ValueError, match='has 2 json files .*: pass one of them'):
         find_format(tmp_path)
 
 

@@ -210,7 +210,7 @@ def test_objects_that_the_letterbox_makes_vanish(tmp_path):
     text = small_objects(recs, 128, two)
     assert text == (
         '12 of 14 objects (12 of 12 car) are smaller than a pixel at size 128, in a0.png, a1.png: '
-        'they cannot be learned and count as missed; size 160 keeps all'
+        'they cannot be learned and count as misses; size 160 keeps all'
     )
     assert small_objects(recs, 160, two) == '' and 'class 2' in small_objects(recs, (96, 128))
     with pytest.warns(UserWarning, match='12 of 14 objects .12 of 12 car. are smaller than a pixel at size 128'):
@@ -307,7 +307,7 @@ def test_masks_that_are_none_are_refused(tmp_path):
     for i in (1, 2):
         picture(tmp_path / f'{i}.png', i)
     f = coco_file(tmp_path, [(1, '1.png'), (2, '2.png')], [(1, (9, 9, 20, 20))], segmentation=[])
-    with pytest.raises(ValueError, match='no object of .*ann.json has a mask: train a detector that needs none'):
+    with pytest.raises(ValueError, match='no object of .*ann.json has a mask: train a detector without masks'):
         coco_records(f, masks=True)
     assert len(coco_records(f)[0]) == 2
 

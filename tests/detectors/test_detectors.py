@@ -377,7 +377,7 @@ def test_default_has_torchvisions_parameters(classes):
         )
     m = faster_rcnn.model(num_classes=classes)
     assert sum(p.numel() for p in m.parameters()) == sum(p.numel() for p in tv.parameters())
-    assert 'resnet50 (random weights at the start), FPN' in repr(m) and f'num_classes={classes}' in repr(m)
+    assert 'resnet50 (random weights), FPN' in repr(m) and f'num_classes={classes}' in repr(m)
 
 
 @pytest.mark.parametrize(

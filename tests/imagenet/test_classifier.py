@@ -121,7 +121,7 @@ def test_what_is_built():
     )  # a given net is left as it is
     assert (
         repr(m).splitlines()[0]
-        == f'Classifier: {small} (random weights at the start), map at stride 16 with {bb.channels[1]} channels'
+        == f'Classifier: {small} (random weights), map at stride 16 with {bb.channels[1]} channels'
     )
     assert classifier('vovnet39', 4, ese=False, residual=False).backbone.config['ese'] is False
     body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
@@ -331,7 +331,7 @@ def test_normalization(colors, tmp_path, half):
         assert stats(make(kept, **kw).dls) == near(own)
     with pytest.raises(
         ValueError,
-        match=r'other numbers than mean \[0.5, 0.5, 0.5\].*weights half of vovnet19_slim_dw.*normalize=False',
+        match=r'other values than mean \[0.5, 0.5, 0.5\].*weights half of vovnet19_slim_dw.*normalize=False',
     ):
         make(dls, pretrained=half)
     assert stats(make(dls, pretrained=half, normalize=False).dls) == near(imagenet)

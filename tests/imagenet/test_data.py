@@ -196,7 +196,7 @@ wrong = dict(
     binary=(lambda c, v: c.write_bytes(b'\xff\xfe\x00\x81' * 9), 'cannot be read as a table'),
     classes=(
         lambda c, v: c.write_text('\n'.join([lines(c)[0], *(l.replace(',n', ',x') for l in lines(c)[1:])])),
-        'gives no synset for 20 images',
+        'has no synset for 20 images',
     ),
     short=(lambda c, v: c.write_text('\n'.join(lines(c) + ['ILSVRC2012_val_00000077'])), 'ILSVRC2012_val_00000077'),
     twice=(lambda c, v: c.write_text('\n'.join(lines(c) + lines(c)[-1:])), 'has 21 rows, and ILSVRC2012_val'),

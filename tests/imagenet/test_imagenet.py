@@ -529,7 +529,7 @@ def test_a_frozen_row_of_settings():
 
 def test_weights_without_a_head(data):
     with pytest.raises(
-        ValueError, match="weights 'vt' of vovnet39 are of the backbone alone, so there is no classifier"
+        ValueError, match="weights 'vt' of vovnet39 are of the backbone only, so there is no classifier"
     ):
         evaluate_imagenet('vovnet39', data, 'vt', device='cpu')
 
@@ -553,7 +553,7 @@ def test_heads_that_are_not_linear(tmp_path):
     r = WeightRecord(
         'darknet19', 'mine', 'us', url=(tmp_path / 'body.pth').as_uri(), license='mit', config=dict(variant='vt')
     )
-    with pytest.raises(ValueError, match="'mine' of darknet19 are of the backbone alone"):
+    with pytest.raises(ValueError, match="'mine' of darknet19 are of the backbone only"):
         published_classifier('darknet19', r)
 
 

@@ -404,7 +404,7 @@ def test_several_labels_are_not_mixed(tmp_path):
     l = learner(
         tmp_path, [CutMixUp(num_classes=3)], DataLoaders(DataLoader(ds, bs=8), DataLoader(ds, bs=8), device='cpu')
     )
-    with pytest.raises(ValueError, match=r'labels of shape \(8, 3\), expected the number of one class'):
+    with pytest.raises(ValueError, match=r'labels of shape \(8, 3\), expected one class'):
         l.fit(1)
 
 

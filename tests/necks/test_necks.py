@@ -424,15 +424,15 @@ class NoStrides(nn.Module):
             FPN((8, 16), (4, 8), 8),
             {},
             ValueError,
-            r'got FPN for channels \(8, 16\), but the backbone gives \(12, 16, 24, 32\)',
+            r'got FPN for channels \(8, 16\), but the backbone has \(12, 16, 24, 32\)',
         ),
         (
             FPN((12, 16, 24, 32), (2, 4, 8, 16), 8),
             {},
             ValueError,
-            r'got FPN for strides \(2, 4, 8, 16\), but the backbone gives \(4, 8, 16, 32\)',
+            r'got FPN for strides \(2, 4, 8, 16\), but the backbone has \(4, 8, 16, 32\)',
         ),
-        (FPN((12, 16, 24, 32), (4, 8, 16, 32), 8), dict(channels=4), ValueError, 'got a built FPN and channels for it'),
+        (FPN((12, 16, 24, 32), (4, 8, 16, 32), 8), dict(channels=4), ValueError, 'got an existing FPN and channels for it'),
         (
             lambda c, s: Halve(c, s, channels=[9] * 4),
             {},
@@ -459,7 +459,7 @@ def test_wrong_maps_are_named():
 
 @pytest.mark.parametrize('args', [((4, 8), (4,), 8, (4,)), ((4,), (4,), (8, 8), (4,)), ((), (), 8, ())])
 def test_channels_and_strides_go_together(args):
-    with pytest.raises(ValueError, match='expected equal numbers'):
+    with pytest.raises(ValueError, match='expected the same number'):
         Neck(*args)
 
 

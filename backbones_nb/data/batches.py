@@ -24,7 +24,7 @@ from ..core.contexts import fixed_rng
 from .original import keep_original
 from .pairs import dataset_items
 from .pipelines import as_augment, as_batch_tfm
-from .ranked import draw_repeats
+from .ranked import SeededPasses
 from .ready import small_objects
 from .transforms import ToBatch, as_tv, default_augment, hw, open_image
 
@@ -65,19 +65,16 @@ class DetectionDataset:
         if self.cache: [self[i] for i in range(len(self))]
 
 # %% ../../nbs/data/43_batches.ipynb #36698058
-class DetectionDL(DataLoader):
+class DetectionDL(SeededPasses, DataLoader):
     "fastai's `DataLoader` of a `DetectionDataset`: batches of an image tensor and target dicts."
     n_inp,batch_tfm,batch = 1,None,0
     rank,world_size,equal = 0,1,False # set by `for_process`
-    start = 0 # batches that the next pass leaves out, set by `set_epoch`
-    repeats = None # how often each item occurs in a pass, on average, set by `repeat_items`
     def __init__(self,
         dataset, # a `DetectionDataset`
         bs:int=16,
         size=256, # int or (height, width) of the batch's images
         class_map=None, # names of the classes
-        # function from (image, target) to (image, target), tv_tensors; None: no augmentation
-        tfm=None,
+        tfm=None, # function from (image, target) to (image, target), tv_tensors; None: no augmentation
         seed:int=None, # the same seed gives the same batches, with any number of workers
         batch_tfm=None, # takes and returns (images, targets) on the device; None: none
         **kwargs, # for fastai's DataLoader
@@ -141,26 +138,12 @@ def create_batch(self:DetectionDL,
     if not self.dataset.targets: return (TensorImage(torch.stack(b)),)
     return TensorImage(torch.stack([o[0] for o in b])),tuple(o[1] for o in b)
 
-# %% ../../nbs/data/43_batches.ipynb #e06bead5
-@patch
-def repeat_items(self:DetectionDL,
-    factors, # how often each item should occur in a pass, from 1; None: each once
-):
-    "Makes passes longer, with some items more often; raises ValueError for wrong factors."
-    f = None if factors is None else np.asarray(factors, float)
-    if f is not None and (len(f)!=len(self.dataset) or not (f>=1).all()): raise ValueError(
-        f'got {len(f)} factors from {f.min() if len(f) else 0:g} for {len(self.dataset)} items, '
-        'expected one of at least 1 for each')
-    self.repeats = f
-    self.n = len(self.dataset) if f is None else int(np.ceil(f.sum()-1e-9))
-
 # %% ../../nbs/data/43_batches.ipynb #1e67fbc8
 @patch
 def for_process(self:DetectionDL,
     rank:int=0, # index of the process
     world_size:int=1, # number of processes
-    # the same number of full batches for each, dropping the rest; False: every item once
-    equal:bool=False,
+    equal:bool=False, # the same number of full batches for each, dropping the rest; False: every item once
 ):
     "Restricts the loader to the share of one process; without arguments, lifts the restriction."
     if not 0<=rank<world_size:
@@ -175,14 +158,6 @@ def positions(self:DetectionDL) -> np.ndarray: # ints
     return i[i//self.bs%self.world_size==self.rank]
 
 @patch
-def order(self:DetectionDL):
-    "Draws the order of a pass, of all processes."
-    idxs = super(DetectionDL, self).get_idxs()
-    if self.repeats is None: return idxs
-    drawn = draw_repeats(self.repeats, self.rng.random())
-    return [drawn[i] for i in idxs]
-
-@patch
 def get_idxs(self:DetectionDL):
     idxs = self.order()
     if self.world_size>1: idxs = [idxs[i] for i in self.positions()]
@@ -194,22 +169,6 @@ def __len__(self:DetectionDL):
     if self.world_size==1: return super(DetectionDL, self).__len__()
     n = len(self.positions())
     return n//self.bs if self.drop_last else -(-n//self.bs)
-
-# %% ../../nbs/data/43_batches.ipynb #2f285a6b
-@patch
-def set_epoch(self:DetectionDL,
-    epoch:int, # number of the next pass, from 0
-    start:int=0, # batches to leave out at its beginning
-):
-    "Goes to a pass, as if all before it had been read; raises ValueError without a seed."
-    if self.seed is None: raise ValueError('got a loader without a seed, whose passes cannot be '
-        'repeated: make it with detection_dls(..., seed=0)')
-    if epoch!=self.epoch:
-        self.rng.seed(self.seed)
-        for _ in range(epoch):
-            self.randomize()
-            self.order()
-    self.epoch,self.start = epoch,start
 
 # %% ../../nbs/data/43_batches.ipynb #9dcc3ba5
 @patch
@@ -299,11 +258,11 @@ def detection_dls(
     cache:bool=False, # keep decoded images in memory (small sets)
     val_bs:int=None, # None: bs
     path='.', # where learners save
-    drop_last:bool=None, # drop the last, smaller training batch; None: if there is a full one
+    drop_last:bool=None, # drop the last, smaller training batch; None: where a full one exists
     **kwargs, # item_tfms (fastai's name for augment), batch_tfms (take images and targets on the
         # device), or for fastai's DataLoader, such as device (None: fastai's default) or pin_memory
 ) -> DetectionDataLoaders:
-    "Returns loaders for training and validation; raises ValueError for labels outside the class map."
+    "Returns loaders of training and validation; raises ValueError for labels beyond the class map."
     train,valid = dataset_items(train),dataset_items(valid)
     if bs<1 or num_workers<0: raise ValueError(f'got bs={bs} and num_workers={num_workers}, '
         'expected at least one image per batch and zero or more workers')

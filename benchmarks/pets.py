@@ -24,7 +24,7 @@ from backbones_nb.data.pets import breed_of, untar_pets
 backbone = dict(
     backbone='vovnet19_slim', backbone_args=dict(stem=[32, 32, 64], mids=[32, 40, 48, 56], outs=[64, 128, 192, 256])
 )
-common = dict(size=160, bs=8, classes='species', boxes='body', validate=False, cache=True) | backbone
+common = dict(size=160, bs=8, lr=1e-3, classes='species', boxes='body', validate=False, cache=True) | backbone
 rcnn = (
     dict(strides=[8, 16]),
     dict(

@@ -25,14 +25,12 @@ from .original import keep_original
 from .pairs import dataset_items
 from .pipelines import as_augment, as_batch_tfm
 from .ranked import SeededPasses
-from .ready import small_objects
+from .ready import check_labels, small_objects
 from .transforms import ToBatch, as_tv, default_augment, hw, open_image
 
 # %% ../../nbs/data/43_batches.ipynb #4266dfd5
 # Learners exported before these moved to their own module look for them here.
 from .transforms import Letterbox, RandomZoom, box_rows # noqa: F401
-
-# %% ../../nbs/data/43_batches.ipynb #ad6474ce
 _rows = box_rows # the name in those learners
 
 # %% ../../nbs/data/43_batches.ipynb #31e134cb
@@ -86,8 +84,7 @@ class DetectionDL(SeededPasses, DataLoader):
         self.epoch,self.batch = 0,0 # passes so far, batches of this one
         if seed is not None: self.rng.seed(seed)
 
-    @property
-    def c(self): return len(self.class_map)
+    c = property(lambda self: len(self.class_map))
 
     def new(self, dataset=None, cls=None, **kwargs):
         same = dict(size=self.size, class_map=self.class_map, tfm=self.tfm, seed=self.seed)
@@ -103,9 +100,9 @@ class DetectionDL(SeededPasses, DataLoader):
 # %% ../../nbs/data/43_batches.ipynb #90f1897f
 @patch
 def chance(self:DetectionDL, *at): # ints
-    "Within the block random numbers depend on the seed and on `at` alone, if there is a seed."
-    if self.seed is None: return nullcontext()
-    return fixed_rng('cpu', hash((self.seed, *at)) & (2**63-1))
+    "Within the block, random numbers depend on the seed and on `at` alone, if there is a seed."
+    seed = hash((self.seed, *at)) & (2**63-1)
+    return nullcontext() if self.seed is None else fixed_rng('cpu', seed)
 
 @patch
 def random_item(self:DetectionDL) -> tuple: # image and target
@@ -211,8 +208,7 @@ def show_results(self:DetectionDL,
 # %% ../../nbs/data/43_batches.ipynb #d97cb5f5
 class DetectionDataLoaders(DataLoaders):
     "fastai's `DataLoaders` for detection, with a class map and loaders for new images."
-    @property
-    def c(self): return len(self.class_map)
+    c = property(lambda self: len(self.class_map))
 
     def test_dl(self,
         items, # records, paths, arrays, tensors or PIL images
@@ -228,23 +224,6 @@ class DetectionDataLoaders(DataLoaders):
         return self.valid.new(ds, bs=bs or self.valid.bs, num_workers=num_workers, indexed=True,
                               **kwargs)
 
-# %% ../../nbs/data/43_batches.ipynb #b672b84d
-def check_labels(
-    records,
-    class_map, # `ClassMap`
-):
-    "Raises ValueError for labels that are not in the class map, or that come from another one."
-    for r in records:
-        name,own = getattr(r, 'image_id', '?'),getattr(r, 'class_map', None)
-        if own is not None and own is not class_map and own.names!=class_map.names[:len(own)]: raise ValueError(
-            f"record {name!r} was read with the classes {', '.join(own.names[1:])}, expected "
-            f"{', '.join(class_map.names[1:])}, in this order: pass class_map= to the reader")
-        bad = [int(l) for l in getattr(r, 'labels', ()) if not 1<=int(l)<len(class_map)]
-        if bad:
-            raise ValueError(f"record {name!r} has label {bad[0]}, but the "
-                             f'class map has 1 to {len(class_map)-1} (0 is background): '
-                             'read the records with this class map')
-
 # %% ../../nbs/data/43_batches.ipynb #69740797
 def detection_dls(
     train, # records to learn from; or a torch `Dataset` of (image, target)
@@ -258,11 +237,10 @@ def detection_dls(
     cache:bool=False, # keep decoded images in memory (small sets)
     val_bs:int=None, # None: bs
     path='.', # where learners save
-    drop_last:bool=None, # drop the last, smaller training batch; None: where a full one exists
-    **kwargs, # item_tfms (fastai's name for augment), batch_tfms (take images and targets on the
-        # device), or for fastai's DataLoader, such as device (None: fastai's default) or pin_memory
+    drop_last:bool=None, # drop the last, smaller training batch; None: if there is a full one
+    **kwargs, # item_tfms, batch_tfms: lists of transforms; the rest (device, ...) for DataLoader
 ) -> DetectionDataLoaders:
-    "Returns loaders of training and validation; raises ValueError for labels beyond the class map."
+    "Returns loaders for training and validation; raises ValueError for labels of other classes."
     train,valid = dataset_items(train),dataset_items(valid)
     if bs<1 or num_workers<0: raise ValueError(f'got bs={bs} and num_workers={num_workers}, '
         'expected at least one image per batch and zero or more workers')
@@ -272,12 +250,10 @@ def detection_dls(
     augment = default_augment(size) if augment is True else as_augment(augment or None)
     batch_tfm = as_batch_tfm(kwargs.pop('batch_tfms', None))
     if drop_last is None: drop_last = len(train)>=bs
-    device = kwargs.pop('device', None)
-    device = torch.device(default_device() if device is None else device)
-    kw = dict(size=size, class_map=class_map, seed=seed, num_workers=num_workers, device=device)
-    kw |= kwargs
+    kwargs['device'] = device = torch.device(kwargs.get('device') or default_device())
+    kw = dict(size=size, class_map=class_map, seed=seed, num_workers=num_workers) | kwargs
     t,v = [DetectionDataset(o, cache=cache) for o in (train, valid)]
-    t = DetectionDL(t, bs=bs, tfm=augment, batch_tfm=batch_tfm, shuffle=True,
-                    drop_last=drop_last, **kw)
+    t = DetectionDL(t, bs, tfm=augment, batch_tfm=batch_tfm, shuffle=True, drop_last=drop_last,
+                    **kw)
     v = DetectionDL(v, bs=val_bs or bs, **kw)
     return DetectionDataLoaders(t, v, path=path, device=device)

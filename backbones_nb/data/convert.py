@@ -70,7 +70,7 @@ def convert(
         f'got the folder {folder}, which is in use: give a new one')
     parts,cm,report = read_all(data, images)
     lost = SkipReport(sum(map(len, parts.values()))).add(report)
-    parts = {k:fit_format(rs, row, lost) for k,rs in parts.items()}
+    parts = {k:fit_format(rs, row, lost) for k,rs in parts.items() if rs}
     path = write_data(parts.get('all', parts), cm, folder, format)
     if row.name=='voc': _note_overlaps(parts, folder, lost)
     return path,parts,lost

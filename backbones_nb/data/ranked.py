@@ -129,8 +129,8 @@ class SeededPasses:
         start:int=0, # batches to leave out at its beginning
     ):
         "Goes to a pass, as if all before it had been read; raises ValueError without a seed."
-        if self.seed is None: raise ValueError('got a loader without a seed, whose passes cannot be '
-            'repeated: make it with detection_dls(..., seed=0)')
+        if self.seed is None: raise ValueError('got a loader without a seed, whose passes cannot '
+            'be repeated: make it with detection_dls(..., seed=0)')
         if epoch!=self.epoch:
             self.rng.seed(self.seed)
             for _ in range(epoch):

@@ -117,6 +117,23 @@ def usable_images(
         "broken='skip' leaves them out, broken='read' reads as much of them as possible")
     return res
 
+# %% ../../nbs/data/136_ready.ipynb #b672b84d
+def check_labels(
+    records,
+    class_map, # `ClassMap`
+):
+    "Raises ValueError for labels that are not in the class map, or that come from another one."
+    for r in records:
+        name,own = getattr(r, 'image_id', '?'),getattr(r, 'class_map', None)
+        if own is not None and own is not class_map and own.names!=class_map.names[:len(own)]: raise ValueError(
+            f"record {name!r} was read with the classes {', '.join(own.names[1:])}, expected "
+            f"{', '.join(class_map.names[1:])}, in this order: pass class_map= to the reader")
+        bad = [int(l) for l in getattr(r, 'labels', ()) if not 1<=int(l)<len(class_map)]
+        if bad:
+            raise ValueError(f"record {name!r} has label {bad[0]}, but the "
+                             f'class map has 1 to {len(class_map)-1} (0 is background): '
+                             'read the records with this class map')
+
 # %% ../../nbs/data/136_ready.ipynb #8251743b
 def _length(r):
     try: return os.path.getsize(r.path)

@@ -10,7 +10,7 @@ __all__ = ['to_class_map', 'to_record', 'to_records', 'to_our_record', 'from_rec
 # %% ../../nbs/icevision/112_records.ipynb #4d00a7dd
 import numpy as np
 
-from ..data.batches import check_labels
+from ..data.ready import check_labels
 from ..data.images import image_size
 from ..data.records import ClassMap, Record
 from ..data.run_lengths import run_lengths

@@ -166,7 +166,7 @@ def _losses_per_image(model, images, targets):
     return own(images, targets) if own else losses_one_by_one(get_model(model), images, targets)
 
 class DetectionLearner(_FreezeMixin, TiledMixin, PredictionMixin, PrecisionMixin, DistributedMixin,
-                       Learner):
+                       StoppableMixin, Learner):
     """fastai's `Learner` for detectors: one pass computes losses and detections of a validation
     batch."""
     loss_parts = None # the losses of the current batch by name

@@ -170,3 +170,14 @@ def test_no_word_about_a_split_that_is_not_used(tmp_path, parts):
     assert len(train) == 3 and [r.path.stem for r in valid] == ['c'] and 'valid' not in str(report)
     held = open_data(tmp_path / 'other', valid=tmp_path / 'src')
     assert [r.path.stem for r in held[1]] == ['a'] and 'in train and valid' not in str(held[3])
+
+
+def test_a_split_without_images_leaves_no_folder(tmp_path):
+    from backbones_nb.data.toy import toy_pets
+
+    pets = toy_pets(tmp_path / 'pets', n=4, side=48, seed=0)
+    _, parts, _ = convert(pets, tmp_path / 'out', 'voc')
+    assert (
+        sorted(o.name for o in (tmp_path / 'out').iterdir()) == [*parts]
+        and len(read_data(tmp_path / 'out')[0]['train']) == 4
+    )

@@ -463,6 +463,11 @@ def test_channels_and_strides_go_together(args):
         Neck(*args)
 
 
+def test_resnet_fpn_is_random_unless_asked():
+    with torch.device('meta'):
+        assert resnet_fpn.resnet_fpn('resnet18').pretrained is None
+
+
 @pytest.mark.parametrize('name', resnet_fpn.resnet_fpn_bodies)
 def test_resnet_fpn_is_torchvisions(name):
     with torch.device('meta'):

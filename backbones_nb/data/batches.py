@@ -24,7 +24,7 @@ from ..core.contexts import fixed_rng
 from .original import keep_original
 from .pairs import dataset_items
 from .pipelines import as_augment, as_batch_tfm
-from .ranked import draw_repeats
+from .ranked import SeededPasses
 from .ready import check_labels, small_objects
 from .transforms import ToBatch, as_tv, default_augment, hw, open_image
 
@@ -63,12 +63,10 @@ class DetectionDataset:
         if self.cache: [self[i] for i in range(len(self))]
 
 # %% ../../nbs/data/43_batches.ipynb #36698058
-class DetectionDL(DataLoader):
+class DetectionDL(SeededPasses, DataLoader):
     "fastai's `DataLoader` of a `DetectionDataset`: batches of an image tensor and target dicts."
     n_inp,batch_tfm,batch = 1,None,0
     rank,world_size,equal = 0,1,False # set by `for_process`
-    start = 0 # batches that the next pass leaves out, set by `set_epoch`
-    repeats = None # how often each item occurs in a pass, on average, set by `repeat_items`
     def __init__(self,
         dataset, # a `DetectionDataset`
         bs:int=16,
@@ -137,19 +135,6 @@ def create_batch(self:DetectionDL,
     if not self.dataset.targets: return (TensorImage(torch.stack(b)),)
     return TensorImage(torch.stack([o[0] for o in b])),tuple(o[1] for o in b)
 
-# %% ../../nbs/data/43_batches.ipynb #e06bead5
-@patch
-def repeat_items(self:DetectionDL,
-    factors, # how often each item should occur in a pass, from 1; None: each once
-):
-    "Makes passes longer, with some items more often; raises ValueError for wrong factors."
-    f = None if factors is None else np.asarray(factors, float)
-    if f is not None and (len(f)!=len(self.dataset) or not (f>=1).all()): raise ValueError(
-        f'got {len(f)} factors from {f.min() if len(f) else 0:g} for {len(self.dataset)} items, '
-        'expected one of at least 1 for each')
-    self.repeats = f
-    self.n = len(self.dataset) if f is None else int(np.ceil(f.sum()-1e-9))
-
 # %% ../../nbs/data/43_batches.ipynb #1e67fbc8
 @patch
 def for_process(self:DetectionDL,
@@ -170,14 +155,6 @@ def positions(self:DetectionDL) -> np.ndarray: # ints
     return i[i//self.bs%self.world_size==self.rank]
 
 @patch
-def order(self:DetectionDL):
-    "Draws the order of a pass, of all processes."
-    idxs = super(DetectionDL, self).get_idxs()
-    if self.repeats is None: return idxs
-    drawn = draw_repeats(self.repeats, self.rng.random())
-    return [drawn[i] for i in idxs]
-
-@patch
 def get_idxs(self:DetectionDL):
     idxs = self.order()
     if self.world_size>1: idxs = [idxs[i] for i in self.positions()]
@@ -189,22 +166,6 @@ def __len__(self:DetectionDL):
     if self.world_size==1: return super(DetectionDL, self).__len__()
     n = len(self.positions())
     return n//self.bs if self.drop_last else -(-n//self.bs)
-
-# %% ../../nbs/data/43_batches.ipynb #2f285a6b
-@patch
-def set_epoch(self:DetectionDL,
-    epoch:int, # number of the next pass, from 0
-    start:int=0, # batches to leave out at its beginning
-):
-    "Goes to a pass, as if all before it had been read; raises ValueError without a seed."
-    if self.seed is None: raise ValueError('got a loader without a seed, whose passes cannot be '
-        'repeated: make it with detection_dls(..., seed=0)')
-    if epoch!=self.epoch:
-        self.rng.seed(self.seed)
-        for _ in range(epoch):
-            self.randomize()
-            self.order()
-    self.epoch,self.start = epoch,start
 
 # %% ../../nbs/data/43_batches.ipynb #9dcc3ba5
 @patch

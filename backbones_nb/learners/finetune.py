@@ -22,7 +22,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from fastai.learner import load_learner
 from fastai.torch_core import rank_distrib, set_seed
-from torch import distributed as dist
 
 from ..analysis.boxes import draw_boxes, show_side_by_side
 from ..core.contexts import write_whole
@@ -44,7 +43,7 @@ from .prediction import gives_masks
 from .run import (RunConfig, environment_info,
                                        get_detector, open_data, run_options)
 from .sampling import repeat_factors
-from .training import export_run, run_facts, train_run
+from .training import export_run, first_alone, run_facts, train_run
 
 # %% ../../nbs/learners/103_finetune.ipynb #0403b35c
 def model_builder(
@@ -95,16 +94,10 @@ def _check_parts(train, valid, report):
                          'backbones-nb check')
     for o in shared_images(train, valid): report.note(o, 'used for validation, though the same file is trained on')
 
-def _first_alone(f):
-    "Calls a function that may download or draw, first in the first process, then in the others."
-    res = None if rank_distrib() else f()
-    if dist.is_initialized(): dist.barrier()
-    return f() if rank_distrib() else res
-
 def _learner(config, build, out, device):
     "Returns the learner of a run, its records, and what is known before training."
     c = config
-    train,valid,class_map,report = _first_alone(lambda: open_data(c.data, c.boxes, c.classes, c.valid_pct, c.seed,
+    train,valid,class_map,report = first_alone(lambda: open_data(c.data, c.boxes, c.classes, c.valid_pct, c.seed,
         c.toy_images, c.detector=='mask_rcnn' or 'copy_paste' in (c.mix or ''), c.valid, c.images))
     train,valid = (usable_images(o, report, c.broken) for o in (train, valid))
     _check_parts(train, valid, report)

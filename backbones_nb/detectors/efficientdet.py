@@ -169,8 +169,8 @@ def replace_heads(self:EfficientDet,
 def _published(pretrained, name, **others):
     "Returns the record of the requested weights; raises ValueError for parts that these weights already include."
     if given := [k for k,v in others.items() if v not in (None,False,'auto')]: raise ValueError(
-        f"got pretrained={pretrained!r} together with {' and '.join(given)}, but the weights are those of the whole detector: "
-        f"leave {' and '.join(given)} out, or pass pretrained_backbone= for a backbone alone")
+        f"got pretrained={pretrained!r} together with {' and '.join(given)}, but the weights are those of the whole "
+        f"detector: leave {' and '.join(given)} out, or pass pretrained_backbone= for a backbone alone")
     return _pick_effdet(pretrained, name)
 
 def _mean_std(backbone, cfg, normalize):

@@ -364,7 +364,8 @@ def savings(rows):
 def savings_table(rows):
     heads = dict(family=('detector', ''), goal=('ImageNet', show_pm))
     heads |= {f'x{n}': (f'random, {n} x' if n > 1 else 'random', show_pm) for n in (1, *times)}
-    return Table(savings(rows), heads | dict(said=('steps to reach it', '')))
+    found = savings(rows)
+    return Table(found, heads | dict(said=('steps to reach it', '')), note='' if found else 'not measured yet')
 
 
 def state(rows):

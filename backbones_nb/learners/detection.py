@@ -16,18 +16,19 @@ from functools import partial
 import fastai.callback.progress
 import fastai.callback.schedule # noqa: F401, adds fit_one_cycle
 import torch
-from fastai.callback.core import Callback, CancelValidException
+from fastai.callback.core import Callback, CancelFitException, CancelValidException
 from fastai.learner import Learner, ValueMetric
 from fastai.optimizer import Adam
 from fastai.torch_core import get_model
 from fastcore.basics import patch
 from fastcore.foundation import L
+from fastcore.meta import delegates
 from torch import Tensor, nn
 
 from ..core.contexts import fixed_rng
 from ..detectors.detector import losses_one_by_one
 from .distributed import DistributedMixin
-from .finite import StoppableMixin
+from .finite import NonFiniteLoss
 from .metrics import COCOMetric
 from .precision import PrecisionMixin
 from .prediction import PredictionMixin, gives_masks
@@ -89,7 +90,6 @@ class LossMeans(Callback):
         if not state: return
         self.sums['train'],self.counts['train'] = dict(state['sums']),state['count']
         self.loaded = True
-
     def after_batch(self):
         parts = self.learn.loss_parts
         if not parts: return # get_preds
@@ -141,8 +141,7 @@ class _FreezeMixin:
 
 # %% ../../nbs/learners/51_fastai.ipynb #ee7f43f3
 def _log_epoch(cb):
-    """Does what fastai's TensorBoardCallback does after an epoch,
-    with detections drawn by our loader."""
+    "Does what fastai's TensorBoardCallback does after an epoch, but our loader draws."
     draws,cb.log_preds = cb.log_preds,False
     type(cb).after_epoch(cb) # the numbers
     cb.log_preds = draws
@@ -151,7 +150,6 @@ def _log_epoch(cb):
     cb.learn.one_batch(0, b)
     fig = cb.dls.valid.show_results(b, cb.learn.pred, max_n=cb.n_preds)
     cb.writer.add_figure('Sample results', fig, cb.train_iter)
-
 def _draws_detections(cb):
     "Makes fastai's TensorBoardCallback draw detections and skip the graph."
     tb = sys.modules.get('fastai.callback.tensorboard')
@@ -166,10 +164,11 @@ def _losses_per_image(model, images, targets):
     return own(images, targets) if own else losses_one_by_one(get_model(model), images, targets)
 
 class DetectionLearner(_FreezeMixin, TiledMixin, PredictionMixin, PrecisionMixin, DistributedMixin,
-                       StoppableMixin, Learner):
+                       Learner):
     """fastai's `Learner` for detectors: one pass computes losses and detections of a validation
     batch."""
     loss_parts = None # the losses of the current batch by name
+    stopped_by = None # what has interrupted the fit
     find_unused_parameters = True # backbones keep the layers after their last map
 
     def _component_attr_filter(self, k):
@@ -201,11 +200,27 @@ class DetectionLearner(_FreezeMixin, TiledMixin, PredictionMixin, PrecisionMixin
         self('after_loss')
         if self.training and len(self.yb): self._do_grad_opt()
 
+    def _do_fit(self):
+        "As fastai's, but callbacks clean up after Ctrl-C and after a loss that is not finite, too."
+        try: super()._do_fit()
+        except (KeyboardInterrupt, NonFiniteLoss) as e:
+            self.stopped_by = e
+            raise CancelFitException() from e
+
     def _end_cleanup(self):
         super()._end_cleanup()
         self.loss_parts = None
 
 # %% ../../nbs/learners/51_fastai.ipynb #c0c99bd3
+@patch
+@delegates(Learner.fit)
+def fit(self:DetectionLearner, n_epoch, lr=None, **kwargs):
+    "As fastai's; after Ctrl-C the learner is usable, and the interruption is raised at the end."
+    self.stopped_by = None
+    Learner.fit(self, n_epoch, lr, **kwargs)
+    stop,self.stopped_by = self.stopped_by,None
+    if stop: raise stop
+
 @patch
 def validate(self:DetectionLearner, ds_idx=1, dl=None, cbs=None):
     "Returns the validation loss, its parts and the metrics, without the training columns."
@@ -222,8 +237,7 @@ def _infer_loss_names(
 ) -> list:
     "Returns the names of a detector's losses, from its `loss_names` or from one image without boxes."
     if getattr(model, 'loss_names', None): return list(model.loss_names)
-    was = model.training
-    p = next(model.parameters())
+    was,p = model.training,next(model.parameters())
     none = dict(boxes=torch.zeros(0, 4, device=p.device), labels=torch.zeros(0, dtype=torch.int64, device=p.device))
     try:
         with torch.no_grad(), fixed_rng(p.device, 0):
@@ -244,7 +258,6 @@ def _check_model(dls, model):
         'leave MultiScale out, or build the detector without img_size')
     if model.num_classes!=len(cm): raise ValueError(f'the model has num_classes={model.num_classes}, but the class map '
         f'has {len(cm)} classes with background: build the model with num_classes=len(class_map)')
-
 def _check_masks(dls, model):
     "Raises ValueError if the model trains on masks and the data have none."
     if not gives_masks(model): return
@@ -265,12 +278,12 @@ def detection_learner(
     **kwargs, # for fastai's Learner: lr (default: the detector's), path, model_dir, wd, cbs, ...
 ) -> DetectionLearner:
     "Returns a learner; raises TypeError or ValueError if model and data do not match."
-    _check_model(dls, model)
-    _check_masks(dls, model)
+    for check in (_check_model, _check_masks): check(dls, model)
+    kwargs['lr'] = kwargs.get('lr') or getattr(model, 'lr', 1e-3)
     if metrics is None: metrics = ['AP','AP50'] + ['mask_AP','mask_AP50']*gives_masks(model)
     metrics = [COCOMetric(m) if isinstance(m, str) else m for m in L(metrics)]
     res = DetectionLearner(dls, model, DetectionLoss(loss_weights), opt_func=opt_func,
-                           splitter=splitter, metrics=metrics, **kwargs | dict(lr=kwargs.get('lr') or getattr(model, 'lr', 1e-3)))
+                           splitter=splitter, metrics=metrics, **kwargs)
     if parts:
         res.add_cb(LossMeans(_infer_loss_names(model, dls.train.size)))
         res.metrics = res.loss_means.metrics() + metrics

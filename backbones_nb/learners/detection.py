@@ -16,19 +16,18 @@ from functools import partial
 import fastai.callback.progress
 import fastai.callback.schedule # noqa: F401, adds fit_one_cycle
 import torch
-from fastai.callback.core import Callback, CancelFitException, CancelValidException
+from fastai.callback.core import Callback, CancelValidException
 from fastai.learner import Learner, ValueMetric
 from fastai.optimizer import Adam
 from fastai.torch_core import get_model
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastcore.meta import delegates
 from torch import Tensor, nn
 
 from ..core.contexts import fixed_rng
 from ..detectors.detector import losses_one_by_one
 from .distributed import DistributedMixin
-from .finite import NonFiniteLoss
+from .finite import StoppableMixin
 from .metrics import COCOMetric
 from .precision import PrecisionMixin
 from .prediction import PredictionMixin, gives_masks
@@ -164,11 +163,10 @@ def _losses_per_image(model, images, targets):
     return own(images, targets) if own else losses_one_by_one(get_model(model), images, targets)
 
 class DetectionLearner(_FreezeMixin, TiledMixin, PredictionMixin, PrecisionMixin, DistributedMixin,
-                       Learner):
+                       StoppableMixin, Learner):
     """fastai's `Learner` for detectors: one pass computes losses and detections of a validation
     batch."""
     loss_parts = None # the losses of the current batch by name
-    stopped_by = None # what has interrupted the fit
     find_unused_parameters = True # backbones keep the layers after their last map
 
     def _component_attr_filter(self, k):
@@ -200,27 +198,11 @@ class DetectionLearner(_FreezeMixin, TiledMixin, PredictionMixin, PrecisionMixin
         self('after_loss')
         if self.training and len(self.yb): self._do_grad_opt()
 
-    def _do_fit(self):
-        "As fastai's, but callbacks clean up after Ctrl-C and after a loss that is not finite, too."
-        try: super()._do_fit()
-        except (KeyboardInterrupt, NonFiniteLoss) as e:
-            self.stopped_by = e
-            raise CancelFitException() from e
-
     def _end_cleanup(self):
         super()._end_cleanup()
         self.loss_parts = None
 
 # %% ../../nbs/learners/51_fastai.ipynb #c0c99bd3
-@patch
-@delegates(Learner.fit)
-def fit(self:DetectionLearner, n_epoch, lr=None, **kwargs):
-    "As fastai's; after Ctrl-C the learner is usable, and the interruption is raised at the end."
-    self.stopped_by = None
-    Learner.fit(self, n_epoch, lr, **kwargs)
-    stop,self.stopped_by = self.stopped_by,None
-    if stop: raise stop
-
 @patch
 def validate(self:DetectionLearner, ds_idx=1, dl=None, cbs=None):
     "Returns the validation loss, its parts and the metrics, without the training columns."

@@ -1,4 +1,4 @@
-"""Detections and targets in pixels of the original image: what the letterbox did is undone before anything is measured.
+"""Detections and targets in pixels of the original images, with the letterbox undone before anything is measured.
 
 Docs: https://backbones-nb.github.io/backbones-nb/data/original.html.md"""
 

@@ -10,14 +10,13 @@ __all__ = ['icevision_engine']
 # %% ../../nbs/icevision/114_engine.ipynb #a8aa0442
 from functools import partial
 
-from fastai.torch_core import num_distrib
-
 from .patches import need_icevision
 from ..learners.run import RunConfig, cpu_preset
 
 # %% ../../nbs/icevision/114_engine.ipynb #3e0d68e0
 def _check_supported(config):
     "Raises ValueError for an option that IceVision does not have."
+    from fastai.torch_core import num_distrib # here, so that options are read without torch
     given = {'--detector fcos': config.detector=='fcos',
              '--backbone own': config.backbone in (None,'own'),
              '--bf16': config.bf16, '--pretrained-detector': config.pretrained_detector,
@@ -48,5 +47,6 @@ def icevision_engine(
     build = partial(icevision_model, config.detector, backbone=config.backbone,
                     pretrained=config.pretrained, img_size=config.size,
                     backbone_args=config.backbone_args, **args)
-    def trainer(learn): return icevision_learner(learn.dls, learn.model, lr=config.lr or 1e-3, wd=config.wd)
+    def trainer(learn):
+        return icevision_learner(learn.dls, learn.model, lr=config.lr or 1e-3, wd=config.wd)
     return build,trainer

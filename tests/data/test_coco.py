@@ -137,9 +137,9 @@ def test_random_masks_survive_packing():
         (dict(size=[80, 60], counts=[4800]), 'size'),
         (dict(size=[60, 80], counts=[4801]), 'fill'),
         (dict(size=[60, 80], counts=[-1, 4801]), 'fill'),
-        (dict(size=[60, 80], counts='zzzz'), 'broken'),
-        (dict(size=[60, 80], counts=''), 'broken'),
-        (dict(size=[60, 80]), 'broken'),
+        (dict(size=[60, 80], counts='zzzz'), 'invalid compressed'),
+        (dict(size=[60, 80], counts=''), 'invalid compressed'),
+        (dict(size=[60, 80]), 'invalid compressed'),
         (dict(counts=[4800]), 'size'),
         (dict(size=60, counts=[4800]), 'size'),
     ],
@@ -309,7 +309,7 @@ def test_there_and_back(toy):
     ] == [int(r.image_id) for r in again]
     with pytest.raises(ValueError, match="no category id for 'cat'"):
         to_coco(recs, cm, dict(dog=1))
-    with pytest.raises(ValueError, match='is not in the folder .*annotations: give'):
+    with pytest.raises(ValueError, match='is not in the folder .*annotations: pass one'):
         to_coco(recs, cm, images=toy / 'annotations')
 
 

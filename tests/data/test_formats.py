@@ -161,7 +161,7 @@ def test_mask_polygon_is_exact():
         m = (rng.random((rng.integers(1, 14), rng.integers(1, 14))) < rng.random()).astype(np.uint8)
         if m.any():
             assert (decode_mask([_mask_polygon(m)], m.shape) == m).all()
-    with pytest.raises(ValueError, match='without a pixel'):
+    with pytest.raises(ValueError, match='got an empty mask'):
         _mask_polygon(np.zeros((3, 3)))
 
 

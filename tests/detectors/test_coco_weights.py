@@ -279,8 +279,8 @@ def test_weights_of_another_net(publish, classes, says):
 
 V2 = get_model_weights('fasterrcnn_resnet50_fpn_v2').COCO_V1
 BAD = {
-    "pretrained=True beside the backbone 'vovnet39'": dict(backbone='vovnet39'),
-    'a built VoVNet': dict(backbone=lambda: create_backbone('vovnet19_slim')),
+    "pretrained=True together with the backbone 'vovnet39'": dict(backbone='vovnet39'),
+    'an existing VoVNet': dict(backbone=lambda: create_backbone('vovnet19_slim')),
     "choose from 'FasterRCNN_ResNet50_FPN_Weights.COCO_V1' (resnet50)": dict(
         pretrained=V2, backbone='mobilenet_v3_large'
     ),

@@ -230,7 +230,7 @@ def bad(**kw):
 BAD = {
     'shape (3': lambda m: m(X[0], T),
     'PIL': lambda m: m('image', T),
-    'no images': lambda m: m([], []),
+    'an empty batch': lambda m: m([], []),
     'image 1 is of type ndarray': lambda m: m([X[0], X[0].numpy()], T * 2),
     '(1, 64, 80)': lambda m: m([X[0][:1]], T),
     'torch.uint8': lambda m: m((X * 255).byte(), T),

@@ -368,7 +368,7 @@ def test_sizes_that_cannot_work_are_refused():
     with pytest.raises(
         ValueError,
         match=r'cannot work at 140x128 \(its map at stride 8 is 17x16, expected 18x16\): '
-        r'give img_size=\(128, 128\) or \(144, 128\)',
+        r'pass img_size=\(128, 128\) or \(144, 128\)',
     ):
         detector(backbone=Floors(), img_size=(140, 128))
     for size in (128, 128), (144, 128):

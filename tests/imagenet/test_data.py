@@ -1156,7 +1156,7 @@ def test_command(tmp_path, command):
     )
     val = data / inner / 'val'
     theirs = f"prepare --val_solution_path {data / 'LOC_val_solution.csv'} --val_image_dir {val}"
-    assert command(f'shard {data} {shards}') == (
+    assert command(f'shard --data {data} --out {shards}') == (
         1,
         f"error: {val} has no class folders, only images: run prepare_val first\n",
     )
@@ -1169,19 +1169,20 @@ def test_command(tmp_path, command):
     lost.write_bytes(kept)
     assert '6 moved' in command(theirs)[1] and not list(val.glob('*.JPEG'))
     assert command(theirs) == (0, '0 moved, 6 already there, 0 missing, 0 foreign files\n')
-    assert command(f'shard {data} {shards} --maxcount 5') == (
+    assert command(f'shard --data {data} --out {shards} --maxcount 5') == (
         0,
         'train: 12 images of 3 classes in 3 shards\nval: 6 images of 3 classes in 2 shards\n',
     )
     shutil.copytree(data / inner / 'train', tmp_path / 'less' / 'train')
     shutil.copytree(val / 'n01443537', tmp_path / 'less' / 'val' / 'n01443537')
     assert (
-        'training has 3 classes and validation 1' in command(f"shard {tmp_path / 'less'} {tmp_path / 's'}")[1]
+        'training has 3 classes and validation 1'
+        in command(f"shard --data {tmp_path / 'less'} --out {tmp_path / 's'}")[1]
         and not (tmp_path / 's').exists()
     )
     (val / 'n01443537' / 'stranger.JPEG').write_bytes(b'')
     assert (o := command(theirs))[0] == 1 and 'stranger' in o[1]
-    assert command(f"shard {tmp_path / 'none'} {tmp_path / 's'}")[0] == 1
+    assert command(f"shard --data {tmp_path / 'none'} --out {tmp_path / 's'}")[0] == 1
 
 
 def test_command_that_checks(ready, tmp_path, command):
@@ -1211,10 +1212,10 @@ def test_what_commands_say(ready, tmp_path, command, monkeypatch):
         command('train --data')
     assert e.value.code == 2
     monkeypatch.setitem(sys.modules, 'webdataset', None)
-    assert 'pip install webdataset' in command(f"shard {ready} {tmp_path / 's'}")[1]
+    assert 'pip install webdataset' in command(f"shard --data {ready} --out {tmp_path / 's'}")[1]
     monkeypatch.setenv('BACKBONES_NB_DEBUG', '1')
     with pytest.raises(ImportError):
-        command(f"shard {ready} {tmp_path / 's'}")
+        command(f"shard --data {ready} --out {tmp_path / 's'}")
 
 
 def test_command_that_evaluates(ready, command, monkeypatch, tmp_path):

@@ -316,8 +316,8 @@ def test_loaders_of_fastai(two, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
     with pytest.raises(
         ValueError,
-        match='got a training loader TfmdDL on cpu, and fastai shards such loaders on CUDA alone: '
-        'make them with folder_dls',
+        match='got a training loader TfmdDL on cpu, and fastai shards such loaders only on CUDA: '
+        'create them with folder_dls',
     ):
         with learn.distrib_ctx():
             pass

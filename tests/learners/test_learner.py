@@ -653,7 +653,7 @@ def test_masks_of_a_data_set_fit_into_memory(colors, records):
 
 def test_a_detector_of_masks_wants_masks(tmp_path):
     dls = make_dls([draw_record(i, tmp_path, masks=False) for i in range(5)], tmp_path)
-    with pytest.raises(ValueError, match="MaskRCNN learns from masks, but record 'im0' has none"):
+    with pytest.raises(ValueError, match="MaskRCNN trains on masks, but record 'im0' has none"):
         detection_learner(dls, model(family='mask_rcnn'))
 
 

@@ -281,7 +281,12 @@ def test_images_without_objects_need_no_masks():
 
 def learner(metrics, preds, targs, training=False):
     return SimpleNamespace(
-        metrics=metrics, pred=preds, yb=(targs,), dls=SimpleNamespace(class_map=None), training=training
+        metrics=metrics,
+        pred=preds,
+        xb=(torch.zeros(1, 3, 64, 64),),
+        yb=(targs,),
+        dls=SimpleNamespace(class_map=None),
+        training=training,
     )
 
 

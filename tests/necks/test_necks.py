@@ -432,7 +432,12 @@ class NoStrides(nn.Module):
             ValueError,
             r'got FPN for strides \(2, 4, 8, 16\), but the backbone has \(4, 8, 16, 32\)',
         ),
-        (FPN((12, 16, 24, 32), (4, 8, 16, 32), 8), dict(channels=4), ValueError, 'got an existing FPN and channels for it'),
+        (
+            FPN((12, 16, 24, 32), (4, 8, 16, 32), 8),
+            dict(channels=4),
+            ValueError,
+            'got an existing FPN and channels for it',
+        ),
         (
             lambda c, s: Halve(c, s, channels=[9] * 4),
             {},

@@ -140,7 +140,7 @@ def create_batch(self:DetectionDL,
 def for_process(self:DetectionDL,
     rank:int=0, # index of the process
     world_size:int=1, # number of processes
-    equal:bool=False, # the same number of full batches for each, dropping the rest; False: every item once
+    equal:bool=False, # as many full batches for each, dropping the rest; False: every item once
 ):
     "Restricts the loader to the share of one process; without arguments, lifts the restriction."
     if not 0<=rank<world_size:

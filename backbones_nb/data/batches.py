@@ -72,7 +72,7 @@ class DetectionDL(SeededPasses, DataLoader):
         bs:int=16,
         size=256, # int or (height, width) of the batch's images
         class_map=None, # names of the classes
-        tfm=None, # function from (image, target) to (image, target), tv_tensors; None: no augmentation
+        tfm=None, # from (image, target) to (image, target), tv_tensors; None: no augmentation
         seed:int=None, # the same seed gives the same batches, with any number of workers
         batch_tfm=None, # takes and returns (images, targets) on the device; None: none
         **kwargs, # for fastai's DataLoader

@@ -270,7 +270,8 @@ def detection_learner(
     if metrics is None: metrics = ['AP','AP50'] + ['mask_AP','mask_AP50']*gives_masks(model)
     metrics = [COCOMetric(m) if isinstance(m, str) else m for m in L(metrics)]
     res = DetectionLearner(dls, model, DetectionLoss(loss_weights), opt_func=opt_func,
-                           splitter=splitter, metrics=metrics, **kwargs | dict(lr=kwargs.get('lr') or getattr(model, 'lr', 1e-3)))
+                           splitter=splitter, metrics=metrics,
+                           **kwargs | dict(lr=kwargs.get('lr') or getattr(model, 'lr', 1e-3)))
     if parts:
         res.add_cb(LossMeans(_infer_loss_names(model, dls.train.size)))
         res.metrics = res.loss_means.metrics() + metrics

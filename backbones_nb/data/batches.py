@@ -72,7 +72,7 @@ class DetectionDL(SeededPasses, DataLoader):
         bs:int=16,
         size=256, # int or (height, width) of the batch's images
         class_map=None, # names of the classes
-        tfm=None, # function of (image, target), tv_tensors, that returns both; None: no augmentation
+        tfm=None, # from (image, target) to (image, target), tv_tensors; None: no augmentation
         seed:int=None, # the same seed gives the same batches, with any number of workers
         batch_tfm=None, # takes and returns (images, targets) on the device; None: none
         **kwargs, # for fastai's DataLoader
@@ -140,7 +140,7 @@ def create_batch(self:DetectionDL,
 def for_process(self:DetectionDL,
     rank:int=0, # index of the process
     world_size:int=1, # number of processes
-    equal:bool=False, # equally many full batches for each, the rest dropped; False: every item once
+    equal:bool=False, # as many full batches for each, dropping the rest; False: every item once
 ):
     "Restricts the loader to the share of one process; without arguments, lifts the restriction."
     if not 0<=rank<world_size:

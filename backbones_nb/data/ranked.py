@@ -22,7 +22,7 @@ class RankedDL(TfmdDL):
         dataset, # returns image and class index, or only the image
         bs:int=64, # per process
         shuffle:bool=False,
-        drop_last:bool=False, # equally many full batches for every process; False: every sample once
+        drop_last:bool=False, # as many full batches for every process; False: every sample once
         seed:int=0,
         rank:int=None, # index of this process; None: the environment variable RANK, or 0
         world_size:int=None, # number of processes; None: the environment variable WORLD_SIZE, or 1

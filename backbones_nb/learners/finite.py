@@ -82,7 +82,7 @@ class StoppableMixin:
 
     @delegates(Learner.fit)
     def fit(self, n_epoch, lr=None, **kwargs):
-        "As fastai's; after Ctrl-C the learner stays usable, and the interrupt is raised at the end."
+        "As fastai's; after Ctrl-C the learner is usable, and the interruption is raised last."
         self.stopped_by = None
         super().fit(n_epoch, lr, **kwargs)
         stop,self.stopped_by = self.stopped_by,None

@@ -78,7 +78,7 @@ def check_out_dir(
         if own: raise FileExistsError(f'got out={str(out)!r}, which holds no run, but a file '
             f'{own[0]} that a run would overwrite: choose another folder with --out')
     elif not (force or resume): raise FileExistsError(
-        f'got out={str(out)!r}, which already holds a run: choose another folder with --out, '
+        f'got out={str(out)!r}, which already contains a run: choose another folder with --out, '
         'continue it with --resume, or overwrite it with --force')
     return out
 

@@ -89,7 +89,6 @@ class LossMeans(Callback):
         if not state: return
         self.sums['train'],self.counts['train'] = dict(state['sums']),state['count']
         self.loaded = True
-
     def after_batch(self):
         parts = self.learn.loss_parts
         if not parts: return # get_preds
@@ -141,8 +140,7 @@ class _FreezeMixin:
 
 # %% ../../nbs/learners/51_fastai.ipynb #ee7f43f3
 def _log_epoch(cb):
-    """Does what fastai's TensorBoardCallback does after an epoch,
-    with detections drawn by our loader."""
+    "Does what fastai's TensorBoardCallback does after an epoch, but our loader draws."
     draws,cb.log_preds = cb.log_preds,False
     type(cb).after_epoch(cb) # the numbers
     cb.log_preds = draws
@@ -151,7 +149,6 @@ def _log_epoch(cb):
     cb.learn.one_batch(0, b)
     fig = cb.dls.valid.show_results(b, cb.learn.pred, max_n=cb.n_preds)
     cb.writer.add_figure('Sample results', fig, cb.train_iter)
-
 def _draws_detections(cb):
     "Makes fastai's TensorBoardCallback draw detections and skip the graph."
     tb = sys.modules.get('fastai.callback.tensorboard')
@@ -222,8 +219,7 @@ def _infer_loss_names(
 ) -> list:
     "Returns the names of a detector's losses, from its `loss_names` or from one image without boxes."
     if getattr(model, 'loss_names', None): return list(model.loss_names)
-    was = model.training
-    p = next(model.parameters())
+    was,p = model.training,next(model.parameters())
     none = dict(boxes=torch.zeros(0, 4, device=p.device), labels=torch.zeros(0, dtype=torch.int64, device=p.device))
     try:
         with torch.no_grad(), fixed_rng(p.device, 0):
@@ -244,7 +240,6 @@ def _check_model(dls, model):
         'leave MultiScale out, or build the detector without img_size')
     if model.num_classes!=len(cm): raise ValueError(f'the model has num_classes={model.num_classes}, but the class map '
         f'has {len(cm)} classes with background: build the model with num_classes=len(class_map)')
-
 def _check_masks(dls, model):
     "Raises ValueError if the model trains on masks and the data have none."
     if not gives_masks(model): return
@@ -265,8 +260,8 @@ def detection_learner(
     **kwargs, # for fastai's Learner: lr (default: the detector's), path, model_dir, wd, cbs, ...
 ) -> DetectionLearner:
     "Returns a learner; raises TypeError or ValueError if model and data do not match."
-    _check_model(dls, model)
-    _check_masks(dls, model)
+    for check in (_check_model, _check_masks): check(dls, model)
+    kwargs['lr'] = kwargs.get('lr') or getattr(model, 'lr', 1e-3)
     if metrics is None: metrics = ['AP','AP50'] + ['mask_AP','mask_AP50']*gives_masks(model)
     metrics = [COCOMetric(m) if isinstance(m, str) else m for m in L(metrics)]
     res = DetectionLearner(dls, model, DetectionLoss(loss_weights), opt_func=opt_func,

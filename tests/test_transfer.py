@@ -46,7 +46,7 @@ def arguments(folders, tmp_path, monkeypatch):
 
 
 def fake(seed, ap, **kwargs):
-    row = dict.fromkeys(transfer.columns, '') | transfer.asdict(replace(tiny, seed=seed, **kwargs))
+    row = dict.fromkeys(transfer.columns, '') | transfer.asdict(replace(tiny, **dict(size=160, seed=seed) | kwargs))
     return row | dict(
         steps=1, recipe=transfer.recipes[row['peer']], AP=ap, AP50=ap, AP75=ap, seconds=1, seconds_in_all=1
     )

@@ -217,7 +217,7 @@ def test_folders_and_patterns(tmp_path):
     assert look('x/[1].jpg') == ['x/[1].jpg'] and look('gone.jpg') == ['gone.jpg']
     assert _find_images([tmp_path / 'none', tmp_path / '*.gif'])[1] == [
         f'{tmp_path}/none contains no image: check the path',
-        f'{tmp_path}/*.gif has no image: check the path',
+        f'{tmp_path}/*.gif contains no image: check the path',
     ]
 
 

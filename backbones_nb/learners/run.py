@@ -153,7 +153,6 @@ class _ModelOptions(_DataOptions):
     backbone_args:dict=None # more arguments for `create_backbone`
     model_args:dict=None # more arguments for the detector's `model`
     cpu_preset:bool=False # narrow neck and heads and few proposals, for small images on a CPU
-
     @property
     def detector_args(self):
         "Arguments of the detector's `model`: the CPU preset, if requested, below `model_args`."

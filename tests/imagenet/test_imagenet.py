@@ -353,7 +353,7 @@ def test_classes_of_the_data_among_those_of_the_net():
         and _class_numbers('ab', 2).tolist() == [0, 1]
     )
     for vocab, n in (('ab', 1000), (ids[:3], 5)):
-        with pytest.raises(ValueError, match=f'data of {len(vocab)} classes and a net of {n}'):
+        with pytest.raises(ValueError, match=f'data with {len(vocab)} classes and a model with {n}'):
             _class_numbers(vocab, n)
 
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from common import as_found, draw_record, same_for_any_batch, write_drawn
+from common import as_found, same_for_any_batch, write_drawn
 
 from backbones_nb.cli.cli import main
 from backbones_nb.data.formats import read_data, write_data

@@ -82,25 +82,16 @@ def test_names():
         backbones._repr_html_
 
 
-@pytest.fixture(scope='module')
-def fresh():
-    "What a new process prints: which modules the list of our names has loaded, then the names of a star import."
-    code = """import sys
-from backbones_nb import list_backbones
-list_backbones('*vovnet*')
-print('backbones_nb.backbones.timm_models' in sys.modules, 'timm' in sys.modules)
-have = set(dir())
-from backbones_nb.all import *
-print(*sorted(o for o in dir() if o not in have and not o.startswith('_')))"""
-    return [o.split() for o in run(sys.executable, '-W', 'ignore', '-c', code, check=True).stdout.splitlines()]
+def test_listing_ours_does_not_import_timm():
+    code = """import sys; from backbones_nb import list_backbones; list_backbones('*vovnet*')
+print('backbones_nb.backbones.timm_models' in sys.modules, 'timm' in sys.modules)"""
+    assert run(sys.executable, '-W', 'ignore', '-c', code, check=True).stdout.split() == ['False', 'False']
 
 
-def test_listing_ours_does_not_import_timm(fresh):
-    assert fresh[0] == ['False', 'False']
-
-
-def test_star_import(fresh):
-    got = fresh[-1]
+def test_star_import():
+    names = {}
+    exec('from backbones_nb.all import *', names)
+    got = {o for o in names if not o.startswith('_')}
     assert {
         'backbones',
         'create_backbone',
@@ -109,5 +100,5 @@ def test_star_import(fresh):
         'efficientdet',
         'detection_learner',
         'COCOMetric',
-    } <= set(got)
-    assert not set(got) & {'np', 'torch', 'nn', 'partial', 'SimpleNamespace'}
+    } <= got
+    assert not got & {'np', 'torch', 'nn', 'partial', 'SimpleNamespace'}

@@ -14,11 +14,12 @@ from backbones_nb.analysis.parity import assert_parity, map_weights, randomize_
 from backbones_nb.core.create import create_backbone
 from backbones_nb.core.registry import list_backbones
 
+pytestmark = pytest.mark.usefixtures('quick_meta')
 names = list(V.vovnet_configs)
 built = [(n, v) for n in names for v in V.vovnet_variants(n)]
 v1 = dict(residual=False, ese=False)
 every = (2, 4, 8, 16, 32)
-sizes = (64, 75, (70, 110))
+sizes = (64, (75, 110))
 
 
 def make(name, **kw):
@@ -112,7 +113,7 @@ def reference(name, **kw):
 def test_parity_with_timm(ref, ref_kw, name, kw):
     ref = reference(ref, **ref_kw)
     ours = map_weights(ref, make(name, strides=every, **kw), V.vovnet_timm_renames)
-    assert len(assert_parity(ours, ref, sizes=sizes, batch=1, tol=1e-5)) == 15
+    assert len(assert_parity(ours, ref, sizes=sizes, batch=1, tol=1e-5)) == 5 * len(sizes)
     info = ours.feature_info
     assert info.channels() == ref.feature_info.channels() and info.reduction() == ref.feature_info.reduction()
 
@@ -265,7 +266,7 @@ def expected(size, vt):
 @pytest.mark.parametrize('name,variant', built)
 def test_shapes(name, variant):
     m = meta(name, variant=variant, strides=every)
-    for hw in ((224, 224), (200, 200), (230, 310), (64, 96), (33, 95)):
+    for hw in ((224, 200), (230, 310), (33, 95)):
         h, w = (expected(n, variant == 'vt') for n in hw)
         assert [tuple(o.shape) for o in m(torch.empty(2, 3, *hw, device='meta'))] == [
             (2, *o) for o in zip(m.channels, h, w)

@@ -120,7 +120,7 @@ def test_vovnet_v1(typed):
 
 FOLDERS = dict(resnet_fpn=nine) | icevision
 EVERY = [(k, o) for k, v in FOLDERS.items() for o in v]
-SMALL = 'resnet18', 'mobilenet', 'vgg11'
+NOW = [('faster_rcnn', 'resnet18'), ('mask_rcnn', 'mobilenet'), ('mask_rcnn', 'vgg11')]  # test_trains in every run
 RCNNS = 'faster_rcnn', 'mask_rcnn'
 
 
@@ -129,6 +129,7 @@ def backbone(folder, name):
 
 
 @pytest.mark.parametrize('folder,name', EVERY)
+@pytest.mark.usefixtures('quick_meta')
 @pytest.mark.parametrize('kind', RCNNS)
 def test_builds(kind, folder, name):
     with torch.device('meta'):
@@ -147,9 +148,9 @@ def test_builds(kind, folder, name):
 
 
 @pytest.mark.parametrize(
-    'folder,name', [pytest.param(*o, marks=[] if o[1] in SMALL else pytest.mark.slow) for o in EVERY]
+    'kind,folder,name',
+    [pytest.param(k, *o, marks=[] if (k, o[1]) in NOW else pytest.mark.slow) for k in RCNNS for o in EVERY],
 )
-@pytest.mark.parametrize('kind', RCNNS)
 def test_trains(kind, folder, name):
     m = at_once(DETECTORS[kind](num_classes=3, backbone=backbone(folder, name)))
     assert all(o > 0 for o in step(m, X, T).values()) and all(p.grad is not None for p in m.parameters())

@@ -138,6 +138,7 @@ own = [
 ]
 
 
+@pytest.mark.usefixtures('quick_meta')
 @pytest.mark.parametrize('p', own, ids=lambda p: f'{p.ours}-{p.theirs}')
 def test_both_have_the_same_parameters(p):
     with torch.device('meta'):

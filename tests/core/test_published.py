@@ -393,7 +393,7 @@ def test_contradictions(name, kw, says):
 
 
 @pytest.mark.parametrize('name', [n for n in names if n.startswith('vovnet')])
-def test_equal_nets_have_equal_configurations(name):
+def test_equal_nets_have_equal_configurations(name, quick_meta):
     conf, seen = (
         dict(stem=(64, 64, 128), mids=(128, 160, 192, 224), outs=(256, 512, 768, 1024), blocks=(1, 1, 1, 1)),
         {},

@@ -259,7 +259,8 @@ from backbones_nb.core.published import WeightRecord
 from backbones_nb.core.weights import fetch_weights, read_weights
 from backbones_nb import from_pretrained
 folder, i = sys.argv[1:]
-torch.save([o.detach() for o in from_pretrained(folder + '/m')(torch.load(folder + '/x.pt'))], folder + '/y' + i + '.pt')
+maps = from_pretrained(folder + '/m')(torch.load(folder + '/x.pt'))
+torch.save([o.detach() for o in maps], folder + '/y' + i + '.pt')
 print('ready', flush=True); sys.stdin.readline()
 record = WeightRecord('x', 't', 'us', url='{server.url}/big.pth', sha256='{sha(f)}')
 print(len(read_weights(fetch_weights(record))), flush=True)"""

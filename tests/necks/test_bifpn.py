@@ -116,8 +116,18 @@ names = (
 )
 
 
-@pytest.mark.parametrize('size', [256, 384, (256, 384), (200, 264)])
-@pytest.mark.parametrize('name', names)
+every_size = 256, 384, (256, 384), (200, 264)
+
+
+def turns():
+    "The sizes take turns over the configurations in every run; the other pairs are slow."
+    for i, name in enumerate(names):
+        for k, size in enumerate(every_size):
+            marks = [] if k == i % len(every_size) or (name, k) == (names[0], 3) else [pytest.mark.slow]
+            yield pytest.param(name, size, marks=marks)
+
+
+@pytest.mark.parametrize('name,size', list(turns()))
 def test_equals_effdet(name, size):
     ours, ref = pair(name, size)
     close(run(ours.eval(), maps_for(size)), run(ref.eval(), maps_for(size)), 1e-5)

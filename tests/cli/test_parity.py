@@ -185,16 +185,19 @@ def test_small_nets(pattern, capsys):
     ],
     ids=lambda o: str(o) if isinstance(o, tuple) else '',
 )
-def test_a_wrong_net_is_caught(pair, change, why, monkeypatch, capsys):
-    good = rows('vovnet19_slim_dw', 'timm')[0]
-    monkeypatch.setattr(pairs_module, 'pairs', [change(rows(*pair)[0]), good])
+def test_a_wrong_net_is_caught(pair, change, why):
+    r = compare_pair(change(rows(*pair)[0]), (50,))
+    assert r['verdict'] in ('failed', 'too far') and why in (r['reason'] or f"{r['worst']} in {r['at']}")
+
+
+def test_a_wrong_net_fails_the_command_and_the_table_is_whole(monkeypatch, capsys):
+    good, bad = rows('vovnet19_slim_dw', 'timm')[0], replace(rows('vovnet19_slim', 'timm')[0], config=dict(ese=False))
+    monkeypatch.setattr(pairs_module, 'pairs', [bad, good])
     assert main(['parity', '--sizes', '50']) == 1
     out, err = capsys.readouterr()
-    assert (
-        good.theirs in out.splitlines()[4] and '2 rows: 1 equal, 1 not, 0 without a reference' in out
-    )  # the table is whole
+    assert good.theirs in out.splitlines()[4] and '2 rows: 1 equal, 1 not, 0 without a reference' in out
     last = err.splitlines()[-1]
-    assert last.startswith('error: 1 of 2 rows are not equal to their reference within 1e-05') and why in last
+    assert last.startswith('error: 1 of 2 rows are not equal to their reference within 1e-05') and 'matched ' in last
 
 
 def test_the_tolerance_counts(capsys):

@@ -225,7 +225,7 @@ def test_export_with_a_free_batch_and_size():
 
 @pytest.mark.skipif(not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason='no C++ compiler')
 @pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
-@pytest.mark.parametrize('extra', ['pool', 'p6p7'])
+@pytest.mark.parametrize('extra', ['pool', pytest.param('p6p7', marks=pytest.mark.slow)])
 def test_compile(backend, extra):
     m = randomize_(attach_neck(Tiny(), channels=8, extra=extra)).eval()
     f = torch.compile(m, fullgraph=True, backend=backend)

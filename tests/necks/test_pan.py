@@ -326,7 +326,9 @@ def test_export_with_a_free_batch_and_size(fuse):
 
 @pytest.mark.skipif(not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason='no C++ compiler')
 @pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
-@pytest.mark.parametrize('kw', [every['pool'], every['p6p7']], ids=['sum', 'concat'])
+@pytest.mark.parametrize(
+    'kw', [pytest.param(every['pool'], marks=pytest.mark.slow), every['p6p7']], ids=['sum', 'concat']
+)
 def test_compile(backend, kw):
     m = randomize_(made(kw)).eval()
     f = torch.compile(m, fullgraph=True, backend=backend)

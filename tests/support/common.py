@@ -7,6 +7,8 @@ import os
 import pickle
 import signal
 import time
+import warnings
+from contextlib import contextmanager
 from itertools import islice
 
 import numpy as np
@@ -123,6 +125,30 @@ def write_drawn(folder, masks=True, **splits):
     parts = {k: list(islice(records, n)) for k, n in splits.items()}
     write_data(parts, cm, folder / 'data', 'coco')
     return parts
+
+
+@contextmanager
+def same_for_any_batch():
+    "Without oneDNN, whose 3x3 convolutions of one image and of several differ in the last bits."
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of TF32
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
+
+
+def as_found(learn, n, folder):
+    "Images of random colors, whose ground truth is every second object that the model finds there, one by one."
+    rng, res = np.random.RandomState(0), []
+    for i in range(n):
+        h, w = (int(o) for o in rng.randint(50, 100, 2))
+        path = folder / f'colors{i}.png'
+        Image.fromarray(rng.randint(0, 256, (5, 5, 3), dtype=np.uint8)).resize((w, h), Image.BICUBIC).save(path)
+        det = learn.predict(path, score_thr=0)
+        large = (det['boxes'][:, 2:] - det['boxes'][:, :2]).amin(1) > 4
+        at = large.nonzero()[i % 2 :: 2, 0]
+        masks = det['masks'].tensor().reshape(-1, h, w)[at].numpy() if 'masks' in det else np.zeros((len(at), h, w))
+        res.append(Record(f'colors{i}', path, (h, w), det['boxes'][at], det['labels'][at], masks, class_map=cm))
+    return res
 
 
 def make_dls(records, path, **kw):

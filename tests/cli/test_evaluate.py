@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from common import as_found, draw_record, same_for_any_batch
+from common import as_found, same_for_any_batch, write_drawn
 
 from backbones_nb.cli.cli import main
 from backbones_nb.data.formats import read_data, write_data
@@ -20,10 +20,7 @@ keys = 'AP', 'AP50', 'APs', 'APm', 'AR100'
 def root(tmp_path_factory):
     "A run on drawn images, with a part to measure on."
     root = tmp_path_factory.mktemp('run')
-    (root / 'in').mkdir()
-    records = [draw_record(i, root / 'in') for i in range(18)]
-    classes = ClassMap(['red', 'blue'])
-    write_data(dict(train=records[:12], valid=records[12:16], test=records[16:]), classes, root / 'data', 'coco')
+    write_drawn(root, train=12, valid=4, test=2)
     line = ['finetune', '--data', str(root / 'data'), '--out', str(root / 'run'), '--lr', '5e-3', *tiny.split()]
     assert main([*line, '--set', 'score_thresh=0.0', '--detector', 'retinanet']) == 0
     return root

@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from cases import at_once, CLASSES, DETECTORS, SIZE
+from cases import at_once, CLASSES, DETECTORS, SIZE, Tiny
 from common import Colors, as_found, cm, same_for_any_batch
 
-from backbones_nb.core.features import Backbone, feature_row
-from backbones_nb.core.layers import ConvNormAct
 from backbones_nb.data.batches import detection_dls
 from backbones_nb.data.coco import coco_records, coco_results, to_coco
 from backbones_nb.data.formats import formats, read_data, write_data
@@ -180,15 +178,6 @@ def numbers(learn, dl=None):
     return dict(
         zip(['valid_loss', *(o for o in learn.metrics.attrgot('name') if 'train' not in o)], learn.validate(dl=dl))
     )
-
-
-class Tiny(Backbone):
-    def __init__(self, strides=(4, 8)):
-        super().__init__()
-        self.stem, self.a, self.b = (ConvNormAct(i, o, 3, 2) for i, o in ((3, 8), (8, 16), (16, 32)))
-        self.set_trunk(
-            dict(stem=['stem'], stage1=['a'], stage2=['b']), [feature_row(16, 4, 'a'), feature_row(32, 8, 'b')], strides
-        )
 
 
 @pytest.mark.parametrize('family', DETECTORS)

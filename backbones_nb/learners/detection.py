@@ -123,6 +123,12 @@ class _FreezeMixin:
         "Freezes the backbone; neck and heads stay trainable (and batch norm, if `train_bn`)."
         self.freeze_to(self.n_backbone)
 
+    def freeze_to(self, n):
+        "As fastai's; gradients of an earlier fit go, or weight decay would shrink what is frozen."
+        super().freeze_to(n)
+        for p in self.model.parameters():
+            if not p.requires_grad: p.grad = None
+
     def fine_tune(self,
         epochs:int, # of all parts
         base_lr=None, # peak rate of neck and heads; None: the learner's
@@ -157,13 +163,12 @@ def _draws_detections(cb):
     cb.trace_model = False
     cb.after_epoch = partial(_log_epoch, cb)
 
-# %% ../../nbs/learners/51_fastai.ipynb #23c5060a
+# %% ../../nbs/learners/51_fastai.ipynb #de963ac3
 def _losses_per_image(model, images, targets):
     "Returns the losses of each image, and the detections."
     own = getattr(get_model(model), 'losses_per_image', None)
     return own(images, targets) if own else losses_one_by_one(get_model(model), images, targets)
 
-# %% ../../nbs/learners/51_fastai.ipynb #de963ac3
 class DetectionLearner(_FreezeMixin, TiledMixin, PredictionMixin, PrecisionMixin, SummaryMixin,
                        DistributedMixin, StoppableMixin, Learner):
     """fastai's `Learner` for detectors: one pass computes losses and detections of a validation

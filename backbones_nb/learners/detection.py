@@ -31,6 +31,7 @@ from .finite import StoppableMixin
 from .metrics import COCOMetric
 from .precision import PrecisionMixin
 from .prediction import PredictionMixin, gives_masks
+from .report import ReportMixin
 from .tiled import TiledMixin
 
 # %% ../../nbs/learners/51_fastai.ipynb #0be35524
@@ -162,8 +163,8 @@ def _losses_per_image(model, images, targets):
     own = getattr(get_model(model), 'losses_per_image', None)
     return own(images, targets) if own else losses_one_by_one(get_model(model), images, targets)
 
-class DetectionLearner(_FreezeMixin, TiledMixin, PredictionMixin, PrecisionMixin, DistributedMixin,
-                       StoppableMixin, Learner):
+class DetectionLearner(_FreezeMixin, TiledMixin, PredictionMixin, ReportMixin, PrecisionMixin,
+                       DistributedMixin, StoppableMixin, Learner):
     """fastai's `Learner` for detectors: one pass computes losses and detections of a validation
     batch."""
     loss_parts = None # the losses of the current batch by name

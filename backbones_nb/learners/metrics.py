@@ -110,14 +110,19 @@ def _check_pairs(preds, targets, masks):
             raise ValueError(f'image {i} has predicted masks of {a[0]}x{a[1]} pixels and '
                              f'true masks of {b[0]}x{b[1]}: resize both to the same size')
 
+def _class_numbers(e, names):
+    "Returns {name: {'AP': ..., 'AP50': ..., ...}} of an evaluation."
+    prec = e.eval['precision'][...,-1] # IoU threshold, recall, class, area
+    def mean(p): return float(p[p>-1].mean()) if (p>-1).any() else -1.
+    cuts = dict(AP=(slice(None),0), AP50=(0,0), AP75=(5,0), **{f'AP{o}':(slice(None),i) for i,o in enumerate('sml', 1)})
+    return {n:{k:mean(prec[t,:,i,a]) for k,(t,a) in cuts.items()} for i,n in enumerate(names.values())}
+
 def _evaluate(gt, dt, n, names, iou_type):
-    "Returns the twelve numbers and AP per class for annotations in COCO's format."
+    "Returns the twelve numbers, and six per class, for annotations in COCO's format."
     coco = [_coco(o, n, names) for o in (gt, dt)]
     e = COCOeval_faster(*coco, iouType=iou_type, print_function=lambda *a, **k: None)
     e.evaluate(); e.accumulate(); e.summarize()
-    prec = e.eval['precision'][:,:,:,0,-1] # IoU threshold, recall, class
-    aps = [float(p[p>-1].mean()) if (p>-1).any() else -1. for p in prec.transpose(2,0,1)]
-    return dict(zip(coco_keys, map(float, e.stats))),dict(zip(names.values(), aps))
+    return dict(zip(coco_keys, map(float, e.stats))),_class_numbers(e, names)
 
 # %% ../../nbs/learners/50_metrics.ipynb #90919d44
 def coco_eval(
@@ -126,7 +131,8 @@ def coco_eval(
     class_map=None, # the classes and their names; None: the labels that occur
     # 'bbox'; 'segm' for masks; 'both': also masks, under names such as 'mask_AP'
     iou_type:str='bbox',
-    per_class:bool=False, # also `per_class`: {name: AP}
+    # also `per_class`: {name: AP}; 'all': also `class_numbers`: {name: {'AP': ..., 'AP50': ...}}
+    per_class:bool|str=False,
 ) -> dict: # the twelve numbers by name; -1 if there are no objects, as in pycocotools
     "Returns COCO's twelve numbers (https://cocodataset.org/#detection-eval) by faster-coco-eval."
     if iou_type=='both':
@@ -140,9 +146,10 @@ def coco_eval(
     gt,dt = _coco_anns(targets, 'target', segm, ids),_coco_anns(preds, 'prediction', segm, ids)
     names = _names(preds, targets, class_map)
     res = dict.fromkeys(coco_keys, -1.)
-    aps = dict.fromkeys(names.values(), -1.)
-    if gt: res,aps = _evaluate(gt, dt, len(targets), names, iou_type)
-    return res | (dict(per_class=aps) if per_class else {})
+    by_class = {n:dict.fromkeys(coco_keys[:6], -1.) for n in names.values()}
+    if gt: res,by_class = _evaluate(gt, dt, len(targets), names, iou_type)
+    if per_class: res['per_class'] = {n:o['AP'] for n,o in by_class.items()}
+    return res | (dict(class_numbers=by_class) if per_class=='all' else {})
 
 # %% ../../nbs/learners/50_metrics.ipynb #78f2df07
 def coco_table(

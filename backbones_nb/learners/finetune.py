@@ -36,12 +36,12 @@ from ..data.tiles import TileRecord, tile_records
 from .baseline import mean_box_detector
 from .detection import detection_learner
 from .distributed import join_processes
-from .folder import (check_out_dir, clear_run, finished_run, run_lock,
-                                          save_json, save_text)
+from .error_analysis import class_table, with_masks
+from .folder import check_out_dir, clear_run, finished_run, run_lock, save_json, save_text
 from .metrics import coco_eval, coco_table
 from .prediction import gives_masks
-from .run import (RunConfig, environment_info,
-                                       get_detector, open_data, run_options)
+from .report import try_report
+from .run import RunConfig, environment_info, get_detector, open_data, run_options
 from .sampling import repeat_factors
 from .training import export_run, first_alone, run_facts, train_run
 
@@ -126,12 +126,12 @@ def _evaluate_run(
     "Returns the results on validation images, beside those of a baseline that always predicts the mean box."
     preds,targets = learn.get_results(valid) if learn.tiles[0] else learn.get_preds(original=True)
     base = coco_eval(mean_box_detector(train)(valid), [r.target() for r in valid], learn.dls.class_map)
-    return coco_eval(preds, targets, learn.dls.class_map, per_class=True),base,preds,targets
+    return coco_eval(preds, targets, learn.dls.class_map, per_class='all'),base,preds,targets
 
 def _mask_results(learn, preds, targets):
     "Returns COCO's numbers for masks, if the detector predicts masks; otherwise nothing."
     if not gives_masks(learn.model): return {}
-    return dict(mask_metrics=coco_eval(preds, targets, learn.dls.class_map, iou_type='segm', per_class=True))
+    return dict(mask_metrics=coco_eval(preds, targets, learn.dls.class_map, iou_type='segm', per_class='all'))
 
 def _save_picture(
     class_map, # `ClassMap`
@@ -174,6 +174,7 @@ def _report(res, out):
     rows = {name: res['metrics'], f'{name}: masks': res.get('mask_metrics'),
             'mean box, most frequent class': res['mean_box']}
     print(coco_table({k:v for k,v in rows.items() if v}))
+    if 'class_numbers' in res['metrics']: print(class_table(with_masks(res['metrics'], res.get('mask_metrics'))))
     print(f"{res['train_seconds']:.0f} s of training, {res['seconds']:.0f} s in total; results in {out}/")
 
 # %% ../../nbs/learners/103_finetune.ipynb #6311b59c
@@ -205,6 +206,7 @@ def finetune(
         save_json(out/'metrics.json', res)
         with write_whole(out/config.picture) as part: _save_picture(*drawn, part)
         (out/'checkpoint.pt').unlink(missing_ok=True)
+        if config.report: try_report(out/'report.html', *drawn, res, config)
     _report(res, out)
     return res
 

@@ -46,7 +46,7 @@ def run_lock(
             for o in made: o.rmdir()
 
 # %% ../../nbs/learners/157_folder.ipynb #4dd06b0f
-run_files = ('learner.pkl', 'metrics.json', 'best.safetensors', 'detector.safetensors',
+run_files = ('learner.pkl', 'metrics.json', 'report.html', 'best.safetensors', 'detector.safetensors',
              'checkpoint.pt', 'history.csv', 'train.txt', 'valid.txt', 'config.json')
 
 def read_json(path):
@@ -83,7 +83,7 @@ def check_out_dir(
     return out
 
 # %% ../../nbs/learners/157_folder.ipynb #09e2de08
-free_options = ('out','force','resume','workers','cache','picture','log','device',
+free_options = ('out','force','resume','workers','cache','picture','report','log','device',
                 'checkpoint_every') # that change no number
 
 def finished_run(

@@ -117,6 +117,13 @@ def _class_numbers(e, names):
     cuts = dict(AP=(slice(None),0), AP50=(0,0), AP75=(5,0), **{f'AP{o}':(slice(None),i) for i,o in enumerate('sml', 1)})
     return {n:{k:mean(prec[t,:,i,a]) for k,(t,a) in cuts.items()} for i,n in enumerate(names.values())}
 
+def _count(anns, names):
+    "Returns {name: {'images': ..., 'objects': ...}}, crowds left out."
+    seen = {k:[] for k in names}
+    for a in anns:
+        if not a['iscrowd'] and a['category_id'] in seen: seen[a['category_id']].append(a['image_id'])
+    return {names[k]:dict(images=len(set(v)), objects=len(v)) for k,v in seen.items()}
+
 def _evaluate(gt, dt, n, names, iou_type):
     "Returns the twelve numbers, and six per class, for annotations in COCO's format."
     coco = [_coco(o, n, names) for o in (gt, dt)]
@@ -131,7 +138,7 @@ def coco_eval(
     class_map=None, # the classes and their names; None: the labels that occur
     # 'bbox'; 'segm' for masks; 'both': also masks, under names such as 'mask_AP'
     iou_type:str='bbox',
-    # also `per_class`: {name: AP}; 'all': also `class_numbers`: {name: {'AP': ..., 'AP50': ...}}
+    # also `per_class`: {name: AP}; 'all': also `class_numbers`: {name: {'images': ..., 'AP': ...}}
     per_class:bool|str=False,
 ) -> dict: # the twelve numbers by name; -1 if there are no objects, as in pycocotools
     "Returns COCO's twelve numbers (https://cocodataset.org/#detection-eval) by faster-coco-eval."
@@ -149,7 +156,8 @@ def coco_eval(
     by_class = {n:dict.fromkeys(coco_keys[:6], -1.) for n in names.values()}
     if gt: res,by_class = _evaluate(gt, dt, len(targets), names, iou_type)
     if per_class: res['per_class'] = {n:o['AP'] for n,o in by_class.items()}
-    return res | (dict(class_numbers=by_class) if per_class=='all' else {})
+    if per_class=='all': res['class_numbers'] = {n:o | by_class[n] for n,o in _count(gt, names).items()}
+    return res
 
 # %% ../../nbs/learners/50_metrics.ipynb #78f2df07
 def coco_table(

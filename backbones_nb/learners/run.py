@@ -160,6 +160,7 @@ class RunConfig:
     out:Annotated[str, dict(metavar='DIR')]='runs/finetune' # output folder
     # file name of the picture in the output folder: .png, .jpg, .svg or .pdf
     picture:Annotated[str, dict(metavar='NAME'), _picture]='predictions.png'
+    report:bool=False # also write report.html, a page on the detector's errors
     # where losses and metrics are logged, beside history.csv
     log:Annotated[str, dict(choices=log_names)]='csv'
     # batches between checkpoints, besides the one after each epoch

@@ -218,7 +218,7 @@ def worst_images(
     res = res.sort_values(['errors','score'], ascending=False, kind='stable').head(k).drop(columns='score')
     return res.astype(int).rename_axis('image').reset_index()
 
-# %% ../../nbs/learners/162_error_analysis.ipynb #6e636597
+# %% ../../nbs/learners/162_error_analysis.ipynb #b42ff365
 def _suspects(a):
     "Yields (doubt, image, reason, row of the detection, row of the object)."
     name = a.class_map.get_name
@@ -233,9 +233,9 @@ def _suspects(a):
             was = name(o.at[r.object,'label'])
             text = f'labeled {was}, detected {name(r.label)}' if r.error=='Cls' else f'{was}: the box fits poorly'
             yield r.score,r.image,text,r.Index,r.object
-    recall = a.classes['recall']
+    silent = o.groupby('label')['missed'].mean()
     for r in o[o['missed']].itertuples():
-        yield recall[r.label],r.image,f'labeled {name(r.label)}, nothing detected',-1,r.Index
+        yield .01/(.01+silent[r.label]),r.image,f'labeled {name(r.label)}, nothing detected',-1,r.Index
 
 # %% ../../nbs/learners/162_error_analysis.ipynb #84ce4182
 def wrong_labels(

@@ -74,8 +74,8 @@ def measure(
     learn = load_run(run)
     config = json.loads((run/'config.json').read_text(encoding='utf-8'))
     masks = gives_masks(learn.model) and not boxes
-    records,cm,report = data_to_measure(config, data, images, split, masks)
-    records = usable_images(records, report, config.get('broken', 'stop'))
+    records,cm,skipped = data_to_measure(config, data, images, split, masks)
+    records = usable_images(records, skipped, config.get('broken', 'stop'))
     records = relabel(records, cm, learn.dls.class_map)
     if note := _learned_from(run, config, data, split, records): print(f'warning: {note}')
     dl = learn.dls.test_dl(records, bs or config['bs'], with_labels=True, num_workers=workers)
@@ -85,7 +85,7 @@ def measure(
         else: found = learn.get_preds(dl=dl, original=True)
     coco = coco_eval(*found, learn.dls.class_map, kind, per_class='all')
     res = coco | dict(images=len(records), data=str(data or config['data']), run=str(run),
-                skipped=str(report))
+                skipped=str(skipped))
     _show(res)
     path = Path(json_file) if json_file else run/'evaluation.json'
     path.parent.mkdir(parents=True, exist_ok=True)

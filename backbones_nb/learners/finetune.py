@@ -191,6 +191,8 @@ def finetune(
         check_out_dir(out, config.force, config.resume, [config.picture])
         if config.resume and (done := finished_run(out, options)):
             _report(done, out)
+            if config.report and not (out/'report.html').exists():
+                print(f'there is no report yet: backbones-nb evaluate {out} --report writes one')
             return done
         device = join_processes(config.device)
         set_seed(config.seed)

@@ -22,7 +22,7 @@ def root(tmp_path_factory):
     records = [draw_record(i, root / 'in') for i in range(18)]
     classes = ClassMap(['red', 'blue'])
     write_data(dict(train=records[:12], valid=records[12:16], test=records[16:]), classes, root / 'data', 'coco')
-    line = ['finetune', '--data', str(root / 'data'), '--out', str(root / 'run'), '--lr', '5e-3', *tiny.split()]
+    line = ['finetune', '--report', '--data', str(root / 'data'), '--out', str(root / 'run'), '--lr', '5e-3', *tiny.split()]
     assert main([*line, '--set', 'score_thresh=0.0', '--detector', 'retinanet']) == 0
     return root
 
@@ -40,9 +40,12 @@ def test_the_numbers_of_the_run_come_again(root, capsys):
     assert main(['evaluate', str(root / 'run')]) == 0
     got = json.loads((root / 'run' / 'evaluation.json').read_text(encoding='utf-8'))
     assert want['AR100'] > 0 and got['images'] == 4 and got['per_class'] == pytest.approx(want.pop('per_class'))
+    numbers = got['class_numbers']
+    assert numbers.keys() == want['class_numbers'].keys() == {'red', 'blue'}
+    assert all(numbers[k] == pytest.approx(v, abs=1e-6) for k, v in want.pop('class_numbers').items())
     assert {k: got[k] for k in want} == pytest.approx(want, abs=1e-6)
     out = capsys.readouterr().out
-    assert 'AR100' in out and 'class  images  objects     AP' in out and 'red ' in out and 'warning' not in out
+    assert 'AR100' in out and 'class  images  objects     AP   AP50' in out and 'red ' in out and 'warning' not in out
     assert measured(root, root / 'data')['AP'] == got['AP']  # its part to measure on
     for bs in (1, 3, 8):  # float noise orders the equal scores of an almost untrained net
         assert measured(root, '--bs', bs)['AP'] == pytest.approx(got['AP'], abs=0.02)

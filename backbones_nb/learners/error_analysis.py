@@ -88,7 +88,7 @@ def calibration_error(
     if not len(table): return None
     return float(((table['score']-table['precision']).abs()*table['n']).sum()/table['n'].sum())
 
-# %% ../../nbs/learners/162_error_analysis.ipynb #a74e1c70
+# %% ../../nbs/learners/162_error_analysis.ipynb #bfe0d3a3
 @dataclass
 class ErrorAnalysis:
     "An evaluation in detail."
@@ -109,9 +109,8 @@ class ErrorAnalysis:
 
     def kept(self, i):
         "Returns the detections of an image at or above the threshold of their class."
-        thr = np.append(np.inf, self.classes['threshold'])
         p = self.preds[i]
-        ok = p['scores'].cpu().numpy()>=thr[p['labels'].cpu().numpy()]
+        ok = p['scores'].cpu().numpy()>=self.classes['threshold'].reindex(p['labels'].tolist()).to_numpy()
         return {k:p[k].cpu()[torch.from_numpy(ok)] for k in ('boxes','labels','scores')}
 
 # %% ../../nbs/learners/162_error_analysis.ipynb #89d21660

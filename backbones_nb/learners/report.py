@@ -48,7 +48,7 @@ def check_report_path(
                               'file: give another folder')
     return path
 
-# %% ../../nbs/learners/163_report.ipynb #78ad3a50
+# %% ../../nbs/learners/163_report.ipynb #c76e5549
 _ink = '#010203' # stands for the color of the page's text
 _style = {'svg.fonttype':'none', 'svg.hashsalt':'report', 'axes.spines.top':False, 'axes.spines.right':False,
           'axes.facecolor':'none', 'figure.facecolor':'none', 'font.size':10,
@@ -58,8 +58,8 @@ def _svg(name, draw, width=4.6, height=3.2):
     "Returns a figure as SVG for a page; `draw` gets its axes."
     file = BytesIO()
     with mpl.rc_context(_style):
-        fig = Figure(figsize=(width, height), layout='constrained')
-        draw(fig.subplots())
+        fig = Figure(figsize=(width, height))
+        draw(fig.add_axes((.13, .16, .85, .81)))
         fig.savefig(file, format='svg', metadata=dict.fromkeys(('Creator','Date','Format','Type')))
     text = file.getvalue().decode()
     text = text[text.index('<svg'):].replace(_ink, 'currentColor')

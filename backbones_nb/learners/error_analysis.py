@@ -88,7 +88,7 @@ def calibration_error(
     if not len(table): return None
     return float(((table['score']-table['precision']).abs()*table['n']).sum()/table['n'].sum())
 
-# %% ../../nbs/learners/162_error_analysis.ipynb #bfe0d3a3
+# %% ../../nbs/learners/162_error_analysis.ipynb #fddb31cc
 @dataclass
 class ErrorAnalysis:
     "An evaluation in detail."
@@ -97,21 +97,24 @@ class ErrorAnalysis:
     targets:list # ground truth, one dict per image
     coco:dict # COCO's twelve numbers by name, also of masks; `class_numbers`
     errors:dict # of `error_types`
-    classes:pd.DataFrame # a row per class: name, images, objects, AP, ..., threshold, precision, recall, F1
+    # a row per class: name, images, objects, AP, ..., threshold, precision, recall, F1
+    classes:pd.DataFrame
     detections:pd.DataFrame # of `match_detections`; `kept` at or above the threshold of the class
     objects:pd.DataFrame # of `match_detections`; `found` now by a detection that is kept
     curves:dict # class id -> precision, recall, thresholds
     calibration:pd.DataFrame # of `calibration`
     confusion:Tensor # (C,C), of the detections that are kept
 
-    def __repr__(self): return (f'ErrorAnalysis of {len(self.targets)} images, {len(self.objects)} objects and '
-                                f'{len(self.detections)} detections')
+    def __repr__(self):
+        return (f'ErrorAnalysis of {len(self.targets)} images, {len(self.objects)} objects '
+                f'and {len(self.detections)} detections')
 
     def kept(self, i):
         "Returns the detections of an image at or above the threshold of their class."
         p = self.preds[i]
-        ok = p['scores'].cpu().numpy()>=self.classes['threshold'].reindex(p['labels'].tolist()).to_numpy()
-        return {k:p[k].cpu()[torch.from_numpy(ok)] for k in ('boxes','labels','scores')}
+        thr = self.classes['threshold'].reindex(p['labels'].tolist()).to_numpy()
+        ok = torch.from_numpy(p['scores'].cpu().numpy()>=thr)
+        return {k:p[k].cpu()[ok] for k in ('boxes','labels','scores')}
 
 # %% ../../nbs/learners/162_error_analysis.ipynb #89d21660
 def _class_rows(coco, detections, objects, class_map):
@@ -125,7 +128,7 @@ def _class_rows(coco, detections, objects, class_map):
     table = pd.DataFrame(list(class_table(coco)), index=curves)
     return table.join(pd.DataFrame(rows, index=curves)),curves
 
-# %% ../../nbs/learners/162_error_analysis.ipynb #3f879a0a
+# %% ../../nbs/learners/162_error_analysis.ipynb #51402fc3
 def analyze(
     preds:list, # one dict per image: boxes (N,4) xyxy px, labels (N,), scores (N,); maybe masks
     targets:list, # one dict per image, in that order: boxes, labels; maybe masks, area, iscrowd
@@ -133,9 +136,10 @@ def analyze(
     coco:dict=None, # of `coco_eval` with per_class='all', if it is known
     max_dets:int=100, # best detections of an image that count
 ) -> ErrorAnalysis:
-    "Returns all numbers of a report; raises ValueError for no images, and for wrong keys or values."
+    "Returns all numbers of a report; raises ValueError for no images, and for wrong values."
     masks = all('masks' in o for o in (*preds, *targets))
-    coco = coco or coco_eval(preds, targets, class_map, 'both' if masks else 'bbox', per_class='all')
+    kind = 'both' if masks else 'bbox'
+    coco = coco or coco_eval(preds, targets, class_map, kind, per_class='all')
     d,o = match_detections(preds, targets, max_dets=max_dets)
     errors = error_types(d, o)
     classes,curves = _class_rows(coco, d, o, class_map)
@@ -144,7 +148,8 @@ def analyze(
     some = d[~d['ignored']]
     res = ErrorAnalysis(class_map, preds, targets, coco, errors, classes, d, o, curves,
                         calibration(some['hit'].to_numpy(), some['score'].to_numpy()), None)
-    res.confusion = confusion([res.kept(i) for i in range(len(preds))], targets, len(class_map), score_thr=0)
+    kept = [res.kept(i) for i in range(len(preds))]
+    res.confusion = confusion(kept, targets, len(class_map), score_thr=0)
     return res
 
 # %% ../../nbs/learners/162_error_analysis.ipynb #7ad91d4b
@@ -202,27 +207,28 @@ def confusion_table(
     names = [name(i) for i in at]
     return pd.DataFrame(m[at][:,at].numpy(), names, names),sorted(pairs, key=lambda o: -o[2])
 
-# %% ../../nbs/learners/162_error_analysis.ipynb #4752b2e4
+# %% ../../nbs/learners/162_error_analysis.ipynb #0757d922
 def worst_images(
     analysis:ErrorAnalysis,
     k:int=8, # at most
 ) -> pd.DataFrame: # image (its position), wrong, overlooked, errors: most errors first
-    "Returns the images with the most errors: detections that are kept and wrong, and objects not found."
-    a = analysis
-    bad = a.detections[a.detections['kept'] & ~a.detections['hit'] & ~a.detections['ignored']]
+    "Returns the images with the most errors: wrong detections that are kept, objects not found."
+    d,o = analysis.detections,analysis.objects
+    bad = d[d['kept'] & ~d['hit'] & ~d['ignored']]
     res = pd.DataFrame(dict(wrong=bad['image'].value_counts(),
-                            overlooked=a.objects.loc[~a.objects['found'],'image'].value_counts(),
+                            overlooked=o.loc[~o['found'],'image'].value_counts(),
                             score=bad.groupby('image')['score'].sum())).fillna(0)
     res['errors'] = res['wrong']+res['overlooked']
-    res = res.sort_values(['errors','score'], ascending=False, kind='stable').head(k).drop(columns='score')
-    return res.astype(int).rename_axis('image').reset_index()
+    res = res.sort_values(['errors','score'], ascending=False, kind='stable').head(k)
+    return res.drop(columns='score').astype(int).rename_axis('image').reset_index()
 
-# %% ../../nbs/learners/162_error_analysis.ipynb #b42ff365
+# %% ../../nbs/learners/162_error_analysis.ipynb #66fae1e7
 def _suspects(a):
     "Yields (doubt, image, reason, row of the detection, row of the object)."
     name = a.class_map.get_name
     d,o = a.detections,a.objects
-    sure = d[d['kept'] & ~d['hit'] & ~d['ignored']].sort_values('score', ascending=False, kind='stable')
+    sure = d[d['kept'] & ~d['hit'] & ~d['ignored']]
+    sure = sure.sort_values('score', ascending=False, kind='stable')
     seen = set(d.loc[d['hit'],'object'])
     for r in sure.itertuples():
         if r.error=='Bkg':
@@ -230,11 +236,13 @@ def _suspects(a):
         elif r.error in ('Cls','Loc') and r.object not in seen:
             seen.add(r.object)
             was = name(o.at[r.object,'label'])
-            text = f'labeled {was}, detected {name(r.label)}' if r.error=='Cls' else f'{was}: the box fits poorly'
+            other = f'labeled {was}, detected {name(r.label)}'
+            text = other if r.error=='Cls' else f'{was}: the box fits poorly'
             yield r.score,r.image,text,r.Index,r.object
     silent = o.groupby('label')['missed'].mean()
     for r in o[o['missed']].itertuples():
-        yield .01/(.01+silent[r.label]),r.image,f'labeled {name(r.label)}, nothing detected',-1,r.Index
+        text = f'labeled {name(r.label)}, nothing detected'
+        yield .01/(.01+silent[r.label]),r.image,text,-1,r.Index
 
 # %% ../../nbs/learners/162_error_analysis.ipynb #84ce4182
 def wrong_labels(

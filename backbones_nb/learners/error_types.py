@@ -31,10 +31,11 @@ def _iou(a, b, crowd):
     if not len(a) or not len(b): return np.zeros((len(a), len(b)))
     return np.asarray(mask_api.iou(a, b, [crowd]*len(b)), np.float64).reshape(len(a), len(b))
 
-# %% ../../nbs/learners/161_error_types.ipynb #ff8db738
+# %% ../../nbs/learners/161_error_types.ipynb #4bd94131
 def _hits(own, iou_thr):
     "Returns the object that each detection hits, -1 for none; greedy, best score first."
-    mate,left = np.full(len(own), -1),own.copy()
+    mate = np.full(len(own), -1)
+    left = own.copy()
     if not own.shape[1]: return mate
     for i in range(len(own)):
         j = left[i].argmax()
@@ -43,12 +44,14 @@ def _hits(own, iou_thr):
         left[:,j] = 0
     return mate
 
-# %% ../../nbs/learners/161_error_types.ipynb #7ef80300
+# %% ../../nbs/learners/161_error_types.ipynb #7ad60911
 def _verdicts(iou, same, found, iou_thr, bg_thr):
     "Returns the error that each detection is, if it is one, and the object it is about."
     n = len(iou)
     if not iou.shape[1]: return np.full(n, 'Bkg', object),np.full(n, -1)
-    own,other,taken = iou*same,iou*~same,iou*same*found
+    own = iou*same
+    other = iou*~same
+    taken = own*found
     u,v,w = (o.max(1) for o in (own, other, taken))
     asked = [(bg_thr<=u) & (u<=iou_thr), v>=iou_thr, w>=iou_thr, iou.max(1)<=bg_thr]
     kind = np.select(asked, np.array(['Loc','Cls','Dupe','Bkg'], object), 'Both')
@@ -56,23 +59,27 @@ def _verdicts(iou, same, found, iou_thr, bg_thr):
                       iou.argmax(1))
     return kind,about
 
-# %% ../../nbs/learners/161_error_types.ipynb #ac7b2f30
+# %% ../../nbs/learners/161_error_types.ipynb #5ad10fcc
 def _match_image(i, p, t, iou_thr, bg_thr, max_dets):
     "Returns the columns of an image's detections and of its objects."
-    boxes,labels,scores = _xywh(p['boxes']),_array(p['labels'], int),_array(p['scores'], float)
+    scores = _array(p['scores'], float)
     order = np.argsort(-scores, kind='stable')[:max_dets]
-    boxes,labels,scores = boxes[order],labels[order],scores[order]
-    truth,true = _xywh(t['boxes']),_array(t['labels'], int)
+    boxes = _xywh(p['boxes'])[order]
+    labels = _array(p['labels'], int)[order]
+    truth = _xywh(t['boxes'])
+    true = _array(t['labels'], int)
     area = truth[:,2]*truth[:,3] if t.get('area') is None else _array(t['area'], float)
     crowd = np.zeros(len(true), bool) if t.get('iscrowd') is None else _array(t['iscrowd'], bool)
     single = np.flatnonzero(~crowd)
-    iou,same = _iou(boxes, truth[single], False),labels[:,None]==true[single]
+    iou = _iou(boxes, truth[single], False)
+    same = labels[:,None]==true[single]
     mate = _hits(iou*same, iou_thr)
-    hit,found = mate>=0,np.isin(np.arange(len(single)), mate)
+    hit = mate>=0
+    found = np.isin(np.arange(len(single)), mate)
     error,about = _verdicts(iou, same, found, iou_thr, bg_thr)
     inside = (_iou(boxes, truth[crowd], True)>iou_thr) & (labels[:,None]==true[crowd])
-    return (dict(image=np.full(len(order), i), index=order, label=labels, score=scores, hit=hit,
-                 ignored=~hit & inside.any(1), error=np.where(hit, '', error),
+    return (dict(image=np.full(len(order), i), index=order, label=labels, score=scores[order],
+                 hit=hit, ignored=~hit & inside.any(1), error=np.where(hit, '', error),
                  object=np.where(hit, mate, about)),
             dict(image=np.full(len(single), i), index=single, label=true[single],
                  area=area[single], found=found))
@@ -114,30 +121,33 @@ def _mean_ap(labels, scores, hits, counts):
     aps = [_ap(scores[labels==k], hits[labels==k], counts.get(k, 0)) for k in classes]
     return sum(aps)/len(aps) if aps else 0.
 
-# %% ../../nbs/learners/161_error_types.ipynb #7a33f904
+# %% ../../nbs/learners/161_error_types.ipynb #a057ba64
 def _repaired(d, o, kind):
     "Returns labels, scores and hits of the errors of one kind after their repair."
     e = d[d['error']==kind]
     if kind not in ('Cls','Loc'): return e.iloc[:0]
     close = d[d['error'].isin(['Cls','Loc'])]
     close = close[~o['found'].to_numpy()[close['object']]]
-    best = close.sort_values('score', ascending=False, kind='stable').drop_duplicates('object').index
+    close = close.sort_values('score', ascending=False, kind='stable')
+    best = close.drop_duplicates('object').index
     e = e.loc[e.index.intersection(best)].assign(hit=True, ignored=False)
     return e.assign(label=o['label'].to_numpy()[e['object']]) if kind=='Cls' else e
 
-# %% ../../nbs/learners/161_error_types.ipynb #c9451760
+# %% ../../nbs/learners/161_error_types.ipynb #bf5d2904
 def error_types(
     detections:pd.DataFrame, # of `match_detections`
     objects:pd.DataFrame, # of `match_detections`
 ) -> dict: # 'AP'; 'count' and 'dAP': name of an error -> number, gain of AP in [0,1]
     "Returns how many errors of each type there are, and the AP that their repair would gain."
     d,o = detections,objects
-    def ap(x, n): return _mean_ap(*(x.loc[~x['ignored'], k].to_numpy() for k in ('label','score','hit')), n)
+    def ap(x, n):
+        x = x[~x['ignored']]
+        return _mean_ap(*(x[k].to_numpy() for k in ('label','score','hit')), n)
     n = o['label'].value_counts().to_dict()
     base,wrong,right = ap(d, n),d[~d['hit']],d[d['hit']]
     def repair(kind):
-        fixed = pd.concat([wrong[wrong['error']!=kind], _repaired(d, o, kind)]).sort_index(kind='stable')
-        return ap(pd.concat([fixed, right]), n)-base
+        fixed = pd.concat([wrong[wrong['error']!=kind], _repaired(d, o, kind)])
+        return ap(pd.concat([fixed.sort_index(kind='stable'), right]), n)-base
     left = o[~o['missed']]['label'].value_counts()
     gains = {k:repair(k) for k in detection_errors}
     gains['Miss'] = ap(pd.concat([wrong, right]), {k:left.get(k, 0) for k in n})-base

@@ -46,8 +46,9 @@ def run_lock(
             for o in made: o.rmdir()
 
 # %% ../../nbs/learners/157_folder.ipynb #4dd06b0f
-run_files = ('learner.pkl', 'metrics.json', 'report.html', 'best.safetensors', 'detector.safetensors',
-             'checkpoint.pt', 'history.csv', 'train.txt', 'valid.txt', 'config.json')
+run_files = ('learner.pkl', 'metrics.json', 'report.html', 'best.safetensors',
+             'detector.safetensors', 'checkpoint.pt', 'history.csv', 'train.txt', 'valid.txt',
+             'config.json')
 
 def read_json(path):
     "Returns the dict in a file, or None."

@@ -114,14 +114,17 @@ def _class_numbers(e, names):
     "Returns {name: {'AP': ..., 'AP50': ..., ...}} of an evaluation."
     prec = e.eval['precision'][...,-1] # IoU threshold, recall, class, area
     def mean(p): return float(p[p>-1].mean()) if (p>-1).any() else -1.
-    cuts = dict(AP=(slice(None),0), AP50=(0,0), AP75=(5,0), **{f'AP{o}':(slice(None),i) for i,o in enumerate('sml', 1)})
-    return {n:{k:mean(prec[t,:,i,a]) for k,(t,a) in cuts.items()} for i,n in enumerate(names.values())}
+    every = slice(None)
+    cuts = dict(AP=(every,0), AP50=(0,0), AP75=(5,0), APs=(every,1), APm=(every,2), APl=(every,3))
+    def one(i): return {k:mean(prec[t,:,i,a]) for k,(t,a) in cuts.items()}
+    return {n:one(i) for i,n in enumerate(names.values())}
 
 def _count(anns, names):
     "Returns {name: {'images': ..., 'objects': ...}}, crowds left out."
     seen = {k:[] for k in names}
     for a in anns:
-        if not a['iscrowd'] and a['category_id'] in seen: seen[a['category_id']].append(a['image_id'])
+        k = a['category_id']
+        if k in seen and not a['iscrowd']: seen[k].append(a['image_id'])
     return {names[k]:dict(images=len(set(v)), objects=len(v)) for k,v in seen.items()}
 
 def _evaluate(gt, dt, n, names, iou_type):
@@ -156,7 +159,8 @@ def coco_eval(
     by_class = {n:dict.fromkeys(coco_keys[:6], -1.) for n in names.values()}
     if gt: res,by_class = _evaluate(gt, dt, len(targets), names, iou_type)
     if per_class: res['per_class'] = {n:o['AP'] for n,o in by_class.items()}
-    if per_class=='all': res['class_numbers'] = {n:o | by_class[n] for n,o in _count(gt, names).items()}
+    if per_class=='all':
+        res['class_numbers'] = {n:o | by_class[n] for n,o in _count(gt, names).items()}
     return res
 
 # %% ../../nbs/learners/50_metrics.ipynb #78f2df07

@@ -236,7 +236,7 @@ def _matrix(table):
                           for i,v in enumerate(r)]
     return [dict(name=n, cells=cells(r)) for n,r in table.iterrows()]
 
-# %% ../../nbs/learners/163_report.ipynb #955a4840
+# %% ../../nbs/learners/163_report.ipynb #6d0809e9
 def write_report(
     path, # file to write, .html
     analysis:ErrorAnalysis, # of `analyze`
@@ -254,11 +254,13 @@ def write_report(
     heads,rows = _class_rows(a)
     table,pairs = confusion_table(a)
     error = calibration_error(a.calibration)
-    text = Environment(loader=DictLoader(_texts), autoescape=True).get_template('page').render(
-        title=title, css=_css, facts=facts or {}, parts=_parts, numbers=numbers, heads=heads, rows=rows,
+    page = Environment(loader=DictLoader(_texts), autoescape=True).get_template('page')
+    text = page.render(
+        title=title, css=_css, facts=facts or {}, parts=_parts, numbers=numbers, heads=heads,
+        rows=rows, calibration=_svg('calibration', partial(plot_calibration, a)),
         errors=_error_rows(a), names=list(table), matrix=_matrix(table), pairs=pairs[:10],
         left=len(a.classes)+1-len(table), pr=_svg('pr', partial(plot_pr_curves, a, legend=False)),
-        sizes=_svg('sizes', partial(plot_sizes, a)), calibration=_svg('calibration', partial(plot_calibration, a)),
+        sizes=_svg('sizes', partial(plot_sizes, a)),
         calibrated=error is not None and f'{error:.3f}',
         worst=_worst_cards(a, items, worst), labels=_label_cards(a, items, labels))
     with write_whole(path) as part: part.write_text(text, encoding='utf-8', errors='replace')

@@ -22,7 +22,17 @@ def root(tmp_path_factory):
     records = [draw_record(i, root / 'in') for i in range(18)]
     classes = ClassMap(['red', 'blue'])
     write_data(dict(train=records[:12], valid=records[12:16], test=records[16:]), classes, root / 'data', 'coco')
-    line = ['finetune', '--report', '--data', str(root / 'data'), '--out', str(root / 'run'), '--lr', '5e-3', *tiny.split()]
+    line = [
+        'finetune',
+        '--report',
+        '--data',
+        str(root / 'data'),
+        '--out',
+        str(root / 'run'),
+        '--lr',
+        '5e-3',
+        *tiny.split(),
+    ]
     assert main([*line, '--set', 'score_thresh=0.0', '--detector', 'retinanet']) == 0
     return root
 

@@ -84,7 +84,9 @@ def test_the_numbers_of_classes_are_those_of_coco():
     preds, targets = case(2)
     a = analyze(preds, targets, odd_names)
     want = coco_eval(preds, targets, odd_names, per_class='all')
-    assert a.coco == want and [want['class_numbers'][n]['AP'] for n in want['per_class']] == [*want['per_class'].values()]
+    assert a.coco == want and [want['class_numbers'][n]['AP'] for n in want['per_class']] == [
+        *want['per_class'].values()
+    ]
     assert list(a.classes['AP']) == [*want['per_class'].values()] and a.classes['objects'].sum() == len(a.objects)
     present = a.classes[a.classes['objects'] > 0]
     for k in ('AP', 'AP50', 'AP75'):
@@ -204,7 +206,9 @@ def test_data_with_little_in_them(which, tmp_path):
     if which == 'odd detections':  # of classes that there are not
         preds = [o | dict(scores=o['scores'] * 2, labels=o['labels'] * 2) for o in preds]
     a, page = page_of(preds, targets, names, tmp_path / 'a.html')
-    assert ('Expected calibration error' in ' '.join(page.text)) == (which not in ('no detections', 'neither', 'odd detections'))
+    assert ('Expected calibration error' in ' '.join(page.text)) == (
+        which not in ('no detections', 'neither', 'odd detections')
+    )
     assert len(a.classes) == len(names) - 1
 
 

@@ -72,8 +72,17 @@ def test_other_data_of_any_format(root, tmp_path, name, capsys):
     assert got['per_class'].keys() == want['per_class'].keys() == {'red', 'blue'}
 
 
+def test_a_report_comes_with_the_run_and_with_a_measurement(root, tmp_path, capsys):
+    page = (root / 'run' / 'report.html').read_text(encoding='utf-8')
+    assert 'retinanet' in page and page.count('<section') == 8 and '<th scope="row">' in page
+    assert main(['evaluate', str(root / 'run'), '--report', str(tmp_path / 'data')]) == 1
+    assert 'ends in .html' in capsys.readouterr().err
+
+
 def test_which_images_are_measured(root, tmp_path, capsys):
-    assert measured(root, root / 'data', '--split', 'test')['images'] == 2
+    args = '--split', 'test', '--report', tmp_path / 'new' / 'a.html'
+    assert measured(root, root / 'data', *args)['images'] == 2
+    assert 'images</dt><dd>2<' in args[-1].read_text(encoding='utf-8')
     assert 'warning' not in capsys.readouterr().out
     assert measured(root, root / 'data', '--split', 'train')['images'] == 12
     assert 'warning: 12 of 12 images were learned from' in capsys.readouterr().out

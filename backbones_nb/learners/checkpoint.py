@@ -121,6 +121,7 @@ def collect(self:Checkpoint,
                 scaler=scaler and scaler.state_dict(), history=_history(self.recorder),
                 past=[list(o) for o in self.past], **{k:[o[k] for o in each] for k in own})
 
+# %% ../../nbs/learners/153_checkpoint.ipynb #1047593e
 @patch
 def save(self:Checkpoint, epoch, batch):
     "Writes the state to a temporary file and then replaces the last one atomically."

@@ -56,6 +56,13 @@ def _learned_from(run, config, data, split, records):
     return n and (f'{n} of {len(records)} images were learned from: '
                   'leave the data out to measure on the others')
 
+# %% ../../nbs/learners/151_evaluation.ipynb #66fa22cc
+def _show(res):
+    masks = {k.removeprefix('mask_'):v for k,v in res.items() if k.startswith('mask_')}
+    print(f"{res['images']} images; {res['skipped']}")
+    print(coco_table({'boxes':res} | ({'masks':masks} if masks else {})))
+    print(class_table(res))
+
 # %% ../../nbs/learners/151_evaluation.ipynb #98b85427
 def measure(
     run, # folder of a finished run
@@ -96,9 +103,3 @@ def measure(
     facts = dict(run=run, data=res['data'], detector=config['detector'])
     print(f"report in {write_report(page, a, records, f'Evaluation of {run.name}', facts)}")
     return res
-
-def _show(res):
-    masks = {k.removeprefix('mask_'):v for k,v in res.items() if k.startswith('mask_')}
-    print(f"{res['images']} images; {res['skipped']}")
-    print(coco_table({'boxes':res} | ({'masks':masks} if masks else {})))
-    print(class_table(res))

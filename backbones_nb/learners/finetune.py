@@ -36,9 +36,9 @@ from ..data.tiles import TileRecord, tile_records
 from .baseline import mean_box_detector
 from .detection import detection_learner
 from .distributed import join_processes
-from .error_analysis import class_table, with_masks
+from .error_analysis import print_tables, with_masks
 from .folder import check_out_dir, clear_run, finished_run, run_lock, save_json, save_text
-from .metrics import coco_eval, coco_table
+from .metrics import coco_eval
 from .prediction import gives_masks
 from .report import try_report
 from .run import RunConfig, environment_info, get_detector, open_data, run_options
@@ -167,14 +167,14 @@ def _open_run(out, config, train, valid, **facts):
     print(f"{len(train)} images to learn from, {len(valid)} to measure on; {facts['skipped']}", flush=True)
     if facts['small']: print(f"warning: {facts['small']}", flush=True)
 
-def _report(res, out):
+def _report(res, out, page=False):
     "Prints COCO's table with a row of the mean-box baseline, and the times."
     c = res['config']
     name = f"{c['detector']}, {c['backbone'] or 'its own backbone'}"
     rows = {name: res['metrics'], f'{name}: masks': res.get('mask_metrics'),
             'mean box, most frequent class': res['mean_box']}
-    print(coco_table({k:v for k,v in rows.items() if v}))
-    if 'class_numbers' in res['metrics']: print(class_table(with_masks(res['metrics'], res.get('mask_metrics'))))
+    print_tables({k:v for k,v in rows.items() if v}, with_masks(res['metrics'], res.get('mask_metrics')))
+    if page and not (out/'report.html').exists(): print(f'no report yet: backbones-nb evaluate {out} --report writes one')
     print(f"{res['train_seconds']:.0f} s of training, {res['seconds']:.0f} s in total; results in {out}/")
 
 # %% ../../nbs/learners/103_finetune.ipynb #6311b59c
@@ -190,9 +190,7 @@ def finetune(
     with run_lock(config.out) as out:
         check_out_dir(out, config.force, config.resume, [config.picture])
         if config.resume and (done := finished_run(out, options)):
-            _report(done, out)
-            if config.report and not (out/'report.html').exists():
-                print(f'there is no report yet: backbones-nb evaluate {out} --report writes one')
+            _report(done, out, config.report)
             return done
         device = join_processes(config.device)
         set_seed(config.seed)
@@ -221,8 +219,7 @@ def load_run(
     f = run/'learner.pkl' if run.is_dir() else run
     if not f.exists(): raise FileNotFoundError(
         f'got run={str(run)!r}, but {f} does not exist: pass the folder of a finished run')
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
+    with warnings.catch_warnings(action='ignore'):
         try: return load_learner(f)
         except Exception as e: raise ValueError(f'got run={str(run)!r}, but {f} is not a learner that this '
             f'installation can read ({reason(e)}): copy the file again, or train again with the versions installed here') from e
@@ -246,6 +243,7 @@ def _plain(p):
         return res | (dict(mask=masks[i]) if masks else {})
     return [one(i, *o) for i,o in enumerate(zip(p['names'], p['scores'], p['boxes']))]
 
+# %% ../../nbs/learners/103_finetune.ipynb #efedfde4
 def _find_images(
     names, # files, folders, and patterns such as 'photos/*.jpg'
 ) -> tuple: # list of unique paths; list of messages about names without images
@@ -260,6 +258,7 @@ def _find_images(
         if not found: bad.append(f'{o} contains no image: check the path')
     return list(dict.fromkeys(res)),bad
 
+# %% ../../nbs/learners/103_finetune.ipynb #7d68d8a9
 def _picture_names(paths):
     "Returns a unique picture name for each path: the file's name, with its folder's in front if needed."
     often,res = Counter(p.stem for p in paths),{}
@@ -269,6 +268,7 @@ def _picture_names(paths):
         res[p] = f"{stem}{f'_{more}' if more>1 else ''}.png"
     return res
 
+# %% ../../nbs/learners/103_finetune.ipynb #86d516fb
 def predict(
     run, # folder of a run
     images, # image files, folders, and patterns such as 'photos/*.jpg'

@@ -8,6 +8,8 @@ Docs: https://backbones-nb.github.io/backbones-nb/learners/precision.html.md"""
 __all__ = ['DetectionPrecision', 'PrecisionMixin']
 
 # %% ../../nbs/learners/80_precision.ipynb #942af5ce
+from functools import partial
+
 import torch
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastcore.foundation import L
@@ -33,3 +35,8 @@ class PrecisionMixin:
     "Adds `to_fp16` and `to_bf16` to a learner, on any device."
     def to_fp16(self, **kwargs): return self.add_cb(DetectionPrecision(**kwargs))
     def to_bf16(self): return self.add_cb(DetectionPrecision(amp_mode=AMPMode.BF16))
+
+    def add_cb(self, cb):
+        if isinstance(cb, type): cb = cb()
+        if type(cb) is MixedPrecision: cb.before_fit = partial(DetectionPrecision.before_fit, cb)
+        return super().add_cb(cb)

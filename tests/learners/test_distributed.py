@@ -1,11 +1,13 @@
 import os
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from project import root
+from cases import DETECTORS
 from common import Colors, draw_record, make_dls, make_learner, noise
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.training import GradientAccumulation
@@ -44,7 +46,7 @@ class Tiny(Backbone):
 
 
 class Wrong(Colors):
-    "Takes every third picture for the other color, so that AP lies between 0 and 1."
+    "Takes every third image for the other color, so that AP lies between 0 and 1."
 
     def find(self, x):
         found = super().find(x)
@@ -218,6 +220,18 @@ def cut(data):
     )
 
 
+def one_epoch(folder, family):
+    "Weights and table of a family trained in processes that share the work, and what each then measures alone."
+    torch.manual_seed(0)
+    net, drawn = DETECTORS[family](num_classes=3, backbone=Tiny()), records(folder)[:20]
+    before = deepcopy(net.state_dict())
+    learn = make_learner(drawn, folder, net, opt_func=torch_sgd, lr=0.01)
+    assert learn.to_distributed() is learn
+    learn.fit(1)
+    learn.detach_distributed()
+    return dict(before=before, net=state(learn), values=values(learn), alone=list(map(float, learn.validate())))
+
+
 def main(folder, data):
     rank = os.environ['RANK']
     learn = train_detector(Path(folder))
@@ -228,6 +242,7 @@ def main(folder, data):
     res['classifier'] = state(learn)
     breaks_off(make_learner(records(Path(folder)), Path(folder), Wrong()))
     res |= dict(later=unfrozen_later(Path(folder)), cut=cut(data))
+    res['families'] = {o: one_epoch(Path(folder), o) for o in DETECTORS}
     torch.save(res, Path(folder) / f'{rank}.pt')
 
 
@@ -265,6 +280,16 @@ def test_detector_as_one_process_with_the_doubled_batch(two):
     assert mine.keys() == a['values'].keys()
     for k in mine.keys() - {'train_loss'}:
         assert a['values'][k] == pytest.approx(mine[k], rel=1e-3, abs=1e-6), k  # a running mean: of 4 steps, not of 8
+
+
+@pytest.mark.parametrize('family', DETECTORS)
+def test_each_family_trains_and_measures_as_one(two, family):
+    "Equal weights, statistics of batch norm included; what was measured by halves is that of all images."
+    a, b = (o['families'][family] for o in two[2])
+    assert gap(a['net'], b['net']) == 0 < gap(a['before'], a['net'])
+    assert a['values'] == pytest.approx(b['values'], nan_ok=True)
+    inside = [v for k, v in a['values'].items() if not k.startswith('train_')]
+    assert a['alone'] == b['alone'] == pytest.approx(inside, rel=1e-4, abs=1e-6) and len(inside) > 4
 
 
 def test_every_image_is_measured_once(two):

@@ -17,10 +17,9 @@ from fastai.torch_core import find_bs
 from PIL import Image
 from torch import nn
 
+from cases import Tiny
 from common import Colors, buffers, cm, draw_record, make_dls, make_learner
 
-from backbones_nb.core.features import Backbone, feature_row
-from backbones_nb.core.layers import ConvNormAct
 from backbones_nb.data.batches import detection_dls
 from backbones_nb.data.transforms import open_image
 from backbones_nb.detectors import efficientdet, faster_rcnn, fcos, mask_rcnn, retinanet
@@ -31,15 +30,6 @@ from backbones_nb.data.run_lengths import RunLengths
 from backbones_nb.learners.metrics import coco_eval, COCOMetric
 
 parts = ['classifier', 'box_reg', 'objectness', 'rpn_box_reg']
-
-
-class Tiny(Backbone):
-    def __init__(self, strides=None):
-        super().__init__()
-        self.stem, self.a, self.b = ConvNormAct(3, 8, 3, 2), ConvNormAct(8, 16, 3, 2), ConvNormAct(16, 32, 3, 2)
-        self.set_trunk(
-            dict(stem=['stem'], stage1=['a'], stage2=['b']), [feature_row(16, 4, 'a'), feature_row(32, 8, 'b')], strides
-        )
 
 
 lean = dict(
@@ -664,7 +654,7 @@ def test_masks_are_drawn(colors, records, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     plt.switch_backend('agg')
-    layers = lambda fig: [len(a.images) for a in fig.axes]  # the picture, and one layer for each mask
+    layers = lambda fig: [len(a.images) for a in fig.axes]  # the image, and one layer for each mask
     few = colors.dls.test_dl(records[:2], with_labels=True)
     assert (
         layers(colors.show_results(dl=few, max_n=2, shuffle=False))

@@ -5,6 +5,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from backbones_nb.core.features import Backbone, feature_row
+from backbones_nb.core.layers import ConvNormAct
 from backbones_nb.detectors import efficientdet, faster_rcnn, fcos, mask_rcnn, retinanet
 
 nine = (
@@ -47,6 +49,17 @@ DETECTORS = dict(  # (num_classes, backbone, neck, ...) -> detector that returns
     fcos=partial(fcos.model, **DENSE),
     efficientdet=partial(efficientdet.model, 'tf_efficientdet_lite0', **LITE),
 )
+
+
+class Tiny(Backbone):
+    "Three convolutions with batch norm."
+
+    def __init__(self, strides=(4, 8)):
+        super().__init__()
+        self.stem, self.a, self.b = (ConvNormAct(i, o, 3, 2) for i, o in ((3, 8), (8, 16), (16, 32)))
+        self.set_trunk(
+            dict(stem=['stem'], stage1=['a'], stage2=['b']), [feature_row(16, 4, 'a'), feature_row(32, 8, 'b')], strides
+        )
 
 
 def at_once(m):

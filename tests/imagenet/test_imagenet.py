@@ -455,6 +455,16 @@ def test_another_training_is_not_mixed_in(data, tmp_path):
         train_imagenet(data, tmp_path, **kw)
 
 
+@pytest.mark.parametrize('name', ['metrics.json', 'history.csv', 'net.safetensors'])
+def test_files_of_the_user_are_kept(data, tmp_path, name, capsys):
+    from backbones_nb.cli.cli import main
+
+    (tmp_path / name).write_text('mine')
+    assert main(['imagenet', 'train', '--data', str(data), '--out', str(tmp_path), '--device', 'cpu']) == 1
+    assert f'holds no run, but a file {name} that a run would overwrite' in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == 'mine' and len(list(tmp_path.iterdir())) == 1
+
+
 def test_the_command(data, tmp_path, capsys):
     from backbones_nb.cli.cli import main
 

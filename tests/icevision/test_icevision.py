@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 
 from backbones_nb.icevision.compat import icevision_compat
-from tools.proc import run
 
 icevision_compat()
 import icedata  # noqa: E402
@@ -38,7 +37,7 @@ from icevision.all import (
     tfms,
 )
 
-size = 128
+size = 64
 small = dict(
     rpn_post_nms_top_n_train=100, rpn_post_nms_top_n_test=50, box_batch_size_per_image=32, box_detections_per_img=10
 )
@@ -83,12 +82,12 @@ class Work:
             self.parser = icedata.pets.PetsBBoxParser(**where)
         found = self.parser.parse(show_pbar=False)
         one = [r for r in found[0] + found[1] if len(r.detection.bboxes) == 1]  # its trimap is one mask
-        self.records = sorted(one, key=lambda r: r.filepath)[:12]
+        self.records = sorted(one, key=lambda r: r.filepath)[:8]
         self.tfms = tfms.A.Adapter([*tfms.A.resize_and_pad(size), tfms.A.Normalize()])
-        augment = tfms.A.Adapter([*tfms.A.aug_tfms(size=size, presize=144), tfms.A.Normalize()])
-        self.train, self.valid = Dataset(self.records[:8], augment), Dataset(self.records[8:], self.tfms)
+        augment = tfms.A.Adapter([*tfms.A.aug_tfms(size=size, presize=72), tfms.A.Normalize()])
+        self.train, self.valid = Dataset(self.records[:4], augment), Dataset(self.records[4:8], self.tfms)
         self.dls = [
-            self.mt.train_dl(self.train, batch_size=4, shuffle=True),
+            self.mt.train_dl(self.train, batch_size=2, shuffle=True),
             self.mt.valid_dl(self.valid, batch_size=2),
         ]
         metric = COCOMetric(COCOMetricType.mask if masks else COCOMetricType.bbox)
@@ -402,16 +401,6 @@ def test_absent(monkeypatch):
     ) and '--no-deps icevision==0.12.0 icedata==0.5.1' in str(e.value)
 
 
-def test_import_changes_nothing():
-    import sys
-
-    code = (
-        'import sys, backbones_nb.icevision.learner; '
-        "print([o for o in ('icevision','albumentations','pytorch_lightning') if o in sys.modules])"
-    )
-    assert run(sys.executable, '-c', code, check=True).stdout.strip() == '[]'
-
-
 def test_effdet_is_left_alone():
     "Nothing that the patches replace belongs to effdet, fastai, torch or timm."
     owners = [getattr(o, '__module__', None) or getattr(o, '__name__', '') for o, _, _ in PATCHES.replaced]
@@ -433,30 +422,3 @@ def test_configurations_go_in_place_of_names():
     )
     with pytest.raises(KeyError):
         build('efficientdet_none')
-
-
-undone = """
-import warnings
-warnings.simplefilter('ignore')
-from backbones_nb.icevision.compat import icevision_compat
-from backbones_nb.icevision.patches import PATCHES, icevision_module
-icevision_compat()
-callback = icevision_module('models.torchvision.fastai.callbacks').RCNNCallback
-dataset = icevision_module('data.dataset').Dataset
-models = icevision_module('models')
-def state(): return (hasattr(callback.before_validate, 'patched_by'), hasattr(dataset, 'new_empty'),
-                     hasattr(models, 'model_from_checkpoint'), hasattr(models.torchvision.mask_rcnn, 'end2end_detect'))
-a = state()
-PATCHES.undo()
-b = state()
-again = {o['done'] for o in icevision_compat()}
-c = state()
-PATCHES.clear()
-print(a, b, c, 'patched' in again, len(PATCHES), len(PATCHES.replaced), state()==b)
-"""
-
-
-def test_undo_and_clear():
-    done = run(sys.executable, '-W', 'ignore', '-c', undone, check=True).stdout.strip().splitlines()[-1]
-    yes, no = (True,) * 4, (False,) * 4
-    assert done == f'{yes} {no} {yes} True 0 0 True'

@@ -124,6 +124,12 @@ class _FreezeMixin:
         "Freezes the backbone; neck and heads stay trainable (and batch norm, if `train_bn`)."
         self.freeze_to(self.n_backbone)
 
+    def freeze_to(self, n):
+        "As fastai's; gradients of an earlier fit go, or weight decay would shrink what is frozen."
+        super().freeze_to(n)
+        for p in self.model.parameters():
+            if not p.requires_grad: p.grad = None
+
     def fine_tune(self,
         epochs:int, # of all parts
         base_lr=None, # peak rate of neck and heads; None: the learner's

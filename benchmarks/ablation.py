@@ -27,12 +27,13 @@ import time
 import warnings
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
 import torch
 from fastai.torch_core import set_seed
-from transfer import Data, Folders, Run, read_data, spread, train_ours, versions, weights
+from transfer import Data, Folders, Run, append_row as append, read_data, spread, train_ours, versions, weights
 
 from backbones_nb.core.tables import Table
 from backbones_nb.data.batches import detection_dls
@@ -62,6 +63,7 @@ columns = (
     'versions',
 )
 needs_masks = ('copy_paste',)
+append_row = partial(append, columns=columns)
 
 
 def transforms(arm, size, masks):
@@ -132,15 +134,6 @@ def read_rows(path):
             | {k: float(r[k]) for k in ('AP', 'AP50', 'AP75', 'seconds')}
             for r in csv.DictReader(f)
         ]
-
-
-def append_row(path, row):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'a', newline='') as f:
-        w = csv.DictWriter(f, columns, lineterminator='\n')
-        if not f.tell():
-            w.writeheader()
-        w.writerow(row)
 
 
 def summary(rows):

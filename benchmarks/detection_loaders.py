@@ -28,6 +28,7 @@ import cv2
 import torch
 import torchvision
 from albumentations.pytorch import ToTensorV2
+from loaders import compare
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.io import decode_image, ImageReadMode
@@ -127,16 +128,6 @@ def timed(dl, a, clock):
     return clock() - t
 
 
-def compare(dls, a, clock):
-    "Seconds of each loader, a list with one number for each round."
-    names, times = list(dls), {k: [] for k in dls}
-    for r in range(a.repeats + 1):  # the first round warms up
-        i = r % len(names)
-        for k in names[i:] + names[:i]:
-            times[k].append(timed(dls[k], a, clock))
-    return {k: v[1:] for k, v in times.items()}
-
-
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--pets', required=True, metavar='DIR')
@@ -152,7 +143,7 @@ def main(argv=None):
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     torch.manual_seed(a.seed)
-    times = compare(loaders(a), a, process_time if a.clock == 'cpu' else perf_counter)
+    times = compare(loaders(a), a, process_time if a.clock == 'cpu' else perf_counter, timed)
     print(
         f'torch {torch.__version__}, torchvision {torchvision.__version__}, albumentations {A.__version__}, '
         f'OpenCV {cv2.__version__}\n{a.images} images at {a.size} px, batch {a.bs}, {a.clock} time, '

@@ -46,6 +46,7 @@ from statistics import mean, stdev
 
 import torch
 from fastai.torch_core import set_seed
+from scipy.stats import t
 
 from backbones_nb.core.create import create_backbone
 from backbones_nb.core.tables import Table
@@ -264,7 +265,7 @@ def read_rows(path):
     return [r for r in rows if r['recipe'] == recipes[r['peer']]]
 
 
-def append_row(path, row):
+def append_row(path, row, columns=columns):
     "Adds a row by a single write, with a header before the first."
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'a', newline='') as f:
@@ -280,12 +281,10 @@ def key(o):
     return tuple(o[f.name] for f in fields(Run) if f.name != 'images')
 
 
-t95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t at 97.5 %, by the number of seeds
-
-
 def interval(values):
     "Half the 95 % interval of a mean; None for a single value."
-    return t95[len(values)] * stdev(values) / len(values) ** 0.5 if len(values) in t95 else None
+    n = len(values)
+    return float(t.ppf(0.975, n - 1)) * stdev(values) / n**0.5 if n > 1 else None
 
 
 def show_pm(o):

@@ -114,7 +114,7 @@ def test_rows_of_an_older_recipe_do_not_count(tmp_path, monkeypatch):
 
 def test_the_table_shows_means_and_intervals():
     assert interval([0.5]) is None
-    assert interval([0.1, 0.2, 0.3]) == pytest.approx(4.303 * 0.1 / 3**0.5)
+    assert interval([0.1, 0.2, 0.3]) == pytest.approx(4.3026527 * 0.1 / 3**0.5)
     rows = [fake(s, ap) for s, ap in enumerate((0.1, 0.2, 0.3))]
     shown = str(transfer.comparison_table([*rows, fake(0, 0.7, peer='effdet')]))
     assert '0.200 ± 0.248' in shown and '0.700' in shown and shown.count('±') == 1

@@ -40,6 +40,9 @@ def _measure(model, size):
         for h in hooks: h.remove()
     return shapes,maps
 
+# %% ../../nbs/analysis/06_draw.ipynb #18e220f7
+def _stride_of(shape, size): return 2**round(log2(max(size)/max(shape[-2:])))
+
 def _stages_of(
     model:nn.Module, # a `Backbone`
     size, # (height, width) of the zero image that is sent through, pixels
@@ -58,8 +61,6 @@ def _stages_of(
         res.append(dict(name=ends.get(k, k), shape=shape, stride=s, tag=tag))
     have = [r['reduction'] for r in model.public_rows]
     return res,[maps[have.index(s)] for s in model.strides]
-
-def _stride_of(shape, size): return 2**round(log2(max(size)/max(shape[-2:])))
 
 # %% ../../nbs/analysis/06_draw.ipynb #0bfa163d
 SLOT = 1.16 # inches between the centers of two blocks

@@ -27,7 +27,7 @@ _license_ids = { # URL -> SPDX identifier, as torchvision's README says
     'https://github.com/facebookresearch/SWAG/blob/main/LICENSE':'CC-BY-NC-4.0'}
 
 def _drop_last_feature(
-    sd:dict, # state dict of a net of inverted residuals
+    sd:dict, # state dict of a model with inverted residuals
 ) -> dict: # without the last module of `features`
     "Returns the weights of the blocks alone."
     n = max(int(k.split('.')[1]) for k in sd if k.startswith('features.'))

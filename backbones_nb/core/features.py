@@ -89,22 +89,25 @@ class Backbone(nn.Module, HubMixin):
             f'({_listed(self._steps)}): use modules that the data pass through')
         self.select(strides, out_indices)
 
-    def select(self,
-        strides=None, # an int or a sequence; None: those of 4, 8, 16, 32 that exist
-        out_indices=None, # instead of strides: i means stride 2**(i+1)
-    ) -> 'Backbone': # itself
-        "Selects the maps that `forward` returns; raises ValueError with the available strides."
-        have = [r['reduction'] for r in self.rows]
-        self.strides = _select_strides(have, strides, out_indices, self.name or type(self).__name__)
-        self._picked = [have.index(s) for s in self.strides]
-        self.channels = tuple(self.rows[i]['num_chs'] for i in self._picked)
-        return self
+# %% ../../nbs/core/01_features.ipynb #c5919764
+@patch
+def select(self:Backbone,
+    strides=None, # an int or a sequence; None: those of 4, 8, 16, 32 that exist
+    out_indices=None, # instead of strides: i means stride 2**(i+1)
+) -> 'Backbone': # itself
+    "Selects the maps that `forward` returns; raises ValueError with the available strides."
+    have = [r['reduction'] for r in self.rows]
+    self.strides = _select_strides(have, strides, out_indices, self.name or type(self).__name__)
+    self._picked = [have.index(s) for s in self.strides]
+    self.channels = tuple(self.rows[i]['num_chs'] for i in self._picked)
+    return self
 
-    @property
-    def public_rows(self): return [r for r in self.rows if r['reduction']>1 or 1 in self.strides]
+@patch(as_prop=True)
+def public_rows(self:Backbone):
+    return [r for r in self.rows if r['reduction']>1 or 1 in self.strides]
 
-    @property
-    def out_channels_list(self): return [r['num_chs'] for r in self.public_rows]
+@patch(as_prop=True)
+def out_channels_list(self:Backbone): return [r['num_chs'] for r in self.public_rows]
 
 # %% ../../nbs/core/01_features.ipynb #5fa72b64
 @patch

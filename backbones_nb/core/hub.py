@@ -170,7 +170,8 @@ If you trained it further, describe the data and the results here.
 ```python
 from backbones_nb import from_pretrained
 backbone = from_pretrained({repo_id!r})
-maps = backbone(images) # (B,3,H,W), normalized with the mean and std above, or with ImageNet's if none is stated
+# images (B,3,H,W), normalized with the mean and std above, or with ImageNet's if none is stated
+maps = backbone(images)
 ```
 """
 

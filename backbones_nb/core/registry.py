@@ -133,6 +133,7 @@ class Announcements:
         self._cleared -= found
         for f in [f for o in found for f in self.announced[o].values()]: f()
 
+# %% ../../nbs/core/89_registry.ipynb #f5346627
 class Registry(Announcements):
     "Rows by name, discovered through two groups of entry points."
     def __init__(self, rows='backbones_nb.backbones', prefixes='backbones_nb.prefixes'):

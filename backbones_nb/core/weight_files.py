@@ -148,6 +148,7 @@ def _published(model, name, path, file):
     rows = [_as_file(r, file) for r in have]
     return [r for i,r in enumerate(rows) if r not in rows[:i]]
 
+# %% ../../nbs/core/120_weight_files.ipynb #1d15f1fd
 def _pick(request, record):
     "Returns the request with the record and its configuration, or None if arguments contradict it."
     if request.entry.loads_weights: return replace(request, record=record)

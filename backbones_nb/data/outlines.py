@@ -184,6 +184,7 @@ def _via3_rows(data):
 def _is_via3(o):
     return isinstance(o, dict) and {'project','file','view','metadata','attribute'}<=set(o)
 
+# %% ../../nbs/data/128_outlines.ipynb #c686bf87
 def _via_rows(path):
     "Returns (file name, regions) per image."
     if path.suffix.lower()!='.csv':
@@ -206,6 +207,7 @@ def _via_rows(path):
         if shape: regions.append(dict(shape_attributes=shape, region_attributes=more))
     return list(res.items())
 
+# %% ../../nbs/data/128_outlines.ipynb #45a6bf33
 def via_sheet(
     path, # CSV or JSON of VIA 1 or 2, or a saved project of VIA 2 or 3
     images=None, # folder of the images; None: the file's folder, or images/ in it

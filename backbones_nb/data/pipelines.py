@@ -114,7 +114,7 @@ class Augment:
 def as_augment(
     tfms, # a transform, or a list of them; of this course, torchvision or albumentations; or None
 ): # takes and returns (image, target); None for None and for an empty list
-    "Returns one transform; raises TypeError for what cannot be called."
+    "Returns one transform; raises TypeError for an object that is not callable."
     if is_albumentations(tfms) or not isinstance(tfms, Iterable): tfms = [tfms]
     tfms = [o for o in tfms if o is not None]
     if not tfms: return None

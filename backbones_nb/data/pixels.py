@@ -122,6 +122,7 @@ def _saturation(x, f):
     gray = (x[0]*r).add_(x[1], alpha=g).add_(x[2], alpha=b)
     return x.lerp_(gray, 1-f)
 
+# %% ../../nbs/data/153_pixels.ipynb #6c8bcb51
 class ColorJitter(torch.nn.Module):
     "Changes brightness, contrast and saturation in random order, each by a random factor."
     steps = _brightness,_contrast,_saturation

@@ -108,7 +108,8 @@ def usable_images(
         if why and broken=='read' and not failure(part := _partly(r)):
             report.note(file_name(r), 'cut off, read as far as it goes')
             res.append(part)
-        elif why and broken=='skip': report.skip(file_name(r), 'that cannot be decoded to the end')
+        elif why and broken=='skip':
+            report.skip(file_name(r), 'with an image that cannot be fully decoded')
         elif why: bad.append(why)
         else: res.append(r)
     if bad: raise ValueError(

@@ -138,6 +138,7 @@ def _brush_mask(o, v):
         raise ValueError(f'a brush mask of {len(values)//4} pixels, expected {h*w}')
     return values.reshape(h, w, 4)[...,3]>=128
 
+# %% ../../nbs/data/129_servers.ipynb #97cf09c2
 def _studio_image(task, sheet) -> str:
     "Returns the name of a task's image on disk."
     data = task.get('data', task)

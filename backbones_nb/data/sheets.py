@@ -189,6 +189,7 @@ def copy_images(
         elif r.path.resolve()!=(folder/names[-1]).resolve(): shutil.copyfile(r.path, folder/names[-1])
     return names
 
+# %% ../../nbs/data/125_sheets.ipynb #7561016e
 def written_objects(
     record,
     class_map, # `ClassMap`

@@ -217,6 +217,7 @@ def voc_xml(
         add(ET.SubElement(o, 'bndbox'), xmin=x1+1, ymin=y1+1, xmax=x2, ymax=y2) # counted from 1
     return ET.ElementTree(root)
 
+# %% ../../nbs/data/97_voc.ipynb #6cd8389a
 def _palette(): # VOC's: the bits of the number, spread over red, green, blue
     def channel(i, c): return sum((i>>(3*j+c)&1)<<(7-j) for j in range(3))
     return [channel(i, c) for i in range(256) for c in range(3)]

@@ -153,6 +153,7 @@ def matching_detectors(
     if found := [r for r in have if r.tag==str(pretrained)]: return found
     raise ValueError(f"{name} has no weights {str(pretrained)!r}: pass True, 'coco' or one of {_tags(have)}")
 
+# %% ../../nbs/detectors/36_coco_weights.ipynb #e50614a5
 def _torchvision_records(
     family:str, # 'faster_rcnn', 'mask_rcnn', 'retinanet' or 'fcos'
 ) -> list: # of `DetectorRecord`s
@@ -257,6 +258,7 @@ def _file_renames(family):
     files may use their names."""
     return [*dict.fromkeys(r.renames for r in coco_families[family].records())]
 
+# %% ../../nbs/detectors/36_coco_weights.ipynb #d079af57
 def build_coco(
     build, # the family's `model`
     family:str, # see `pick_coco`

@@ -122,6 +122,7 @@ def _check_asked(family, path, facts, asked):
         f"got {path.name}, which is the file of a {facts['family']}, for a "
         f"{family}: build that family, or pass the file as pretrained_backbone")
 
+# %% ../../nbs/detectors/122_detector_files.ipynb #4e81f2f5
 def build_from_detector_file(
     build, # the family's `model`
     family:str, # its name

@@ -127,8 +127,9 @@ def _class_numbers(
     "Returns the output index of each class; raises ValueError if the classes are not those of the net."
     if n==len(vocab): return torch.arange(n)
     ids = sorted(synset_names())
-    if n!=len(ids) or not set(vocab)<=set(ids): raise ValueError(f'got data of {len(vocab)} classes and a net of {n}: '
-        'pass the data it was trained on, or ImageNet-1k synsets and a net with its 1000 classes')
+    if n!=len(ids) or not set(vocab)<=set(ids): raise ValueError(
+        f'got data with {len(vocab)} classes and a model with {n}: pass the data it was trained on, '
+        'or ImageNet-1k synsets and a model with its 1000 classes')
     return torch.tensor([ids.index(o) for o in vocab])
 
 # %% ../../nbs/imagenet/108_evaluate.ipynb #f5be1139

@@ -121,6 +121,7 @@ def collect(self:Checkpoint,
                 scaler=scaler and scaler.state_dict(), history=_history(self.recorder),
                 past=[list(o) for o in self.past], **{k:[o[k] for o in each] for k in own})
 
+# %% ../../nbs/learners/153_checkpoint.ipynb #1047593e
 @patch
 def save(self:Checkpoint, epoch, batch):
     "Writes the state to a temporary file and then replaces the last one atomically."
@@ -276,6 +277,7 @@ def before_fit(self:Checkpoint):
     if self.state:
         self.load(self.state)
         self.past = list(self.state['past'])
+        self.learn.train_iter = self.state['train_iter']
         self.seconds = self.state['seconds']
     self.begun = time.time()-self.seconds
 
@@ -285,6 +287,5 @@ def before_epoch(self:Checkpoint):
     if self.epoch<self.first: raise CancelEpochException
     if not self.state or self.epoch>self.first: return
     _set_history(self.recorder, self.state['history'])
-    self.learn.train_iter = self.state['train_iter']
     _set_rng_state(self.state['rng'][rank_distrib()])
     if self.state['batch']: self.learn.add_cb(_Rewind(self.state))

@@ -163,12 +163,13 @@ def _draws_detections(cb):
     cb.trace_model = False
     cb.after_epoch = partial(_log_epoch, cb)
 
-# %% ../../nbs/learners/51_fastai.ipynb #de963ac3
+# %% ../../nbs/learners/51_fastai.ipynb #23c5060a
 def _losses_per_image(model, images, targets):
     "Returns the losses of each image, and the detections."
     own = getattr(get_model(model), 'losses_per_image', None)
     return own(images, targets) if own else losses_one_by_one(get_model(model), images, targets)
 
+# %% ../../nbs/learners/51_fastai.ipynb #de963ac3
 class DetectionLearner(_FreezeMixin, TiledMixin, PredictionMixin, PrecisionMixin, SummaryMixin,
                        DistributedMixin, StoppableMixin, Learner):
     """fastai's `Learner` for detectors: one pass computes losses and detections of a validation

@@ -159,6 +159,18 @@ def shard(self:Distributed,
     if equal and not len(dl): raise ValueError(f'got {dl.n} training images, expected at least one batch of {dl.bs} '
         f'for each of {n} processes: use a smaller bs')
 
+# %% ../../nbs/learners/64_distributed.ipynb #ecbbeba9
+def _plain(v): return v.cpu() if isinstance(v, torch.Tensor) else v
+
+def all_reduce_sum(
+    slots, # pairs of a dict and a key: numbers or lists
+):
+    """Replaces each value with its sum over all processes;
+    all must call it with the same number of pairs."""
+    slots = list(slots)
+    gathered = _gather_objects([_plain(d[k]) for d,k in slots])
+    for (d,k),*vs in zip(slots, *gathered): d[k] = reduce(add, vs)
+
 # %% ../../nbs/learners/64_distributed.ipynb #ac9d19f9
 _adds = {(AvgLoss,AvgMetric,TopK): ('total','count'),
          AccumMetric: ('preds','targs'),
@@ -174,17 +186,6 @@ def _slots(learn, phase):
     means = getattr(learn, 'loss_means', None)
     if means and phase in means.counts:
         yield from [(means.sums[phase],k) for k in means.names] + [(means.counts,phase)]
-
-def _plain(v): return v.cpu() if isinstance(v, torch.Tensor) else v
-
-def all_reduce_sum(
-    slots, # pairs of a dict and a key: numbers or lists
-):
-    """Replaces each value with its sum over all processes;
-    all must call it with the same number of pairs."""
-    slots = list(slots)
-    gathered = _gather_objects([_plain(d[k]) for d,k in slots])
-    for (d,k),*vs in zip(slots, *gathered): d[k] = reduce(add, vs)
 
 @patch
 def merge(self:Distributed,

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import get_model
+from fastcore.basics import patch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 # %% ../../nbs/learners/156_ema.ipynb #0ebadf90
@@ -57,17 +58,20 @@ class WeightAverage(Callback):
         for a,b in zip(self.average.module.buffers(), self.net.buffers()):
             if not a.is_floating_point(): a.copy_(b)
 
-    def swap_in(self):
-        "Copies the average into the net, if there is any; returns the net's own weights, or None."
-        if self.average is None or not self.average.n_averaged: return
-        own = {k:v.clone() for k,v in self.net.state_dict().items()}
-        self.net.load_state_dict(self.average.module.state_dict())
-        return own
+# %% ../../nbs/learners/156_ema.ipynb #7cee7ac8
+@patch
+def swap_in(self:WeightAverage):
+    "Copies the average into the net, if there is any; returns the net's own weights, or None."
+    if self.average is None or not self.average.n_averaged: return
+    own = {k:v.clone() for k,v in self.net.state_dict().items()}
+    self.net.load_state_dict(self.average.module.state_dict())
+    return own
 
-    def restore(self):
-        "Restores the net's own weights if the average is in their place."
-        if self.backup: self.net.load_state_dict(self.backup)
-        self.backup = None
+@patch
+def restore(self:WeightAverage):
+    "Restores the net's own weights if the average is in their place."
+    if self.backup: self.net.load_state_dict(self.backup)
+    self.backup = None
 
 # %% ../../nbs/learners/156_ema.ipynb #2a32be2b
 class SavedAverage(WeightAverage):
@@ -113,41 +117,50 @@ class ModelEMA(SavedAverage):
         self.steps,self.warmup,self.evaluate,self.swap = steps,warmup,evaluate,swap
         self.active = self.skipped = False
 
-    def before_fit(self): # a backup is left over from an interrupted fit, or was loaded
-        self.active = False
-        if not self.backup: return
-        self.start()
-        now,average = (o.state_dict().values() for o in (self.net, self.average.module))
-        if not all(map(torch.equal, now, average)): self.backup = None # other weights are in place
-        self.restore()
+# %% ../../nbs/learners/156_ema.ipynb #f6ca2e35
+@patch
+def before_fit(self:ModelEMA): # a backup is left over from an interrupted fit, or was loaded
+    self.active = False
+    if not self.backup: return
+    self.start()
+    now,average = (o.state_dict().values() for o in (self.net, self.average.module))
+    if not all(map(torch.equal, now, average)): self.backup = None # other weights are in place
+    self.restore()
 
-    def before_train(self):
-        self.run = self.active = not hasattr(self.learn, 'lr_finder')
-        if not self.run: return
-        self.restore()
-        if self.epoch==0 and not self.loaded: self.average,self.count = None,0
-        self.loaded = False
-        self.start()
+@patch
+def before_train(self:ModelEMA):
+    self.run = self.active = not hasattr(self.learn, 'lr_finder')
+    if not self.run: return
+    self.restore()
+    if self.epoch==0 and not self.loaded: self.average,self.count = None,0
+    self.loaded = False
+    self.start()
 
-    def after_cancel_step(self): self.skipped = True # float16 overflowed; `after_step` follows
+# %% ../../nbs/learners/156_ema.ipynb #e11af151
+@patch
+def after_cancel_step(self:ModelEMA): self.skipped = True # float16 overflowed; `after_step` follows
 
-    def after_step(self):
-        skipped,self.skipped = self.skipped,False
-        if skipped: return
-        self.count += 1
-        if self.count%self.steps: return
-        self.update()
-        if self.epoch<self.warmup: self.average.n_averaged.zero_() # the next update copies again
+@patch
+def after_step(self:ModelEMA):
+    skipped,self.skipped = self.skipped,False
+    if skipped: return
+    self.count += 1
+    if self.count%self.steps: return
+    self.update()
+    if self.epoch<self.warmup: self.average.n_averaged.zero_() # the next update copies again
 
-    def before_validate(self):
-        if self.active and self.evaluate and not self.backup: self.backup = self.swap_in()
+@patch
+def before_validate(self:ModelEMA):
+    if self.active and self.evaluate and not self.backup: self.backup = self.swap_in()
 
-    def after_fit(self):
-        if not self.active: return
-        self.restore()
-        if self.swap: self.swap_in()
-        self.active = False
+@patch
+def after_fit(self:ModelEMA):
+    if not self.active: return
+    self.restore()
+    if self.swap: self.swap_in()
+    self.active = False
 
+# %% ../../nbs/learners/156_ema.ipynb #0c3efd43
 def find_ema(
     learn, # a Learner
 ) -> ModelEMA: # or None

@@ -73,6 +73,13 @@ def _learned_from(run, config, data, split, records):
     return n and (f'{n} of {len(records)} images were learned from: '
                   'leave the data out to measure on the others')
 
+# %% ../../nbs/learners/151_evaluation.ipynb #66fa22cc
+def _show(res, records, class_map):
+    masks = {k.removeprefix('mask_'):v for k,v in res.items() if k.startswith('mask_')}
+    print(f"{len(records)} images; {res['skipped']}")
+    print(coco_table({'boxes':res} | ({'masks':masks} if masks else {})))
+    print(class_table(res, records, class_map))
+
 # %% ../../nbs/learners/151_evaluation.ipynb #98b85427
 def measure(
     run, # folder of a finished run
@@ -108,9 +115,3 @@ def measure(
     path.write_text(json.dumps(res, indent=1)+'\n', encoding='utf-8')
     print(f'results in {path}')
     return res
-
-def _show(res, records, class_map):
-    masks = {k.removeprefix('mask_'):v for k,v in res.items() if k.startswith('mask_')}
-    print(f"{len(records)} images; {res['skipped']}")
-    print(coco_table({'boxes':res} | ({'masks':masks} if masks else {})))
-    print(class_table(res, records, class_map))

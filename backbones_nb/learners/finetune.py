@@ -38,7 +38,7 @@ from .detection import detection_learner
 from .distributed import join_processes
 from .folder import (check_out_dir, clear_run, finished_run, run_lock,
                                           save_json, save_text)
-from .metrics import coco_eval, coco_table
+from .metrics import coco_eval, coco_keys, coco_table
 from .prediction import gives_masks
 from .run import (RunConfig, environment_info,
                                        get_detector, open_data, run_options)
@@ -173,7 +173,8 @@ def _report(res, out):
     name = f"{c['detector']}, {c['backbone'] or 'its own backbone'}"
     rows = {name: res['metrics'], f'{name}: masks': res.get('mask_metrics'),
             'mean box, most frequent class': res['mean_box']}
-    print(coco_table({k:v for k,v in rows.items() if v}))
+    rows = {k:v for k,v in rows.items() if v}
+    for keys in coco_keys[:6],coco_keys[6:]: print(coco_table(rows, keys))
     print(f"{res['train_seconds']:.0f} s of training, {res['seconds']:.0f} s in total; results in {out}/")
 
 # %% ../../nbs/learners/103_finetune.ipynb #6311b59c
@@ -242,6 +243,7 @@ def _plain(p):
         return res | (dict(mask=masks[i]) if masks else {})
     return [one(i, *o) for i,o in enumerate(zip(p['names'], p['scores'], p['boxes']))]
 
+# %% ../../nbs/learners/103_finetune.ipynb #efedfde4
 def _find_images(
     names, # files, folders, and patterns such as 'photos/*.jpg'
 ) -> tuple: # list of unique paths; list of messages about names without images
@@ -256,6 +258,7 @@ def _find_images(
         if not found: bad.append(f'{o} contains no image: check the path')
     return list(dict.fromkeys(res)),bad
 
+# %% ../../nbs/learners/103_finetune.ipynb #7d68d8a9
 def _picture_names(paths):
     "Returns a unique picture name for each path: the file's name, with its folder's in front if needed."
     often,res = Counter(p.stem for p in paths),{}
@@ -265,6 +268,7 @@ def _picture_names(paths):
         res[p] = f"{stem}{f'_{more}' if more>1 else ''}.png"
     return res
 
+# %% ../../nbs/learners/103_finetune.ipynb #86d516fb
 def predict(
     run, # folder of a run
     images, # image files, folders, and patterns such as 'photos/*.jpg'

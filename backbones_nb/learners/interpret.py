@@ -48,7 +48,8 @@ class DetectionInterpretation:
 
     def __len__(self): return len(self.losses)
     def __repr__(self):
-        return f'DetectionInterpretation of {len(self)} images, losses {", ".join(self.parts)}'
+        names = ', '.join(k.removeprefix('loss_') for k in self.parts)
+        return f'DetectionInterpretation of {len(self)} images, losses {names}'
 
 # %% ../../nbs/learners/56_interpret.ipynb #0f9b6cc7
 @patch

@@ -49,7 +49,6 @@ class _Range(NamedTuple):
     low:float
     high:float=float('inf')
     inner:bool=False
-
     def allows(self, v): return self.low<v<self.high if self.inner else self.low<=v<=self.high
     def __str__(self):
         if self.high==float('inf'): return f"a number above {self.low}" if self.inner else f'at least {self.low}'
@@ -59,10 +58,10 @@ class _Match(NamedTuple):
     "Allows the strings that match a pattern."
     pattern:str
     what:str # what it allows, in words
-
     def allows(self, v): return bool(re.fullmatch(self.pattern, str(v)))
     def __str__(self): return self.what
 
+# %% ../../nbs/learners/102_run.ipynb #cd3a6bbc
 _kinds = {bool: (bool, 'True or False'), int: (Integral, 'an integer'), float: (Real, 'a number'),
           str: ((str, os.PathLike), 'a string'), dict: (Mapping, 'a dict')} # type of an option -> (accepted, in words)
 
@@ -88,16 +87,22 @@ def _check_option(name, v, hint, default):
     if n and not bad and list(parts)!=sorted(parts): bad = 'the lower number first'
     if bad: raise ValueError(f'got {name}={v!r}, expected {bad}')
 
-# %% ../../nbs/learners/102_run.ipynb #7cf043aa
-_picture = _Match(r'[^/\\]+\.(png|jpg|jpeg|svg|pdf)',
-                  'a file name without a folder that ends in .png, .jpg, .svg or .pdf')
+class _Options:
+    "Base of frozen dataclasses: checks the values of their options; raises ValueError for a wrong one."
+    def __init_subclass__(cls): cls.__delwrap__ = cls.__base__ # where docments finds the comments of inherited options
+    def __post_init__(self):
+        for f in fields(self):
+            v = getattr(self, f.name)
+            _check_option(f.name, v, f.type, f.default)
+            object.__setattr__(self, f.name, deepcopy(v)) # a change leaves the presets alone
 
+# %% ../../nbs/learners/102_run.ipynb #7b04c1c4
 _mix = _Match(r'(mosaic|copy_paste|jitter|multiscale)(,(mosaic|copy_paste|jitter|multiscale))*',
               'mosaic, copy_paste, jitter or multiscale, or several with commas and no spaces')
 
 @dataclass(frozen=True)
-class RunConfig:
-    "Every option of a run that trains a detector; raises ValueError for a wrong value."
+class _DataOptions(_Options):
+    "Which images a run sees, and how they become batches."
     # toy pets, Oxford-IIIT Pets, or a file or folder: COCO, VOC, YOLO, LabelMe, VIA, CVAT, CSV, ...
     data:Annotated[str, dict(metavar='toy|pets|PATH')]='toy'
     valid:Annotated[str, dict(metavar='PATH')]=None # separate validation data, in any format
@@ -125,6 +130,17 @@ class RunConfig:
     color:Annotated[float, _Range(0, 1)]=0.25
     # more augmentation: mosaic, copy_paste, jitter (instead of zoom), multiscale; commas between
     mix:Annotated[str, dict(metavar='NAME,NAME'), _mix]=None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.mix and not self.augment:
+            raise ValueError(f'got mix={self.mix!r} beside augment=False, which leaves training '
+                             'images as they are: leave one of them out')
+
+# %% ../../nbs/learners/102_run.ipynb #0eb5dc68
+@dataclass(frozen=True)
+class _ModelOptions(_DataOptions):
+    "What is trained, and which weights it starts from."
     detector:Annotated[str, dict(choices=detectors)]='faster_rcnn' # family of the detector
     # what trains: fastai with our detectors, or another one that is installed, such as icevision
     engine:str='fastai'
@@ -137,6 +153,16 @@ class RunConfig:
     backbone_args:dict=None # more arguments for `create_backbone`
     model_args:dict=None # more arguments for the detector's `model`
     cpu_preset:bool=False # narrow neck and heads and few proposals, for small images on a CPU
+    @property
+    def detector_args(self):
+        "Arguments of the detector's `model`: the CPU preset, if requested, below `model_args`."
+        preset = cpu_preset.get(self.detector, {}) if self.cpu_preset else {}
+        return preset | (self.model_args or {})
+
+# %% ../../nbs/learners/102_run.ipynb #53a74c93
+@dataclass(frozen=True)
+class _TrainOptions(_ModelOptions):
+    "How long, how fast and where a run trains."
     epochs:Annotated[int, _Range(1)]=20 # passes over the training images
     # peak learning rate; default: the detector's own
     lr:Annotated[float, _Range(0, inner=True)]=None
@@ -157,6 +183,14 @@ class RunConfig:
     validate:bool=True # evaluate after each epoch; --no-validate evaluates only after training
     # random seed for the split, the weights, the order and the augmentation
     seed:Annotated[int, _Range(0, 2**32-1)]=42
+
+# %% ../../nbs/learners/102_run.ipynb #7cf043aa
+_picture = _Match(r'[^/\\]+\.(png|jpg|jpeg|svg|pdf)',
+                  'a file name without a folder that ends in .png, .jpg, .svg or .pdf')
+
+@dataclass(frozen=True)
+class RunConfig(_TrainOptions):
+    "Every option of a run that trains a detector; raises ValueError for a wrong value."
     out:Annotated[str, dict(metavar='DIR')]='runs/finetune' # output folder
     # file name of the picture in the output folder: .png, .jpg, .svg or .pdf
     picture:Annotated[str, dict(metavar='NAME'), _picture]='predictions.png'
@@ -166,21 +200,6 @@ class RunConfig:
     checkpoint_every:Annotated[int, _Range(1)]=500
     resume:bool=False # continue an interrupted run in the same folder, or begin it
     force:bool=False # overwrite an older run in the same folder
-
-    def __post_init__(self):
-        for f in fields(self):
-            v = getattr(self, f.name)
-            _check_option(f.name, v, f.type, f.default)
-            object.__setattr__(self, f.name, deepcopy(v)) # a change leaves the presets alone
-        if self.mix and not self.augment:
-            raise ValueError(f'got mix={self.mix!r} beside augment=False, which leaves training '
-                             'images as they are: leave one of them out')
-
-    @property
-    def detector_args(self):
-        "Arguments of the detector's `model`: the CPU preset, if requested, below `model_args`."
-        preset = cpu_preset.get(self.detector, {}) if self.cpu_preset else {}
-        return preset | (self.model_args or {})
 
 # %% ../../nbs/learners/102_run.ipynb #a7673aff
 def run_options(

@@ -70,7 +70,7 @@ def _join(i, taken, det, masks, metric, thr):
 
 # %% ../../nbs/learners/143_tiled_predict.ipynb #addb4ee3
 def merge_detections(
-    det:dict, # boxes (N,4) xyxy px, labels, scores, maybe masks: with doubles and parts
+    det:dict, # boxes (N,4) xyxy px, labels, scores, maybe masks: with duplicates and parts
     how:str='nmm', # 'nmm': merge; 'nms': suppress
     metric:str='ios', # 'ios' or 'iou', as for `overlap_with`
     thr:float=0.5, # overlap from which two boxes are one object

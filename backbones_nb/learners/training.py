@@ -147,6 +147,7 @@ def _rescue(learn, out):
     export_run(learn, out)
     return f'{out} holds the learner as it was'
 
+# %% ../../nbs/learners/159_training.ipynb #f6f31f98
 def train_run(
     learn, # a `DetectionLearner`, or what another engine trains
     config:RunConfig, # the run's options

@@ -4,11 +4,13 @@ import json
 from dataclasses import replace
 
 import pytest
-from common import draw_record
+from common import as_found, same_for_any_batch, write_drawn
 
 from backbones_nb.cli.cli import main
 from backbones_nb.data.formats import read_data, write_data
 from backbones_nb.data.records import ClassMap
+from backbones_nb.learners.finetune import load_run
+from backbones_nb.learners.metrics import coco_keys
 
 tiny = '--backbone vovnet19_slim_dw --size 64 --epochs 2 --bs 4 --cpu-preset --no-validate --no-augment --zoom 1 1'
 keys = 'AP', 'AP50', 'APs', 'APm', 'AR100'
@@ -18,10 +20,7 @@ keys = 'AP', 'AP50', 'APs', 'APm', 'AR100'
 def root(tmp_path_factory):
     "A run on drawn images, with a part to measure on."
     root = tmp_path_factory.mktemp('run')
-    (root / 'in').mkdir()
-    records = [draw_record(i, root / 'in') for i in range(18)]
-    classes = ClassMap(['red', 'blue'])
-    write_data(dict(train=records[:12], valid=records[12:16], test=records[16:]), classes, root / 'data', 'coco')
+    write_drawn(root, train=12, valid=4, test=2)
     line = ['finetune', '--data', str(root / 'data'), '--out', str(root / 'run'), '--lr', '5e-3', *tiny.split()]
     assert main([*line, '--set', 'score_thresh=0.0', '--detector', 'retinanet']) == 0
     return root
@@ -44,8 +43,18 @@ def test_the_numbers_of_the_run_come_again(root, capsys):
     out = capsys.readouterr().out
     assert 'AR100' in out and 'class  images  objects     AP' in out and 'red ' in out and 'warning' not in out
     assert measured(root, root / 'data')['AP'] == got['AP']  # its part to measure on
-    for bs in (1, 3, 8):  # float noise orders the equal scores of an almost untrained net
-        assert measured(root, '--bs', bs)['AP'] == pytest.approx(got['AP'], abs=0.02)
+
+
+def test_the_numbers_do_not_depend_on_the_batch(root, tmp_path):
+    with same_for_any_batch():
+        valid = as_found(load_run(root / 'run'), 6, tmp_path)
+        write_data(valid, ClassMap(['red', 'blue']), tmp_path / 'data', 'coco')
+        want = measured(root, tmp_path / 'data', '--bs', 1)
+        assert 0.05 < want['AP'] < 0.95
+        for args in (('--bs', 2), ('--bs', 3, '--workers', 1), ('--bs', 8)):
+            got = measured(root, tmp_path / 'data', *args)
+            assert {k: got[k] for k in coco_keys} == pytest.approx({k: want[k] for k in coco_keys}, abs=1e-6)
+            assert got['per_class'] == pytest.approx(want['per_class'], abs=1e-6)
 
 
 @pytest.mark.parametrize('name', ['yolo', 'csv', 'labelme'])

@@ -97,7 +97,7 @@ def test_an_image_that_was_cut_off(coco, capsys):
         err = capsys.readouterr().err
         assert '1 of ' in err and '3.jpg' in err and "broken='skip'" in err and 'Traceback' not in err
     for how, words in (
-        ('skip', '1 that cannot be decoded to the end (3.jpg)'),
+        ('skip', '1 with an image that cannot be fully decoded (3.jpg)'),
         ('read', '1 cut off, read as far as it goes (3.jpg)'),
     ):
         assert finetune(f, coco.root / how, f'--broken {how}') == 0

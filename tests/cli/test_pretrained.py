@@ -6,13 +6,11 @@ from threading import Thread
 
 import pytest
 import torch
-from common import draw_record
+from common import write_drawn
 from safetensors.torch import load_file, save_file
 
 from backbones_nb.cli.cli import main
 from backbones_nb.core.create import create_backbone
-from backbones_nb.data.formats import write_data
-from backbones_nb.data.records import ClassMap
 from backbones_nb.detectors import retinanet
 from backbones_nb.detectors.detector_files import save_detector
 from backbones_nb.learners.finetune import load_run
@@ -32,9 +30,7 @@ class Quiet(SimpleHTTPRequestHandler):
 def root(tmp_path_factory):
     "Data, a file of a backbone, one of a whole detector, and files that are none."
     root = tmp_path_factory.mktemp('weights')
-    (root / 'in').mkdir()
-    records = [draw_record(i, root / 'in') for i in range(6)]
-    write_data(dict(train=records[:4], valid=records[4:]), ClassMap(['red', 'blue']), root / 'data', 'coco')
+    write_drawn(root, train=4, valid=2)
     torch.manual_seed(3)
     net = create_backbone(body, strides=None)
     for p in net.parameters():

@@ -86,7 +86,7 @@ def test_images_of_any_kind_under_any_name(mode, fmt, tmp_path):
 
 @pytest.mark.parametrize('orientation', range(1, 9))
 def test_exif_orientation(orientation, tmp_path):
-    "Each of the eight ways to store a picture gives the same picture and the same size."
+    "Each of the eight ways to store an image gives the same image and the same size."
     want = Image.new('RGB', (40, 24), 'white')
     want.paste('red', (0, 0, 20, 12))
     want.paste('blue', (20, 12, 40, 24))

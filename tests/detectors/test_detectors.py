@@ -10,7 +10,7 @@ from fastcore.docments import docments
 from torch import nn
 from torch.testing import assert_close
 
-from common import assert_same, buffers, assert_runs_on_cuda
+from common import assert_runs_on_cuda, assert_same, buffers, lean_rcnn, plain
 
 from backbones_nb import create_backbone
 from backbones_nb.analysis.parity import map_weights, randomize_
@@ -19,26 +19,9 @@ from backbones_nb.detectors.detector import Detector
 from backbones_nb.detectors.targets import check_images, check_targets
 from backbones_nb.necks.build import attach_neck
 
-LEAN = dict(
-    neck_channels=32,
-    head_channels=64,
-    box_batch_size_per_image=32,
-    rpn_pre_nms_top_n_train=100,
-    rpn_post_nms_top_n_train=50,
-    rpn_pre_nms_top_n_test=100,
-    rpn_post_nms_top_n_test=30,
-    box_detections_per_img=10,
-    box_score_thresh=0.0,
-)
+LEAN = lean_rcnn
 NONE = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
 LOSSES = {'loss_classifier', 'loss_box_reg', 'loss_objectness', 'loss_rpn_box_reg'}
-
-
-def plain():  # a net of somebody who knows nothing of this package
-    def block(ni, nf):
-        return nn.Sequential(nn.Conv2d(ni, nf, 3, 2, 1), nn.BatchNorm2d(nf), nn.ReLU())
-
-    return nn.Sequential(block(3, 8), block(8, 16), block(16, 24), block(24, 32))
 
 
 class TwoMaps(nn.Module):  # maps with equal channels, strides 8 and 32: nothing in between

@@ -9,7 +9,7 @@ from effdet.config import set_config_writeable
 from torch import nn
 from torch.testing import assert_close
 
-from common import assert_same, buffers
+from common import assert_same, buffers, plain
 
 from backbones_nb import create_backbone
 from backbones_nb.analysis.parity import randomize_
@@ -30,13 +30,6 @@ SLOW = """resnet18 regnetx_002 ghostnet_050 hardcorenas_a lcnet_035 tinynet_e fb
     mobilevit_xxs fastvit_t8 vit_tiny_patch16_224 maxvit_rmlp_pico_rw_256""".split()
 TIMM = QUICK + [pytest.param(o, marks=pytest.mark.slow) for o in SLOW]
 OURS = ['vovnet19_slim', 'darknet19', 'cspdarknet19', 'resnet18', 'mobilenet_v2']
-
-
-def plain():  # a net of somebody who knows nothing of this package: one map, stride 16
-    def block(ni, nf):
-        return nn.Sequential(nn.Conv2d(ni, nf, 3, 2, 1), nn.BatchNorm2d(nf), nn.ReLU())
-
-    return nn.Sequential(block(3, 8), block(8, 16), block(16, 24), block(24, 32))
 
 
 class Gap(nn.Module):  # maps at strides 8 and 32, nothing in between

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from torchvision.models.detection.roi_heads import maskrcnn_loss, paste_masks_in_image
 
-from common import assert_same, buffers, assert_runs_on_cuda
+from common import assert_runs_on_cuda, assert_same, buffers, lean_rcnn, plain
 
 from backbones_nb import create_backbone
 from backbones_nb.analysis.parity import map_weights, randomize_
@@ -17,29 +17,11 @@ from backbones_nb.detectors import faster_rcnn, mask_rcnn
 from backbones_nb.learners.metrics import coco_eval
 from backbones_nb.necks.build import attach_neck
 
-LEAN = dict(
-    neck_channels=32,
-    head_channels=64,
-    mask_channels=16,
-    box_batch_size_per_image=32,
-    rpn_pre_nms_top_n_train=100,
-    rpn_post_nms_top_n_train=50,
-    rpn_pre_nms_top_n_test=100,
-    rpn_post_nms_top_n_test=30,
-    box_detections_per_img=5,
-    box_score_thresh=0.0,
-)
+LEAN = lean_rcnn | dict(mask_channels=16, box_detections_per_img=5)
 NONE = dict(
     boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), masks=torch.zeros(0, 64, 80, dtype=torch.uint8)
 )
 LOSSES = {'loss_classifier', 'loss_box_reg', 'loss_objectness', 'loss_rpn_box_reg', 'loss_mask'}
-
-
-def plain():
-    def block(ni, nf):
-        return nn.Sequential(nn.Conv2d(ni, nf, 3, 2, 1), nn.BatchNorm2d(nf), nn.ReLU())
-
-    return nn.Sequential(block(3, 8), block(8, 16), block(16, 24), block(24, 32))
 
 
 CASES = {

@@ -5,19 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
 from cases import CLASSES, DETECTORS, T, X, at_once, check_detections, data, step
-from common import assert_same, buffers
+from common import assert_same, buffers, plain
 
 from backbones_nb import create_backbone
-
-
-def plain():  # a net of somebody who knows nothing of this package
-    def block(ni, nf):
-        return nn.Sequential(nn.Conv2d(ni, nf, 3, 2, 1), nn.BatchNorm2d(nf), nn.ReLU())
-
-    return nn.Sequential(block(3, 8), block(8, 16), block(16, 24), block(24, 32))
 
 
 BACKBONES = {  # a name, or what builds a module

@@ -10,6 +10,7 @@ if not has_icevision():
 import copy
 import importlib.util
 import sys
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -257,6 +258,23 @@ def test_validation_moves_no_statistics(toy, tmp_path):
     assert len(moved) == 20  # training still does
 
 
+def test_tile_by_tile_with_a_current_sahi(sahi):
+    "With sahi installed, this file imports IceVision at all only by the patch."
+    from icevision.models.inference_sahi import IceSahiModel
+    from sahi.models.base import DetectionModel
+
+    assert 'sahi.model' not in sys.modules and issubclass(IceSahiModel, DetectionModel)
+    boxes = [BBox.from_xyxy(3, 4, 20, 24), BBox.from_xyxy(30, 30, 50, 44)]
+    found = dict(labels=['b', 'a'], label_ids=[2, 1], scores=np.array([0.9, 0.6]), bboxes=boxes)
+    kind = SimpleNamespace(end2end_detect=lambda img, **kwargs: dict(detection=found))
+    model = IceSahiModel(kind, torch.nn.Identity(), ClassMap(['a', 'b']), None)
+    tiles = dict(slice_height=64, slice_width=64, overlap_height_ratio=0, overlap_width_ratio=0)
+    image = Image.new('RGB', (128, 64))
+    res = model.get_sliced_prediction(image, keep_sahi_format=True, perform_standard_pred=False, verbose=0, **tiles)
+    got = sorted((o.category.name, *o.bbox.to_xyxy()) for o in res.object_prediction_list)
+    assert got == [('a', 30 + x, 30, 50 + x, 44) for x in (0, 64)] + [('b', 3 + x, 4, 20 + x, 24) for x in (0, 64)]
+
+
 # --- a fault that has been repaired by somebody else is left alone: stand-ins with the repaired line in their source
 
 
@@ -370,7 +388,7 @@ def test_a_new_machine_gets_the_font_once(tmp_path):
 
 @pytest.mark.parametrize('bad', ['fonts', '', 3])
 def test_unknown_patch(bad):
-    with pytest.raises(ValueError, match='expected names of patches: choose from font, labels'):
+    with pytest.raises(ValueError, match='expected names of patches: choose from font, sahi, labels'):
         icevision_compat(skip=[bad])
 
 

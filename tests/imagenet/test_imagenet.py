@@ -1,6 +1,5 @@
 import inspect
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -8,6 +7,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from common import noise
+from common import noise, train_and_kill
 from fastai.callback.core import Callback
 from fastcore.docments import docments
 from safetensors.torch import load_file
@@ -38,8 +38,7 @@ from backbones_nb.imagenet.evaluate import (
     interpolation,
     published_classifier,
 )
-from backbones_nb.learners import checkpoint
-from tools.proc import kill_group, run
+from tools.proc import run
 
 torch.set_num_threads(1)
 inner = Path('ILSVRC') / 'Data' / 'CLS-LOC'
@@ -141,59 +140,13 @@ def test_every_batch_but_the_last_has_a_checkpoint_of_its_own(data, tmp_path):
         assert position(tmp_path / str(at)) == found
 
 
-def life(data, out, kw, torn):
-    """Trains in a process that leads a group of its own, so that its loader workers die with it;
-    with `torn` it is killed in the middle of its second write."""
-
-    def lead():
-        os.setsid()
-        real, calls = torch.save, []
-
-        def deadly(state, f):
-            calls.append(1)
-            if len(calls) < 2:
-                return real(state, f)
-            f.write_bytes(b'half')
-            os.killpg(0, signal.SIGKILL)
-
-        if torn:
-            checkpoint.torch.save = deadly
-        train_imagenet(data, out, **kw)
-
-    p = multiprocessing.get_context('fork').Process(target=lead)
-    p.start()
-    return p
-
-
 def test_killed_at_any_moment(data, tmp_path):
-    kw, rng, found, file = (
-        small | dict(epochs=3, workers=1, every=1),
-        random.Random(0),
-        [],
-        tmp_path / 'parts' / 'checkpoint.pt',
-    )
+    kw, rng, found = small | dict(epochs=3, workers=1, every=1), random.Random(0), []
     train_imagenet(data, tmp_path / 'whole', **kw)
+    train = partial(train_imagenet, data, tmp_path / 'parts', **kw)
     for i in range(5):
-        p, writes, last = (
-            life(data, tmp_path / 'parts', kw, torn=i == 2),
-            0,
-            file.stat().st_mtime_ns if file.exists() else 0,
-        )
-        until = time.monotonic() + 120
-        try:
-            while i != 2 and writes < 2:  # let it get somewhere
-                assert p.is_alive() and time.monotonic() < until
-                now = file.stat().st_mtime_ns if file.exists() else 0
-                writes, last = writes + (now != last), now
-                time.sleep(0.005)
-            if i != 2:
-                time.sleep(rng.uniform(0, 0.2))
-            else:
-                p.join(120)  # it kills itself
-        finally:
-            kill_group(p.pid)
-        p.join(60)
-        assert p.exitcode == -signal.SIGKILL
+        code = train_and_kill(train, tmp_path / 'parts' / 'checkpoint.pt', 2, i == 2, rng.uniform(0, 0.2))
+        assert code == -signal.SIGKILL
         found.append(position(tmp_path / 'parts'))
     assert found == sorted(set(found)) and any(batch for _, batch in found)
     train_imagenet(data, tmp_path / 'parts', **kw)
@@ -400,7 +353,7 @@ def test_classes_of_the_data_among_those_of_the_net():
         and _class_numbers('ab', 2).tolist() == [0, 1]
     )
     for vocab, n in (('ab', 1000), (ids[:3], 5)):
-        with pytest.raises(ValueError, match=f'data of {len(vocab)} classes and a net of {n}'):
+        with pytest.raises(ValueError, match=f'data with {len(vocab)} classes and a model with {n}'):
             _class_numbers(vocab, n)
 
 
@@ -493,6 +446,16 @@ def test_another_training_is_not_mixed_in(data, tmp_path):
     (tmp_path / 'checkpoint.pt').write_bytes((tmp_path / 'checkpoint.pt').read_bytes()[:1000])
     with pytest.raises(ValueError, match='cannot be read as a checkpoint'):
         train_imagenet(data, tmp_path, **kw)
+
+
+@pytest.mark.parametrize('name', ['metrics.json', 'history.csv', 'net.safetensors'])
+def test_files_of_the_user_are_kept(data, tmp_path, name, capsys):
+    from backbones_nb.cli.cli import main
+
+    (tmp_path / name).write_text('mine')
+    assert main(['imagenet', 'train', '--data', str(data), '--out', str(tmp_path), '--device', 'cpu']) == 1
+    assert f'holds no run, but a file {name} that a run would overwrite' in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == 'mine' and len(list(tmp_path.iterdir())) == 1
 
 
 def test_the_command(data, tmp_path, capsys):

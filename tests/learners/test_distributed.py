@@ -46,7 +46,7 @@ class Tiny(Backbone):
 
 
 class Wrong(Colors):
-    "Takes every third picture for the other color, so that AP lies between 0 and 1."
+    "Takes every third image for the other color, so that AP lies between 0 and 1."
 
     def find(self, x):
         found = super().find(x)

@@ -652,7 +652,7 @@ def test_masks_are_drawn(colors, records, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     plt.switch_backend('agg')
-    layers = lambda fig: [len(a.images) for a in fig.axes]  # the picture, and one layer for each mask
+    layers = lambda fig: [len(a.images) for a in fig.axes]  # the image, and one layer for each mask
     few = colors.dls.test_dl(records[:2], with_labels=True)
     assert (
         layers(colors.show_results(dl=few, max_n=2, shuffle=False))

@@ -1,25 +1,22 @@
 "A run of `finetune` that is killed, stopped, started twice, or goes wrong."
 
 import json
-import multiprocessing
-import os
 import random
 import signal
-import time
+from functools import partial
 
 import pandas as pd
 import pytest
 import torch
-from common import cm, draw_record
+from common import cm, draw_record, train_and_kill
 from fastai.callback.core import Callback
 from safetensors.torch import load_file
 
 from backbones_nb.cli.cli import main
 from backbones_nb.data.coco import to_coco
-from backbones_nb.learners import checkpoint, finetune as module, training
+from backbones_nb.learners import finetune as module, training
 from backbones_nb.learners.finetune import finetune, load_run, predict
 from backbones_nb.learners.finite import NonFiniteLoss
-from tools.proc import kill_group
 
 torch.set_num_threads(1)
 
@@ -68,60 +65,18 @@ def position(out):
 # --- kill -9
 
 
-def life(kw, torn):
-    """Trains in a process that leads a group of its own, so that its loader workers die with it;
-    with `torn` it is killed in the middle of its second write of a checkpoint."""
-
-    def lead():
-        os.setsid()
-        real, calls = torch.save, []
-
-        def deadly(state, f):
-            calls.append(1)
-            if len(calls) < 2:
-                return real(state, f)
-            f.write_bytes(b'half')
-            os.killpg(0, signal.SIGKILL)
-
-        if torn:
-            checkpoint.torch.save = deadly
-        finetune(**kw)
-
-    p = multiprocessing.get_context('fork').Process(target=lead)
-    p.start()
-    return p
-
-
-def kill_once(kw, out, torn, delay):
-    "Lets a run get somewhere and kills it; returns where its checkpoint is."
-    p, file, writes, last = life(kw, torn), out / 'checkpoint.pt', 0, None
-    until = time.monotonic() + 300
-    try:
-        while not torn and writes < 2 and p.is_alive():
-            assert time.monotonic() < until
-            now = file.stat().st_mtime_ns if file.exists() else 0
-            writes, last = writes + (now != last), now
-            time.sleep(0.005)
-        if torn:
-            p.join(300)  # it kills itself
-        else:
-            time.sleep(delay)
-    finally:
-        kill_group(p.pid)
-    p.join(60)
-    assert p.exitcode in (0, -signal.SIGKILL)
-    return position(out)
-
-
 @pytest.mark.parametrize('kills', [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_any_moment(coco, tmp_path, kills):
     "The same command continues, bit by bit, with workers and augmentation."
     kw = dict(workers=1, resume=True, epochs=2 if kills == 3 else 5)
     finetune(**options(coco, tmp_path / 'whole', **kw))
     parts, rng, found = options(coco, tmp_path / 'parts', **kw), random.Random(0), []
+    train = partial(finetune, **parts)
     for i in range(kills):
         torn = i == 1 or i == kills // 2
-        found.append(kill_once(parts, tmp_path / 'parts', torn, rng.uniform(0, 0.3)))
+        code = train_and_kill(train, tmp_path / 'parts' / 'checkpoint.pt', 1, torn, rng.uniform(0, 0.3))
+        assert code in (0, -signal.SIGKILL)
+        found.append(position(tmp_path / 'parts'))
         assert not (tmp_path / 'parts' / 'metrics.json').exists() or i > 2
     finetune(**parts)
     assert results(tmp_path / 'parts') == results(tmp_path / 'whole')

@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
-from common import Colors, cm, draw_record, make_learner
+from common import Colors, cm, draw_record, make_learner, write_drawn
 
 from backbones_nb.data.run_lengths import run_lengths
 from backbones_nb.data.tiles import tile_boxes
@@ -283,12 +283,10 @@ def test_the_order_of_the_tiles_does_not_matter():
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     "A run with tiles on eight drawn images; most of them are larger than a tile."
-    from backbones_nb.data.formats import write_data
     from backbones_nb.learners.finetune import finetune
 
     folder = tmp_path_factory.mktemp('tiled')
-    records = [draw_record(i, folder, masks=False) for i in range(8)]
-    write_data(dict(train=records[:5], valid=records[5:]), cm, folder / 'data')
+    parts = write_drawn(folder, masks=False, train=5, valid=3)
     res = finetune(
         data=str(folder / 'data'),
         out=str(folder / 'run'),
@@ -304,7 +302,7 @@ def run(tmp_path_factory):
         validate=False,
         device='cpu',
     )
-    return folder / 'run', records[5:], res
+    return folder / 'run', parts['valid'], res
 
 
 def test_a_run_learns_from_tiles_and_is_measured_on_whole_images(run):

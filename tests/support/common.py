@@ -2,7 +2,14 @@
 
 import copy
 import io
+import multiprocessing
+import os
 import pickle
+import signal
+import time
+import warnings
+from contextlib import contextmanager
+from itertools import islice
 
 import numpy as np
 import torch
@@ -12,6 +19,7 @@ from torchvision.ops import masks_to_boxes
 
 from backbones_nb.analysis.parity import rel_error
 from backbones_nb.data.records import ClassMap, Record
+from tools.proc import kill_group
 
 
 def noise(h=64, w=None, n=1):
@@ -58,6 +66,30 @@ def assert_same(a, b):
             assert torch.equal(p[k], q[k]), k
 
 
+# --- what tests of detectors need
+
+lean_rcnn = dict(
+    neck_channels=32,
+    head_channels=64,
+    box_batch_size_per_image=32,
+    rpn_pre_nms_top_n_train=100,
+    rpn_post_nms_top_n_train=50,
+    rpn_pre_nms_top_n_test=100,
+    rpn_post_nms_top_n_test=30,
+    box_detections_per_img=10,
+    box_score_thresh=0.0,
+)
+
+
+def plain():
+    "A model of somebody who knows nothing of this package: one map, stride 16."
+
+    def block(ni, nf):
+        return nn.Sequential(nn.Conv2d(ni, nf, 3, 2, 1), nn.BatchNorm2d(nf), nn.ReLU())
+
+    return nn.Sequential(block(3, 8), block(8, 16), block(16, 24), block(24, 32))
+
+
 # --- what tests of the learner need
 
 cm = ClassMap(['red', 'blue'])
@@ -82,6 +114,41 @@ def draw_record(i, folder, masks=True):
         masks=drawn if masks else None,
         iscrowd=torch.zeros(n, dtype=torch.int64),
     )
+
+
+def write_drawn(folder, masks=True, **splits):
+    "Writes drawn images to `folder / 'data'` as a COCO data set; `splits`: the number of each. Returns their records."
+    from backbones_nb.data.formats import write_data
+
+    (folder / 'in').mkdir()
+    records = (draw_record(i, folder / 'in', masks) for i in range(sum(splits.values())))
+    parts = {k: list(islice(records, n)) for k, n in splits.items()}
+    write_data(parts, cm, folder / 'data', 'coco')
+    return parts
+
+
+@contextmanager
+def same_for_any_batch():
+    "Without oneDNN, whose 3x3 convolutions of one image and of several differ in the last bits."
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of TF32
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
+
+
+def as_found(learn, n, folder):
+    "Images of random colors, whose ground truth is every second object that the model finds there, one by one."
+    rng, res = np.random.RandomState(0), []
+    for i in range(n):
+        h, w = (int(o) for o in rng.randint(50, 100, 2))
+        path = folder / f'colors{i}.png'
+        Image.fromarray(rng.randint(0, 256, (5, 5, 3), dtype=np.uint8)).resize((w, h), Image.BICUBIC).save(path)
+        det = learn.predict(path, score_thr=0)
+        large = (det['boxes'][:, 2:] - det['boxes'][:, :2]).amin(1) > 4
+        at = large.nonzero()[i % 2 :: 2, 0]
+        masks = det['masks'].tensor().reshape(-1, h, w)[at].numpy() if 'masks' in det else np.zeros((len(at), h, w))
+        res.append(Record(f'colors{i}', path, (h, w), det['boxes'][at], det['labels'][at], masks, class_map=cm))
+    return res
 
 
 def make_dls(records, path, **kw):
@@ -146,3 +213,45 @@ def assert_runs_on_cuda(m, x, t, key):
         assert (
             all(v.isfinite() for v in losses.values()) and dets[0][key].is_cuda and dets[0][key].dtype == torch.float32
         )
+
+
+def train_and_kill(train, file, writes, torn=False, delay=0.0):
+    """Calls `train` in a process of its own and kills it, with its loader workers: `delay` seconds after so many writes
+    of the checkpoint `file`, or with `torn` in the middle of the second one. Returns the exit code."""
+
+    def lead():
+        os.setsid()
+        real, calls = torch.save, []
+
+        def deadly(state, f):
+            calls.append(1)
+            if len(calls) < 2:
+                return real(state, f)
+            f.write_bytes(b'half')
+            os.killpg(0, signal.SIGKILL)
+
+        if torn:
+            torch.save = deadly
+        train()
+
+    def stamp():
+        return file.stat().st_mtime_ns if file.exists() else 0
+
+    last = stamp()
+    p = multiprocessing.get_context('fork').Process(target=lead)
+    p.start()
+    until = time.monotonic() + 300
+    try:
+        while not torn and writes and p.is_alive():
+            assert time.monotonic() < until
+            now = stamp()
+            writes, last = writes - (now != last), now
+            time.sleep(0.005)
+        if torn:
+            p.join(300)  # it kills itself
+        else:
+            time.sleep(delay)
+    finally:
+        kill_group(p.pid)
+    p.join(60)
+    return p.exitcode

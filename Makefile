@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ICEVISION = icevision==0.12.0 icedata==0.5.1
 # with its dependencies it would bring a second OpenCV, which needs libGL
+SAHI = sahi==0.12.8 'shapely>=2'
 DEMO ?= --preset demo
 JOBS ?= auto
 RUN = PATH="$(abspath $(BIN)):$$PATH" "$(abspath $(BIN))/python"
@@ -38,7 +39,7 @@ $(READY): | $(BIN)/python
 $(READY)-dev: | $(BIN)/python
 	@echo "Installing into $(VENV): PyTorch and its libraries, several minutes and several GB the first time."
 	$(PIP) install -q -e '.[dev,onnx,icevision,imagenet]'
-	$(PIP) install -q --no-deps $(ICEVISION)
+	$(PIP) install -q --no-deps $(ICEVISION) $(SAHI)
 	@touch $(READY) $@
 
 demo: $(READY)

@@ -10,7 +10,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 from project import root
 
-allowed_skips = 'slow', 'no CUDA device', 'shared data absent', 'no C++ compiler', 'no package index', 'sahi absent'
+allowed_skips = 'slow', 'no CUDA device', 'shared data absent', 'no C++ compiler', 'no package index'
 unknown_skips = set()
 
 

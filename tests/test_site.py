@@ -7,7 +7,9 @@ import base64
 import copy
 import importlib
 import json
+import os
 import re
+import sys
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -20,8 +22,9 @@ from nbdev.processors import FilterDefaults
 
 import backbones_nb
 import project
-from project import root
+from project import copy_tree, root
 from tools import checks
+from tools.proc import run
 from tools.site import Names, draws, header, key, link, public
 
 notebooks = [o.as_posix() for o in project.notebooks()]
@@ -33,12 +36,30 @@ def stored(f):
     return json.loads((root / f).read_text(encoding='utf-8'))
 
 
+@pytest.fixture(scope='module', autouse=True)
+def processed(tmp_path_factory):
+    "What `nbdev-docs` gives to quarto, made in a copy of the tree, and what it printed; `page` reads it."
+    home = copy_tree(tmp_path_factory.mktemp('pages') / 'backbones-nb')
+    code = """
+from functools import cache
+from nbdev import processors, serve
+processors.get_config = cache(processors.get_config) # it parses pyproject.toml twice for every cell
+serve.proc_nbs('nbs', n_workers=0, force=True)"""
+    env = os.environ | dict(PYTHONPATH=str(home))
+    r = run(sys.executable, '-c', code, cwd=home, env=env, merge=True)
+    pages['made'] = home / '_proc'
+    yield r
+    pages.clear()
+    page.cache_clear()
+
+
+pages = {}
+
+
 @lru_cache(None)
 def page(f):
     "The notebook as the site gets it."
-    nb = read_nb(root / f)
-    FilterDefaults()(nb)
-    return nb
+    return read_nb(pages['made'] / Path(f).relative_to('nbs'))
 
 
 def source(c):
@@ -54,6 +75,11 @@ def default_exp(nb):
 
 
 # --- the notebooks
+
+
+def test_nbdev_processes_every_notebook(processed):
+    assert processed.returncode == 0 and 'Warning' not in processed.stdout, processed.stdout[-3000:]
+    assert [f for f in notebooks if not (pages['made'] / Path(f).relative_to('nbs')).exists()] == []
 
 
 @pytest.mark.parametrize('check', checks.checks, ids=lambda o: o.__name__)

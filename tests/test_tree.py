@@ -33,19 +33,6 @@ def test_the_tree_is_what_the_notebooks_make(copied, env, command):
     assert sorted(k for k in now.keys() | before.keys() if now.get(k) != before.get(k)) == []
 
 
-def test_nbdev_processes_every_notebook(copied, env):
-    r = run(
-        sys.executable,
-        '-c',
-        "from nbdev.serve import proc_nbs; proc_nbs('nbs', n_workers=0, force=True)",
-        cwd=copied,
-        env=env,
-        merge=True,
-    )
-    assert r.returncode == 0 and 'Warning' not in r.stdout, r.stdout[-3000:]
-    assert [o for o in notebooks() if not (copied / '_proc' / o.relative_to('nbs')).exists()] == []
-
-
 def test_readme_is_what_the_index_makes(copied, env):
     r = run(sys.executable, 'tools/readme.py', '--check', cwd=copied, env=env, merge=True)
     assert r.returncode == 0, r.stdout[-3000:]

@@ -14,14 +14,14 @@ import sys
 import time
 import types
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from ..core.tables import Table
 from . import model_patches # noqa: F401, registers its patches
-from .patches import PATCHES, has_line, icevision_module, need_icevision, patch_once
+from .patches import (PATCHES, has_line, icevision_module,
+                                            need_icevision, patch_once, stand_ins)
 
 # %% ../../nbs/icevision/111_compat.ipynb #f6a60da8
 def _loss_modules(model) -> list: # modules
@@ -138,19 +138,6 @@ def _load_checkpoint(model, filename, map_location=None, strict=False, logger=No
     return res
 
 # %% ../../nbs/icevision/111_compat.ipynb #1207f5c8
-@contextmanager
-def _stand_ins(
-    modules:dict, # name -> module
-):
-    "Offers modules under names that are not installed, until the `with` block ends."
-    before = {k:sys.modules.get(k) for k in modules}
-    sys.modules.update(modules)
-    try: yield
-    finally:
-        for k,v in before.items():
-            if v is None: del sys.modules[k]
-            else: sys.modules[k] = v
-
 @PATCHES.register('save_icevision_checkpoint, model_from_checkpoint: no module named mmcv')
 def _patch_checkpoint() -> bool:
     "Imports IceVision's checkpoint module with a stand-in for mmcv; `models` offers its functions."
@@ -159,7 +146,7 @@ def _patch_checkpoint() -> bool:
     runner = types.ModuleType('mmcv.runner')
     runner.__dict__.update(load_checkpoint=_load_checkpoint, save_checkpoint=_write_checkpoint,
                            _load_checkpoint=_read_checkpoint, load_state_dict=_load_weights)
-    with _stand_ins({'mmcv':types.ModuleType('mmcv'), 'mmcv.runner':runner}):
+    with stand_ins({'mmcv':types.ModuleType('mmcv'), 'mmcv.runner':runner}):
         module = icevision_module('models.checkpoint')
     for k in module.__all__: PATCHES.replace(models, k, getattr(module, k))
     return True

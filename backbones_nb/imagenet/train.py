@@ -33,6 +33,7 @@ from .recipe import (Recipe, recipe as find_recipe, recipe_args,
 from .shard_batches import ShardDL, shard_dls
 from .streams import as_url_or_path, has_shards, join_url
 from ..learners.distributed import join_processes
+from ..learners.folder import check_free
 from ..learners.logs import loggers
 from ..learners.metrics import TopK
 from ..learners.run import log_names
@@ -144,11 +145,12 @@ def _make_learner(data, backbone, r, config, device, cbs):
     return learn
 
 # %% ../../nbs/imagenet/58_train.ipynb #61ca03be
-def _open_run(out, resume):
-    "Returns the run's folder if it may be used."
+def _open_run(out, config):
+    "Returns the run's folder if it has a checkpoint to continue from, or no file that the run would overwrite."
     out = Path(out)
-    if not resume and (out/'checkpoint.pt').exists():
-        raise ValueError(f'{out} contains a checkpoint: continue with '
+    names = 'metrics.json','history.csv',*(f'{o}.{config.weights}' for o in ('net','average'))
+    if not (out/'checkpoint.pt').exists(): check_free(out, names)
+    elif not config.resume: raise ValueError(f'{out} contains a checkpoint: continue with '
         'resume=True, or pass another folder')
     return out
 
@@ -186,7 +188,7 @@ def train_imagenet(
     fields = TrainConfig.__dataclass_fields__
     config = TrainConfig(**{k:v for k,v in kwargs.items() if k in fields})
     r = plan(recipe, **{k:v for k,v in kwargs.items() if k not in fields})
-    out = _open_run(out, config.resume)
+    out = _open_run(out, config)
     learn = _make_learner(data, backbone, r, config, join_processes(config.device), cbs)
     about = _run_facts(backbone, r, config, _data_facts(learn.dls))
     logs = loggers(config.log, out, about)

@@ -277,6 +277,7 @@ def before_fit(self:Checkpoint):
     if self.state:
         self.load(self.state)
         self.past = list(self.state['past'])
+        self.learn.train_iter = self.state['train_iter']
         self.seconds = self.state['seconds']
     self.begun = time.time()-self.seconds
 
@@ -286,6 +287,5 @@ def before_epoch(self:Checkpoint):
     if self.epoch<self.first: raise CancelEpochException
     if not self.state or self.epoch>self.first: return
     _set_history(self.recorder, self.state['history'])
-    self.learn.train_iter = self.state['train_iter']
     _set_rng_state(self.state['rng'][rank_distrib()])
     if self.state['batch']: self.learn.add_cb(_Rewind(self.state))

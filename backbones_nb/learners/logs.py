@@ -20,7 +20,18 @@ from ..core.contexts import write_whole
 from .run import log_names
 
 # %% ../../nbs/learners/158_logs.ipynb #93f8ac59
-class HistoryCSV(Callback):
+class _AllFits(Callback):
+    "A logger of a run that may have several fits, such as the two of `fine_tune`."
+    past = () # rows of the fits that are over
+    @property
+    def rows(self):
+        "The rows of the table of all fits so far, also of those before an interruption."
+        saver = getattr(self.learn, 'checkpoint', None)
+        return saver.rows if saver else [*self.past, *self.recorder.values]
+
+    def after_fit(self): self.past = self.rows
+
+class HistoryCSV(_AllFits):
     "Writes a line of losses and metrics for each epoch."
     order = 91 # after the checkpoint, so that a resumed history is whole
     def __init__(self,
@@ -28,9 +39,8 @@ class HistoryCSV(Callback):
     ): self.file = file
 
     def after_epoch(self):
-        rec,saver = self.recorder,getattr(self.learn, 'checkpoint', None)
-        rows = saver.rows if saver else rec.values
-        table = pd.DataFrame([list(o) for o in rows], columns=list(rec.metric_names)[1:-1])
+        names = list(self.recorder.metric_names)[1:-1]
+        table = pd.DataFrame([list(o) for o in self.rows], columns=names)
         with write_whole(self.file) as part: table.to_csv(part, index_label='epoch')
 
 # %% ../../nbs/learners/158_logs.ipynb #6073e11b
@@ -55,7 +65,13 @@ def _wandb(out, config):
 def _tensorboard(out, config):
     tb = _need('tensorboard', 'TensorBoard', 'fastai.callback.tensorboard')
     class TensorBoardRun(tb.TensorBoardCallback):
-        purged = False
+        purged,past = False,0 # steps of the fits that are over
+        train_iter = property(lambda self: self.past+self.learn.train_iter) # what fastai's methods log as the step
+        def state_dict(self): return dict(past=self.past) # for a checkpoint
+        def load_state_dict(self, state): self.past = state['past']
+        def after_fit(self):
+            super().after_fit()
+            self.past = self.train_iter
         def before_batch(self):
             "Purges, at the first batch, what an interrupted run has logged for later steps."
             if not (self.run and self.training) or self.purged: return
@@ -69,7 +85,7 @@ def _tensorboard(out, config):
     return TensorBoardRun(out/'tensorboard', trace_model=False, log_preds=False)
 
 # %% ../../nbs/learners/158_logs.ipynb #54021e27
-class TrackerLog(Callback):
+class TrackerLog(_AllFits):
     "Sends the numbers of each epoch of a run to a tracker of accelerate."
     order = 92 # after the table
     def __init__(self,
@@ -84,10 +100,10 @@ class TrackerLog(Callback):
         self.tracker.store_init_configuration({k:str(v) for k,v in self.config.items()})
 
     def after_epoch(self):
-        rec = self.recorder
-        if not rec.values or not len(rec.values[-1]): return
-        row = zip(list(rec.metric_names)[1:-1], rec.values[-1])
-        self.tracker.log({k:float(v) for k,v in row if v is not None}, step=self.epoch)
+        rows = self.rows
+        if not rows or not len(rows[-1]): return
+        row = zip(list(self.recorder.metric_names)[1:-1], rows[-1])
+        self.tracker.log({k:float(v) for k,v in row if v is not None}, step=len(rows)-1)
 
     def __getstate__(self): return vars(self) | dict(tracker=None) # not exported
 

@@ -44,7 +44,8 @@ def layer_rows(
     size, # (height, width) of the image it runs on, px
 ) -> list: # dicts: layer, type, output, calls, parameters, trained
     "Returns a row for each layer that runs or has parameters; each parameter counts once."
-    ran,modules = _watch(model, size),dict(model.named_modules())
+    ran = _watch(model, size)
+    modules = dict(model.named_modules())
     rows,counted = [],set()
     for name in [*ran, *(n for n in modules if n not in ran)]:
         m = modules[name]

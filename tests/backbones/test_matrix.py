@@ -80,7 +80,7 @@ def all_strides(m):
 
 @pytest.fixture(scope='module', params=names)
 def on_meta(request, quick_meta):
-    "One build a name for all tests without values, which select and freeze anew."
+    "One build a name for all tests without values, which select and freeze again."
     return meta(request.param)
 
 

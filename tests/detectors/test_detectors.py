@@ -35,16 +35,16 @@ class TwoMaps(nn.Module):  # maps with equal channels, strides 8 and 32: nothing
 
 
 BACKBONES = {
-    'vovnet19_slim': lambda: ('vovnet19_slim', 'auto', (4, 8, 16, 32, 64)),
+    'vovnet19_slim_dw': lambda: ('vovnet19_slim_dw', 'auto', (4, 8, 16, 32, 64)),
     'resnet18': lambda: ('resnet18', 'auto', (4, 8, 16, 32, 64)),
-    'resnet18 last map': lambda: (create_backbone('resnet18', strides=(32,)), 'auto', (32,)),
-    'resnet18 strides 8-32': lambda: (create_backbone('resnet18', strides=(8, 16, 32)), 'auto', (8, 16, 32, 64)),
-    'resnet18 no neck': lambda: ('resnet18', None, (32,)),
+    'last map': lambda: (create_backbone('vovnet19_slim_dw', strides=(32,)), 'auto', (32,)),
+    'strides 8-32': lambda: (create_backbone('vovnet19_slim_dw', strides=(8, 16, 32)), 'auto', (8, 16, 32, 64)),
+    'no neck': lambda: ('vovnet19_slim_dw', None, (32,)),
     'resnet50 no neck': lambda: ('resnet50', None, (32,)),  # airctic/icevision#916
-    'resnet18 one map, fpn': lambda: (create_backbone('resnet18', strides=(16,)), 'fpn', (16,)),
-    'carries a neck': lambda: (attach_neck(create_backbone('vovnet19_slim'), channels=24), 'auto', (4, 8, 16, 32)),
+    'one map, fpn': lambda: (create_backbone('vovnet19_slim_dw', strides=(16,)), 'fpn', (16,)),
+    'carries a neck': lambda: (attach_neck(create_backbone('vovnet19_slim_dw'), channels=24), 'auto', (4, 8, 16, 32)),
     'carries p6p7': lambda: (
-        attach_neck(create_backbone('vovnet19_slim'), channels=24, extra='p6p7'),
+        attach_neck(create_backbone('vovnet19_slim_dw'), channels=24, extra='p6p7'),
         'auto',
         (4, 8, 16, 32, 64, 128),
     ),
@@ -64,7 +64,7 @@ BACKBONES = {
 }
 
 
-def detector(backbone='vovnet19_slim', neck='auto', num_classes=3, **kw):
+def detector(backbone='vovnet19_slim_dw', neck='auto', num_classes=3, **kw):
     return faster_rcnn.model(num_classes, backbone, neck, **LEAN | kw)
 
 
@@ -85,7 +85,7 @@ def test_backbones(name):
     assert set(losses) == LOSSES and all(o.isfinite() for o in losses.values())
     sum(losses.values()).backward()
     assert all(p.grad.isfinite().all() for p in m.parameters() if p.grad is not None)
-    unused = 'layer4' if name == 'resnet18 one map, fpn' else 'none'  # beyond the selected stride
+    unused = 'stages.3.' if name == 'one map, fpn' else 'none'  # beyond the selected stride
     assert all(unused in n for n, p in m.named_parameters() if p.grad is None)
     m.eval()
     before = buffers(m)
@@ -105,7 +105,7 @@ def test_backbones(name):
 
 
 @pytest.mark.parametrize('mode', [True, False])
-@pytest.mark.parametrize('name', ['vovnet19_slim', 'resnet18 last map'])
+@pytest.mark.parametrize('name', ['vovnet19_slim_dw', 'last map'])
 def test_both_from_one_pass(name, mode):
     backbone, neck, _ = BACKBONES[name]()
     m, (x, t), calls = detector(backbone, neck).train(mode), data(), []
@@ -282,7 +282,7 @@ def test_foreign_tensor_types_become_plain():
 @pytest.mark.parametrize('norm', [None, 'bn'])
 @pytest.mark.parametrize('n', [0, 1, 3, -2, -1, 7])
 def test_groups_and_freezing(norm, n):
-    m = detector('resnet18', neck_norm=norm)
+    m = detector(neck_norm=norm)
     groups = m.param_groups()
     ids = [id(p) for g in groups for p in g]
     assert len(groups) == 7 and len(ids) == len(set(ids)) and set(ids) == {id(p) for p in m.parameters()}
@@ -297,7 +297,7 @@ def test_groups_and_freezing(norm, n):
 
 
 def test_pretrained_parts_freeze_with_their_norms_and_no_others():
-    m = detector('resnet18', neck_norm='bn')
+    m = detector(neck_norm='bn')
     m.backbone.body.pretrained = m.backbone.pretrained = 'tag'
     m.freeze_to(-1).train()
     body = [o for o in m.backbone.body.modules() if isinstance(o, nn.BatchNorm2d)]
@@ -358,7 +358,7 @@ def test_default_has_torchvisions_parameters(classes):
         tv = torchvision.models.detection.fasterrcnn_resnet50_fpn(
             weights=None, weights_backbone=None, num_classes=classes
         )
-    m = faster_rcnn.model(num_classes=classes)
+        m = faster_rcnn.model(num_classes=classes)
     assert sum(p.numel() for p in m.parameters()) == sum(p.numel() for p in tv.parameters())
     assert 'resnet50 (random weights), FPN' in repr(m) and f'num_classes={classes}' in repr(m)
 
@@ -397,7 +397,7 @@ def test_torchvisions_own_size_rule():
 
 
 def test_normalization():
-    bb = create_backbone('vovnet19_slim')
+    bb = create_backbone('vovnet19_slim_dw')
     assert detector(bb).transform.image_mean == [0.485, 0.456, 0.406]
     bb.record = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     m = detector(bb).eval()
@@ -455,7 +455,7 @@ def test_anchors(scale, ratios, sizes):
     assert g.sizes == sizes and g.num_anchors_per_location() == [len(ratios)] * 5
 
 
-@pytest.mark.parametrize('name', ['vovnet19_slim', 'resnet18 last map', 'Sequential', 'equal channels, a gap'])
+@pytest.mark.parametrize('name', ['vovnet19_slim_dw', 'last map', 'Sequential', 'equal channels, a gap'])
 def test_pickle_deepcopy_state_dict(name, tmp_path):
     backbone, neck, _ = BACKBONES[name]()
     m, (x, _) = detector(backbone, neck).eval(), data()
@@ -478,7 +478,7 @@ def test_neck_norm(norm):
     assert all(v.isfinite() for v in m(x, t).values())
 
 
-@pytest.mark.parametrize('neck', [lambda c, s: attach_neck(create_backbone('vovnet19_slim'), channels=16).neck])
+@pytest.mark.parametrize('neck', [lambda c, s: attach_neck(create_backbone('vovnet19_slim_dw'), channels=16).neck])
 def test_a_neck_of_ones_own(neck):
     assert detector(neck=neck).strides == (4, 8, 16, 32)
     assert detector(neck=neck(None, None)).backbone.channels == (16,) * 4
@@ -523,11 +523,11 @@ def test_overfits_one_image():
 
 def test_base_says_what_is_missing():
     with pytest.raises(NotImplementedError):
-        Detector(create_backbone('vovnet19_slim'), 2)(torch.rand(1, 3, 64, 64), [NONE])
+        Detector(create_backbone('vovnet19_slim_dw'), 2)(torch.rand(1, 3, 64, 64), [NONE])
 
 
 def test_backbone_with_neck_exports():
-    m = detector('resnet18').eval()
+    m = detector().eval()
     x = torch.rand(1, 3, 64, 64)
     ep = torch.export.export(m.backbone, (x,))
     for a, b in zip(ep.module()(x), m.backbone(x)):

@@ -25,15 +25,15 @@ LOSSES = {'loss_classifier', 'loss_box_reg', 'loss_objectness', 'loss_rpn_box_re
 
 
 CASES = {
-    'FPN': lambda: ('vovnet19_slim', 'auto', (4, 8, 16, 32)),
-    'PAN': lambda: ('vovnet19_slim', 'pan', (4, 8, 16, 32)),
-    'BiFPN': lambda: ('resnet18', 'bifpn', (4, 8, 16, 32)),
+    'FPN': lambda: ('vovnet19_slim_dw', 'auto', (4, 8, 16, 32)),
+    'PAN': lambda: ('vovnet19_slim_dw', 'pan', (4, 8, 16, 32)),
+    'BiFPN': lambda: ('vovnet19_slim_dw', 'bifpn', (4, 8, 16, 32)),
     'darknet19': lambda: ('darknet19', 'auto', None),
-    'no neck': lambda: ('resnet18', None, (32,)),
-    'last map': lambda: (create_backbone('resnet18', strides=(16,)), 'fpn', (16,)),
-    'strides 8-32': lambda: (create_backbone('resnet18', strides=(8, 16, 32)), 'auto', (8, 16, 32)),
+    'no neck': lambda: ('vovnet19_slim_dw', None, (32,)),
+    'last map': lambda: (create_backbone('vovnet19_slim_dw', strides=(16,)), 'fpn', (16,)),
+    'strides 8-32': lambda: (create_backbone('vovnet19_slim_dw', strides=(8, 16, 32)), 'auto', (8, 16, 32)),
     'carries a neck': lambda: (
-        attach_neck(create_backbone('vovnet19_slim'), channels=24, extra='p6p7'),
+        attach_neck(create_backbone('vovnet19_slim_dw'), channels=24, extra='p6p7'),
         'auto',
         (4, 8, 16, 32),
     ),
@@ -41,7 +41,7 @@ CASES = {
 }
 
 
-def detector(backbone='vovnet19_slim', neck='auto', num_classes=3, **kw):
+def detector(backbone='vovnet19_slim_dw', neck='auto', num_classes=3, **kw):
     return mask_rcnn.model(num_classes, backbone, neck, **LEAN | kw)
 
 
@@ -97,7 +97,7 @@ def test_backbones_and_necks(name):
 
 
 def test_groups_are_complete():
-    m = detector('resnet18')
+    m = detector()
     groups = m.param_groups()
     ids = [id(p) for g in groups for p in g]
     assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in m.parameters()}

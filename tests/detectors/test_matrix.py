@@ -10,6 +10,7 @@ from cases import CLASSES, DETECTORS, T, X, at_once, check_detections, data, ste
 from common import assert_same, buffers, plain
 
 from backbones_nb import create_backbone
+from backbones_nb.necks.build import attach_neck
 
 
 BACKBONES = {  # a name, or what builds a module
@@ -27,12 +28,14 @@ BACKBONES = {  # a name, or what builds a module
     'timm NHWC': 'timm/test_mambaout',
     'swin': 'timm/swin_tiny_patch4_window7_224',
     'Sequential': plain,
-    'last map': partial(create_backbone, 'resnet18', strides=(32,)),
+    'last map': partial(create_backbone, 'vovnet19_slim_dw', strides=(32,)),
     'middle map': partial(create_backbone, 'vovnet19_slim_dw', strides=(16,)),
-    'has a neck': 'resnet18_fpn',
+    'has a neck': lambda: attach_neck(create_backbone('vovnet19_slim_dw'), channels=16),
+    'name with a neck': 'resnet18_fpn',
 }
 NECKS = 'auto', 'fpn', 'pan', 'bifpn', None
-SINGLE, EVEN = {'Sequential', 'last map', 'middle map'}, {'has a neck'}  # one map; maps of equal channels
+SINGLE = {'Sequential', 'last map', 'middle map'}  # one map
+EVEN = {'has a neck', 'name with a neck'}  # maps of equal channels
 UNUSED = {'middle map': 'stages.3.'}  # parameters beyond the last map
 
 
@@ -52,25 +55,47 @@ def build(name, body, neck='auto', **kw):
 
 
 LARGE = 'convnext_tiny', 'swin'  # these with one neck only: a neck sees no more of them than channels and strides
-UNLIKE = SINGLE | EVEN | {'timm NHWC', 'vovnet19_slim_dw'}  # one of each kind of backbone
+UNLIKE = SINGLE | {'has a neck', 'timm NHWC', 'vovnet19_slim_dw'}  # one of each kind of backbone
+
+
+ALIKE = ('faster_rcnn', 'mask_rcnn'), ('retinanet', 'fcos'), ('efficientdet',)  # they share all but their heads
+
+
+def turn(name, among):
+    "Which of `among` this detector takes; the next detector takes the next."
+    return among[list(DETECTORS).index(name) % len(among)]
+
+
+def in_turn(name, i):
+    "Is it this detector's turn among those that are alike?"
+    return any(name == o[i % len(o)] for o in ALIKE)
 
 
 def quick(name, body, neck):
-    "Two detectors meet every backbone, and every detector each kind of backbone."
-    if neck != 'auto':
-        return body in ('timm NHWC', 'last map')
-    return body in UNLIKE or body not in LARGE and name in ('faster_rcnn', 'efficientdet')
+    "Each kind of backbone and each neck meets each kind of detector; the other backbones meet one detector, in turn."
+    if neck == 'auto' and body in UNLIKE:
+        return in_turn(name, list(BACKBONES).index(body))
+    if neck == 'auto':
+        return [o for o in BACKBONES if o not in UNLIKE].index(body) % 5 == list(DETECTORS).index(name)
+    i = NECKS.index(neck)
+    two = [o for o in ('timm NHWC', 'last map') if not refused(name, o, neck)]
+    return body == two[(i + list(DETECTORS).index(name)) % len(two)] and in_turn(name, i)
 
 
 EVERY = [(d, b, n) for d in DETECTORS for b in BACKBONES for n in NECKS if n == 'auto' or b not in LARGE]
-CASES = [
-    pytest.param(o, marks=[] if quick(*o) else pytest.mark.slow, id='-'.join(map(str, o)))
-    for o in EVERY
-    if not refused(*o)
-]
 
 
-@pytest.fixture(scope='module', params=CASES)
+def cases(quick):
+    "Decorates a test of `case`, slow for the combinations that are not `quick`."
+    rows = [
+        pytest.param(o, marks=[] if quick(*o) else pytest.mark.slow, id='-'.join(map(str, o)))
+        for o in EVERY
+        if not refused(*o)
+    ]
+    return pytest.mark.parametrize('case', rows, indirect=True, scope='module')
+
+
+@pytest.fixture(scope='module')
 def case(request):
     "A detector after one training step, its losses, and which parameters and groups the gradients missed."
     name, body, neck = request.param
@@ -85,6 +110,7 @@ def case(request):
     )
 
 
+@cases(quick)
 def test_a_step_reaches_every_parameter(case):
     assert all(o > 0 for o in case.losses.values())
     assert (
@@ -92,6 +118,7 @@ def test_a_step_reaches_every_parameter(case):
     )
 
 
+@cases(quick)
 def test_detections_and_losses_from_one_pass(case):
     m = case.m
     before, flags, calls = buffers(m.train()), {k: o.training for k, o in m.named_modules()}, []
@@ -107,6 +134,9 @@ def test_detections_and_losses_from_one_pass(case):
     assert all(torch.equal(v, before[k]) for k, v in m.named_buffers())
 
 
+@cases(
+    lambda name, body, neck: neck == 'auto' and body in UNLIKE and quick(name, body, neck)
+)  # a matter of the detector and of the levels
 def test_a_batch_without_objects(case):
     m = case.m
     x, t = [X[1], X[1].flip(-1)], [T[1]] * 2
@@ -128,8 +158,20 @@ def test_what_cannot_be_is_said(combination):
 ODD = dict(efficientdet=dict(img_size=(75, 109)))
 
 
-@pytest.mark.parametrize('neck', [o for o in NECKS if o])
-@pytest.mark.parametrize('name', DETECTORS)
+def detectors_with_necks(left_out=lambda name, neck: False):
+    "Decorates a test of every detector with every neck, slow but for one neck of each detector, in turn."
+    some = {name: [n for n in NECKS if n and not left_out(name, n)] for name in DETECTORS}
+    rows = [
+        pytest.param(
+            d, n, marks=[] if n == turn(d, some[d]) or (d, n) == ('efficientdet', 'bifpn') else pytest.mark.slow
+        )
+        for d in DETECTORS
+        for n in some[d]
+    ]
+    return pytest.mark.parametrize('name,neck', rows)
+
+
+@detectors_with_necks()
 def test_the_net_itself_may_see_odd_sizes(name, neck):
     m, (x, t), seen = (
         build(name, 'mobilenet_v3_small', neck, **ODD.get(name, dict(size_divisible=1))),
@@ -143,9 +185,7 @@ def test_the_net_itself_may_see_odd_sizes(name, neck):
     assert seen == [(75, 109)] * 2
 
 
-@pytest.mark.parametrize(
-    'name,neck', [(d, n) for d in DETECTORS for n in NECKS if n and (n != 'bifpn' or d == 'efficientdet')]
-)
+@detectors_with_necks(lambda name, neck: neck == 'bifpn' and name != 'efficientdet')
 def test_one_image_whose_last_map_has_one_cell(
     name, neck
 ):  # a BiFPN's batch norms have no variance there; EfficientDet's do without

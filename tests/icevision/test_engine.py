@@ -11,6 +11,7 @@ if not has_icevision():
     pytest.skip('IceVision absent', allow_module_level=True)
 
 from backbones_nb.cli.cli import main
+from backbones_nb.data.toy import toy_pets
 from backbones_nb.icevision import patches
 from backbones_nb.icevision.engine import icevision_engine
 from backbones_nb.icevision.learner import icevision_args
@@ -75,11 +76,16 @@ def command(line, capsys):
     return code, capsys.readouterr()
 
 
-@pytest.mark.parametrize('family', ['faster_rcnn', 'mask_rcnn', 'efficientdet'])
-def test_command(family, toy, tmp_path, capsys):
-    out, base = tmp_path / 'run', f'finetune --data {toy} --detector {family} --backbone {body} --engine icevision'
+@pytest.fixture(scope='module')
+def few(tmp_path_factory):
+    return toy_pets(tmp_path_factory.mktemp('few') / 'pets', n=12, seed=3)
+
+
+@pytest.mark.parametrize('family', [pytest.param('faster_rcnn', marks=pytest.mark.slow), 'mask_rcnn', 'efficientdet'])
+def test_command(family, few, tmp_path, capsys):
+    out, base = tmp_path / 'run', f'finetune --data {few} --detector {family} --backbone {body} --engine icevision'
     assert (
-        command(f'{base} --size 64 --epochs 1 --bs 8 --cpu-preset --no-validate --seed 0 --out {out}', capsys)[0] == 0
+        command(f'{base} --size 64 --epochs 1 --bs 3 --cpu-preset --no-validate --seed 0 --out {out}', capsys)[0] == 0
     )
     res = json.loads((out / 'metrics.json').read_text())
     assert (
@@ -87,7 +93,7 @@ def test_command(family, toy, tmp_path, capsys):
         and res['steps'] > 0
         and ('mask_metrics' in res) == (family == 'mask_rcnn')
     )
-    image = next((toy / 'images').glob('*.jpg'))
+    image = next((few / 'images').glob('*.jpg'))
     code, _ = command(f'predict {out} {image} --score-thr 0.0 --json {tmp_path}/found.json', capsys)
     assert code == 0 and str(image) in json.loads((tmp_path / 'found.json').read_text())
 

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,7 +47,7 @@ body = 'vovnet19_slim_dw'
 @pytest.fixture(scope='module')
 def dls(toy):
     train, valid, class_map, _ = pets_splits(toy, masks=True)
-    return detection_dls(train[:12], valid[:6], class_map, size=96, bs=3, augment=None, seed=0, device='cpu')
+    return detection_dls(train[:6], valid[:4], class_map, size=96, bs=2, augment=None, seed=0, device='cpu')
 
 
 def quiet_fit(learn, *args, **kwargs):
@@ -81,39 +83,46 @@ def test_contract(family, dls):
     assert all(v.isfinite() for v in model.train()(x, none).values())
 
 
-@pytest.mark.parametrize('family', families)
-def test_trains_by_either(family, dls, tmp_path):
+@pytest.fixture(scope='module', params=families)
+def trained(request, dls, tmp_path_factory):
+    "IceVision's model after an epoch of either learner, its weights before and after them, and what was seen."
     torch.manual_seed(0)
-    model = icevision_model(family, len(dls.class_map), body, **families[family])
-    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    model = icevision_model(request.param, len(dls.class_map), body, **families[request.param])
+    weights, learning = [{k: v.clone() for k, v in model.state_dict().items()}], []
     for make in (icevision_learner, detection_learner):
-        learn = make(dls, model, path=tmp_path)
-        assert all(p.requires_grad for p in model.parameters())
+        learn = make(dls, model, path=tmp_path_factory.mktemp('trained'))
+        learning.append(all(p.requires_grad for p in model.parameters()))
         quiet_fit(learn, 1, 1e-3, cbs=NoValidation())
-        now = model.state_dict()
-        assert not all(torch.equal(v, now[k]) for k, v in weights.items())
-        weights = {k: v.clone() for k, v in now.items()}
+        weights.append({k: v.clone() for k, v in model.state_dict().items()})
     learn.freeze()
+    return SimpleNamespace(family=request.param, model=model, weights=weights, learning=learning)
+
+
+def test_trains_by_either(trained):
+    assert trained.learning == [True, True]
+    for a, b in pairwise(trained.weights):
+        assert not all(torch.equal(v, b[k]) for k, v in a.items())
+    model = trained.model
     convs = lambda m: [o.weight for o in m.modules() if isinstance(o, torch.nn.Conv2d)]  # norms continue to learn
-    assert not any(
-        p.requires_grad for p in convs(model.backbone if family == 'efficientdet' else model.backbone.body.body)
-    )
-    if family != 'efficientdet':
+    backbone = model.backbone if trained.family == 'efficientdet' else model.backbone.body.body
+    assert not any(p.requires_grad for p in convs(backbone))
+    if trained.family != 'efficientdet':
         assert all(p.requires_grad for p in convs(model.neck))
 
 
-@pytest.fixture(scope='module', params=ours)
-def pair(request, dls):
+@pytest.fixture(scope='module')
+def pair(trained, dls):
     "IceVision's model, a little trained, and ours with its weights."
-    family, n = request.param, len(dls.class_map)
-    torch.manual_seed(0)
-    model = icevision_model(family, n, body, **families[family])
-    quiet_fit(icevision_learner(dls, model), 2, 1e-3, cbs=NoValidation())
-    net = ours[family].model(num_classes=n, backbone=create_backbone(body), **families[family])
+    family, model = trained.family, trained.model
+    net = ours[family].model(num_classes=len(dls.class_map), backbone=create_backbone(body), **families[family])
     map_weights(model.net.model.state_dict() if family == 'efficientdet' else model.net, net)
     return model, net
 
 
+of_ours = pytest.mark.parametrize('trained', ours, indirect=True, scope='module')
+
+
+@of_ours
 def test_equal_losses(pair, dls):
     model, net = pair
     x, y = dls.valid.one_batch()
@@ -148,6 +157,7 @@ def moved(pred, target, n=2):
     return res | ({'masks': pred['masks'][:n].tensor().roll(1, 2)} if 'masks' in pred else {})
 
 
+@of_ours
 def test_side_by_side(pair, dls):
     model, net = pair
     preds, targets = detection_learner(dls, net).get_preds()
@@ -231,7 +241,8 @@ def test_bad_model(bad, error, match):
 def test_stock_models(family, dls, tmp_path):
     mt = icevision_module(f"models.{'ross' if family == 'efficientdet' else 'torchvision'}.{family}")
     name, size = ('tf_lite0', dict(img_size=96)) if family == 'efficientdet' else ('resnet18_fpn', {})
-    net = mt.model(backbone=getattr(mt.backbones, name)(pretrained=False), num_classes=len(dls.class_map), **size)
+    config = getattr(mt.backbones, name)(pretrained=False)
+    net = mt.model(backbone=config, num_classes=len(dls.class_map), **families[family])
     learn = detection_learner(
         dls, IceVisionDetector(net, mt, len(dls.class_map), img_size=96 if size else None), path=tmp_path
     )
@@ -241,18 +252,56 @@ def test_stock_models(family, dls, tmp_path):
     assert torch.equal(a['scores'], b['scores'])
 
 
-def test_loads_where_icevision_was_never_started(dls, tmp_path):
-    learn = detection_learner(
-        dls, icevision_model('efficientdet', len(dls.class_map), body, img_size=96), path=tmp_path
-    )
+fresh = """
+import requests, sys, warnings
+warnings.simplefilter('ignore')
+def refuse(*a, **k): raise ConnectionError('no network')
+requests.get = refuse
+import backbones_nb.icevision.learner
+print([o for o in ('icevision','albumentations','pytorch_lightning') if o in sys.modules])
+from fastai.learner import load_learner
+print(type(load_learner(sys.argv[1]).model).__name__)
+from backbones_nb.icevision.compat import icevision_compat
+from backbones_nb.icevision.patches import PATCHES, icevision_module
+icevision_compat()
+callback = icevision_module('models.torchvision.fastai.callbacks').RCNNCallback
+dataset = icevision_module('data.dataset').Dataset
+models = icevision_module('models')
+def state(): return (hasattr(callback.before_validate, 'patched_by'), hasattr(dataset, 'new_empty'),
+                     hasattr(models, 'model_from_checkpoint'), hasattr(models.torchvision.mask_rcnn, 'end2end_detect'))
+a = state()
+PATCHES.undo()
+b = state()
+again = {o['done'] for o in icevision_compat()}
+c = state()
+PATCHES.clear()
+print(a, b, c, 'patched' in again, len(PATCHES), len(PATCHES.replaced), state()==b)
+"""
+
+
+@pytest.fixture(scope='module')
+def elsewhere(dls, tmp_path_factory):
+    "What a process prints that imports the package, loads a learner with IceVision's model, and undoes the patches."
+    path = tmp_path_factory.mktemp('elsewhere')
+    learn = detection_learner(dls, icevision_model('efficientdet', len(dls.class_map), body, img_size=96), path=path)
     learn.export('learner.pkl')
-    code = (
-        "import requests, sys\ndef refuse(*a, **k): raise ConnectionError('no network')\nrequests.get = refuse\n"
-        "from fastai.learner import load_learner\nprint(type(load_learner(sys.argv[1]).model).__name__)"
-    )
-    env = os.environ | dict(HOME=str(tmp_path / 'home'), HF_HUB_OFFLINE='1')
-    done = run(sys.executable, '-W', 'ignore', '-c', code, tmp_path / 'learner.pkl', env=env)
-    assert done.returncode == 0 and 'IceVisionDetector' in done.stdout, done.stderr[-2000:]
+    env = os.environ | dict(HOME=str(path / 'home'), HF_HUB_OFFLINE='1')
+    done = run(sys.executable, '-W', 'ignore', '-c', fresh, path / 'learner.pkl', env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip().splitlines()
+
+
+def test_import_changes_nothing(elsewhere):
+    assert elsewhere[0] == '[]'
+
+
+def test_loads_where_icevision_was_never_started(elsewhere):
+    assert 'IceVisionDetector' in elsewhere
+
+
+def test_undo_and_clear(elsewhere):
+    yes, no = (True,) * 4, (False,) * 4
+    assert elsewhere[-1] == f'{yes} {no} {yes} True 0 0 True'
 
 
 def test_both_leaves_the_mode(dls):

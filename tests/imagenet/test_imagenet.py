@@ -1,9 +1,11 @@
 import inspect
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import time
 from dataclasses import replace
@@ -29,6 +31,7 @@ from backbones_nb.imagenet.folders import prepare_val, scan_classes, synset_name
 from backbones_nb.imagenet.toy import toy_imagenet
 from backbones_nb.data.records import load_image
 from backbones_nb.imagenet.shards import write_shards
+from backbones_nb.learners.ema import find_ema
 from backbones_nb.imagenet.train import train_imagenet, TrainConfig
 from backbones_nb.imagenet.evaluate import (
     _class_numbers,
@@ -98,23 +101,25 @@ class Stop(Callback):
 # --- resume
 
 options = dict(
-    fp16=dict(amp='fp16', erase=1.0, workers=2, every=1),
+    fp16=dict(amp='fp16', erase=1.0, workers=1, every=1),
     bf16=dict(amp='bf16', ema=0),
     accumulate=dict(accum_steps=2, bs=3, clip=1.0, channels_last=True, every=1, ema_steps=2),
     repeated=dict(reps=3),
 )
 
 
+stops = dict(fp16=[5], bf16=[13], accumulate=[13], repeated=[5, 13])  # inside the first epoch and inside the second
+
+
 @pytest.mark.parametrize('name', options)
 def test_interrupted_and_resumed(data, tmp_path, name):
     kw = small | dict(epochs=2) | options[name]
     train_imagenet(data, tmp_path / 'whole', **kw)
-    found = []
-    for at in (5, 13):
+    for at in stops[name]:
         with pytest.raises(KeyboardInterrupt):
             train_imagenet(data, tmp_path / 'parts', cbs=[Stop(at)], **kw)
-        found.append(position(tmp_path / 'parts'))
-    assert [o[0] for o in found] == [0, 1] and all(o[1] for o in found), 'both inside an epoch'
+        epoch, batch = position(tmp_path / 'parts')
+        assert epoch == (at > 8) and batch, 'inside an epoch'
     train_imagenet(data, tmp_path / 'parts', **kw)
     assert results(tmp_path / 'parts') == results(tmp_path / 'whole')
 
@@ -141,11 +146,11 @@ def test_every_batch_but_the_last_has_a_checkpoint_of_its_own(data, tmp_path):
 
 
 def test_killed_at_any_moment(data, tmp_path):
-    kw, rng, found = small | dict(epochs=3, workers=1, every=1), random.Random(0), []
+    kw, rng, found = small | dict(epochs=2, workers=1, every=1), random.Random(0), []
     train_imagenet(data, tmp_path / 'whole', **kw)
     train = partial(train_imagenet, data, tmp_path / 'parts', **kw)
-    for i in range(5):
-        code = train_and_kill(train, tmp_path / 'parts' / 'checkpoint.pt', 2, i == 2, rng.uniform(0, 0.2))
+    for i in range(3):
+        code = train_and_kill(train, tmp_path / 'parts' / 'checkpoint.pt', 2, i == 1, rng.uniform(0, 0.2))
         assert code == -signal.SIGKILL
         found.append(position(tmp_path / 'parts'))
     assert found == sorted(set(found)) and any(batch for _, batch in found)
@@ -190,49 +195,51 @@ def test_results(data, tmp_path):
 
 # --- many processes
 
-script = '''
-import sys, torch, os
-from fastai.callback.core import Callback
-from backbones_nb.learners.ema import find_ema
-from backbones_nb.imagenet.train import train_imagenet
-torch.set_num_threads(1)
-data,out = sys.argv[1:]
-rank = os.environ['RANK']
-two = dict(backbone='timm/test_convnext', epochs=2, size=32, workers=0, device='cpu', amp='off', warmup=.5)
-learn = train_imagenet(data, f'{out}/two', bs=2, **two)
-torch.save(learn.model.state_dict(), f'{out}/two-{rank}.pt')
-class Stop(Callback):
-    order = -200
-    def before_batch(self):
-        if self.training and self.train_iter==5: raise KeyboardInterrupt
-kw = dict(backbone='timm/test_efficientnet', recipe='vt_default', amp='off', epochs=1, warmup=.5, bs=2, size=32,
-          every=2, workers=0, ema=.9, device='cpu')
-for name in ('whole','parts'):
-    try: train_imagenet(data, f'{out}/{name}', cbs=[Stop()] if name=='parts' else [], **kw)
-    except KeyboardInterrupt: pass
-learn = train_imagenet(data, f'{out}/parts', **kw)
-torch.save(dict(net=learn.model.state_dict(), average=find_ema(learn).average.state_dict()), f'{out}/parts-{rank}.pt')
-'''
+
+def in_two_processes(f, *args):
+    "Calls `f` in two forks that the environment makes one training run, as torchrun does."
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+
+    def lead(rank):
+        os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2')
+        os.environ |= dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        f(rank, *args)
+        torch.distributed.destroy_process_group()
+
+    ps = [multiprocessing.get_context('fork').Process(target=lead, args=(i,)) for i in range(2)]
+    try:
+        for p in ps:
+            p.start()
+        for p in ps:
+            p.join(400)
+    finally:
+        codes = [p.exitcode for p in ps]
+        for p in ps:
+            p.kill()
+    assert codes == [0, 0]
+
+
+two = dict(backbone='timm/test_convnext', epochs=2, size=32, workers=0, device='cpu', amp='off', warmup=0.5)
+
+
+def train_and_resume(rank, data, out):
+    learn = train_imagenet(data, out / 'two', bs=2, **two)
+    torch.save(learn.model.state_dict(), out / f'two-{rank}.pt')
+    kw = small | dict(epochs=1, bs=2)
+    train_imagenet(data, out / 'whole', **kw)
+    with pytest.raises(KeyboardInterrupt):
+        train_imagenet(data, out / 'parts', cbs=[Stop(5)], **kw)
+    learn = train_imagenet(data, out / 'parts', **kw)
+    torch.save(
+        dict(net=learn.model.state_dict(), average=find_ema(learn).average.state_dict()), out / f'parts-{rank}.pt'
+    )
 
 
 def test_two_processes(data, tmp_path):
-    (tmp_path / 'run.py').write_text(script)
-    env = os.environ | dict(OMP_NUM_THREADS='1')
-    launch = '-W ignore -m torch.distributed.run --standalone --nproc_per_node=2'.split()
-    p = run(sys.executable, *launch, tmp_path / 'run.py', data, tmp_path, timeout=400, env=env)
-    assert p.returncode == 0, p.stderr[-3000:]
-    one = train_imagenet(
-        data,
-        tmp_path / 'one',
-        backbone='timm/test_convnext',
-        epochs=2,
-        size=32,
-        workers=0,
-        device='cpu',
-        amp='off',
-        warmup=0.5,
-        bs=4,
-    )
+    in_two_processes(train_and_resume, data, tmp_path)
+    one = train_imagenet(data, tmp_path / 'one', bs=4, **two)
     a, b = (torch.load(tmp_path / f'two-{i}.pt', weights_only=True) for i in (0, 1))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert (
@@ -446,6 +453,16 @@ def test_another_training_is_not_mixed_in(data, tmp_path):
     (tmp_path / 'checkpoint.pt').write_bytes((tmp_path / 'checkpoint.pt').read_bytes()[:1000])
     with pytest.raises(ValueError, match='cannot be read as a checkpoint'):
         train_imagenet(data, tmp_path, **kw)
+
+
+@pytest.mark.parametrize('name', ['metrics.json', 'history.csv', 'net.safetensors'])
+def test_files_of_the_user_are_kept(data, tmp_path, name, capsys):
+    from backbones_nb.cli.cli import main
+
+    (tmp_path / name).write_text('mine')
+    assert main(['imagenet', 'train', '--data', str(data), '--out', str(tmp_path), '--device', 'cpu']) == 1
+    assert f'holds no run, but a file {name} that a run would overwrite' in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == 'mine' and len(list(tmp_path.iterdir())) == 1
 
 
 def test_the_command(data, tmp_path, capsys):

@@ -1127,13 +1127,15 @@ def quiet(l, path):
 
 def image_learner(path, dls, r, **kw):
     torch.manual_seed(0)
-    return apply_recipe(quiet(backbone_learner(dls, 'resnet18', strides=4, normalize=False), path), r, **kw)
+    return apply_recipe(quiet(backbone_learner(dls, 'vovnet19_slim_dw', strides=4, normalize=False), path), r, **kw)
 
 
 @pytest.mark.parametrize('name', recipes)
 def test_exported_and_predicting(tmp_path, folder, name):
     r = recipe(name, **tiny)
-    l = image_learner(tmp_path, folder_dls(folder, bs=6, tfms=recipe_tfms(r), normalized=True, device='cpu'), r)
+    l = image_learner(
+        tmp_path, folder_dls(folder, bs=6, tfms=recipe_tfms(r), normalized=True, num_workers=0, device='cpu'), r
+    )
     l.fit(2)
     image = folder / 'val' / 'r' / '0.png'
     want = l.predict(image)[2]
@@ -1146,7 +1148,7 @@ def test_exported_and_predicting(tmp_path, folder, name):
 @pytest.mark.parametrize('given', [None, 3])
 def test_the_seed_reaches_repeated_augmentation(tmp_path, folder, given):
     r = recipe('torchvision', **tiny)
-    dls = folder_dls(folder, bs=6, tfms=recipe_tfms(r), normalized=True, seed=7, device='cpu')
+    dls = folder_dls(folder, bs=6, tfms=recipe_tfms(r), normalized=True, seed=7, num_workers=0, device='cpu')
     l, orders = image_learner(tmp_path, dls, r, seed=given), []
     l.add_cb(Callback(after_train=lambda _: orders.append(dls.train.order.tolist())))
     l.fit(2)

@@ -7,15 +7,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from common import draw_record, make_dls
+from common import Colors, draw_record, make_dls, make_learner
 from fastai.callback.core import Callback
 
 from backbones_nb.core.create import create_backbone
 from backbones_nb.data.ranked import draw_repeats
 from backbones_nb.detectors import retinanet
 from backbones_nb.learners import logs
+from backbones_nb.learners.checkpoint import Checkpoint
 from backbones_nb.learners.detection import detection_learner
-from backbones_nb.learners.logs import loggers
+from backbones_nb.learners.logs import loggers, TrackerLog
 from backbones_nb.learners.recompute import RecomputeBackbone
 from backbones_nb.learners.sampling import repeat_factors
 
@@ -152,6 +153,46 @@ def test_trackers_of_accelerate(drawn, tmp_path, monkeypatch, name):
     assert start == 'start' and options == dict(bs='4') and step == 0
     table = pd.read_csv(tmp_path / 'history.csv')
     assert list(table)[1:] == list(row) and table.iloc[0, 1:].to_numpy() == pytest.approx(list(row.values()))
+
+
+class Interrupt(Callback):
+    "In the second fit, at its third batch."
+
+    fits = 0
+
+    def before_batch(self):
+        if self.fits and self.training and self.iter == 2:
+            raise KeyboardInterrupt
+
+    def after_fit(self):
+        self.fits += 1
+
+
+@pytest.mark.parametrize('keeps', [True, False])
+def test_both_fits_of_fine_tune_are_one_log(records, tmp_path, keeps):
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    def train(out, *more):
+        torch.manual_seed(0)
+        csv, board = loggers('tensorboard', tmp_path / out, {})
+        tracker, saver = TrackerLog(Fake()), [Checkpoint(tmp_path / f'{out}.pt', every=1)] * keeps
+        learn = make_learner(records, tmp_path, Colors())
+        with learn.added_cbs([csv, board, tracker, *saver, *more]):
+            learn.fine_tune(2, 1e-3)  # three epochs of four steps
+        return board.past, [step for step, _ in tracker.tracker.seen[2:]]
+
+    assert train('whole') == (12, [0, 1, 2])
+    files = (tmp_path / 'whole' / 'tensorboard').iterdir()
+    seen = [(v.tag, e.step) for f in files for e in EventFileLoader(str(f)).Load() for v in e.summary.value]
+    assert sorted(i for k, i in seen if k == 'train_loss') == list(range(1, 13))
+    assert sorted(i for k, i in seen if k == 'valid_loss') == [4, 8, 12]
+    assert len(pd.read_csv(tmp_path / 'whole' / 'history.csv')) == 3
+    if keeps:
+        with pytest.raises(KeyboardInterrupt):
+            train('parts', Interrupt())
+        steps, epochs = train('parts')
+        assert steps == 12 and epochs[-1] == 2
+        assert (tmp_path / 'parts' / 'history.csv').read_text() == (tmp_path / 'whole' / 'history.csv').read_text()
 
 
 @pytest.mark.parametrize('name,module', [('wandb', 'wandb'), ('mlflow', 'mlflow'), ('trackio', 'trackio')])

@@ -145,10 +145,12 @@ def evaluate_command(
     bs:int=None, # images at once; the results do not depend on it
     workers:int=0, # processes that load images
     json:Annotated[str, dict(metavar='FILE')]=None, # file to write; default: evaluation.json in RUN
+    # also write a page on the detector's errors, an .html file; without a name: evaluation.html in RUN
+    report:Annotated[str, dict(metavar='FILE', nargs='?', const=True)]=None,
 ):
     "Measure a trained detector: COCO's numbers, and the AP of each class."
     from backbones_nb.learners.evaluation import measure
-    measure(run, data, images, split, boxes, bs, workers, json)
+    measure(run, data, images, split, boxes, bs, workers, json, report)
 
 # %% ../../nbs/cli/60_cli.ipynb #ce5b022b
 def convert_command(

@@ -31,6 +31,7 @@ from .finite import StoppableMixin
 from .metrics import COCOMetric
 from .precision import PrecisionMixin
 from .prediction import PredictionMixin, gives_masks
+from .report import ReportMixin
 from .summary import SummaryMixin
 from .tiled import TiledMixin
 
@@ -170,8 +171,8 @@ def _losses_per_image(model, images, targets):
     return own(images, targets) if own else losses_one_by_one(get_model(model), images, targets)
 
 # %% ../../nbs/learners/51_fastai.ipynb #de963ac3
-class DetectionLearner(_FreezeMixin, TiledMixin, PredictionMixin, PrecisionMixin, SummaryMixin,
-                       DistributedMixin, StoppableMixin, Learner):
+class DetectionLearner(_FreezeMixin, TiledMixin, PredictionMixin, ReportMixin, PrecisionMixin,
+                       SummaryMixin, DistributedMixin, StoppableMixin, Learner):
     """fastai's `Learner` for detectors: one pass computes losses and detections of a validation
     batch."""
     loss_parts = None # the losses of the current batch by name

@@ -36,12 +36,12 @@ from ..data.tiles import TileRecord, tile_records
 from .baseline import mean_box_detector
 from .detection import detection_learner
 from .distributed import join_processes
-from .folder import (check_out_dir, clear_run, finished_run, run_lock,
-                                          save_json, save_text)
-from .metrics import coco_eval, coco_keys, coco_table
+from .error_analysis import print_tables, with_masks
+from .folder import check_out_dir, clear_run, finished_run, run_lock, save_json, save_text
+from .metrics import coco_eval
 from .prediction import gives_masks
-from .run import (RunConfig, environment_info,
-                                       get_detector, open_data, run_options)
+from .report import try_report
+from .run import RunConfig, environment_info, get_detector, open_data, run_options
 from .sampling import repeat_factors
 from .training import export_run, first_alone, run_facts, train_run
 
@@ -126,12 +126,12 @@ def _evaluate_run(
     "Returns the results on validation images, beside those of a baseline that always predicts the mean box."
     preds,targets = learn.get_results(valid) if learn.tiles[0] else learn.get_preds(original=True)
     base = coco_eval(mean_box_detector(train)(valid), [r.target() for r in valid], learn.dls.class_map)
-    return coco_eval(preds, targets, learn.dls.class_map, per_class=True),base,preds,targets
+    return coco_eval(preds, targets, learn.dls.class_map, per_class='all'),base,preds,targets
 
 def _mask_results(learn, preds, targets):
     "Returns COCO's numbers for masks, if the detector predicts masks; otherwise nothing."
     if not gives_masks(learn.model): return {}
-    return dict(mask_metrics=coco_eval(preds, targets, learn.dls.class_map, iou_type='segm', per_class=True))
+    return dict(mask_metrics=coco_eval(preds, targets, learn.dls.class_map, iou_type='segm', per_class='all'))
 
 def _save_picture(
     class_map, # `ClassMap`
@@ -167,14 +167,14 @@ def _open_run(out, config, train, valid, **facts):
     print(f"{len(train)} images to learn from, {len(valid)} to measure on; {facts['skipped']}", flush=True)
     if facts['small']: print(f"warning: {facts['small']}", flush=True)
 
-def _report(res, out):
+def _report(res, out, page=False):
     "Prints COCO's table with a row of the mean-box baseline, and the times."
     c = res['config']
     name = f"{c['detector']}, {c['backbone'] or 'its own backbone'}"
     rows = {name: res['metrics'], f'{name}: masks': res.get('mask_metrics'),
             'mean box, most frequent class': res['mean_box']}
-    rows = {k:v for k,v in rows.items() if v}
-    for keys in coco_keys[:6],coco_keys[6:]: print(coco_table(rows, keys))
+    print_tables({k:v for k,v in rows.items() if v}, with_masks(res['metrics'], res.get('mask_metrics')))
+    if page and not (out/'report.html').exists(): print(f'no report yet: backbones-nb evaluate {out} --report writes one')
     print(f"{res['train_seconds']:.0f} s of training, {res['seconds']:.0f} s in total; results in {out}/")
 
 # %% ../../nbs/learners/103_finetune.ipynb #6311b59c
@@ -190,7 +190,7 @@ def finetune(
     with run_lock(config.out) as out:
         check_out_dir(out, config.force, config.resume, [config.picture])
         if config.resume and (done := finished_run(out, options)):
-            _report(done, out)
+            _report(done, out, config.report)
             return done
         device = join_processes(config.device)
         set_seed(config.seed)
@@ -206,6 +206,7 @@ def finetune(
         save_json(out/'metrics.json', res)
         with write_whole(out/config.picture) as part: _save_picture(*drawn, part)
         (out/'checkpoint.pt').unlink(missing_ok=True)
+        if config.report: try_report(out/'report.html', *drawn, res, config)
     _report(res, out)
     return res
 
@@ -218,8 +219,7 @@ def load_run(
     f = run/'learner.pkl' if run.is_dir() else run
     if not f.exists(): raise FileNotFoundError(
         f'got run={str(run)!r}, but {f} does not exist: pass the folder of a finished run')
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
+    with warnings.catch_warnings(action='ignore'):
         try: return load_learner(f)
         except Exception as e: raise ValueError(f'got run={str(run)!r}, but {f} is not a learner that this '
             f'installation can read ({reason(e)}): copy the file again, or train again with the versions installed here') from e

@@ -46,8 +46,9 @@ def run_lock(
             for o in made: o.rmdir()
 
 # %% ../../nbs/learners/157_folder.ipynb #4dd06b0f
-run_files = ('learner.pkl', 'metrics.json', 'best.safetensors', 'detector.safetensors',
-             'checkpoint.pt', 'history.csv', 'train.txt', 'valid.txt', 'config.json')
+run_files = ('learner.pkl', 'metrics.json', 'report.html', 'best.safetensors',
+             'detector.safetensors', 'checkpoint.pt', 'history.csv', 'train.txt', 'valid.txt',
+             'config.json')
 
 def read_json(path):
     "Returns the dict in a file, or None."
@@ -89,7 +90,7 @@ def check_out_dir(
     return out
 
 # %% ../../nbs/learners/157_folder.ipynb #09e2de08
-free_options = ('out','force','resume','workers','cache','picture','log','device',
+free_options = ('out','force','resume','workers','cache','picture','report','log','device',
                 'checkpoint_every') # that change no number
 
 def finished_run(

@@ -110,14 +110,29 @@ def _check_pairs(preds, targets, masks):
             raise ValueError(f'image {i} has predicted masks of {a[0]}x{a[1]} pixels and '
                              f'true masks of {b[0]}x{b[1]}: resize both to the same size')
 
+def _class_numbers(e, names):
+    "Returns {name: {'AP': ..., 'AP50': ..., ...}} of an evaluation."
+    prec = e.eval['precision'][...,-1] # IoU threshold, recall, class, area
+    def mean(p): return float(p[p>-1].mean()) if (p>-1).any() else -1.
+    every = slice(None)
+    cuts = dict(AP=(every,0), AP50=(0,0), AP75=(5,0), APs=(every,1), APm=(every,2), APl=(every,3))
+    def one(i): return {k:mean(prec[t,:,i,a]) for k,(t,a) in cuts.items()}
+    return {n:one(i) for i,n in enumerate(names.values())}
+
+def _count(anns, names):
+    "Returns {name: {'images': ..., 'objects': ...}}, crowds left out."
+    seen = {k:[] for k in names}
+    for a in anns:
+        k = a['category_id']
+        if k in seen and not a['iscrowd']: seen[k].append(a['image_id'])
+    return {names[k]:dict(images=len(set(v)), objects=len(v)) for k,v in seen.items()}
+
 def _evaluate(gt, dt, n, names, iou_type):
-    "Returns the twelve numbers and AP per class for annotations in COCO's format."
+    "Returns the twelve numbers, and six per class, for annotations in COCO's format."
     coco = [_coco(o, n, names) for o in (gt, dt)]
     e = COCOeval_faster(*coco, iouType=iou_type, print_function=lambda *a, **k: None)
     e.evaluate(); e.accumulate(); e.summarize()
-    prec = e.eval['precision'][:,:,:,0,-1] # IoU threshold, recall, class
-    aps = [float(p[p>-1].mean()) if (p>-1).any() else -1. for p in prec.transpose(2,0,1)]
-    return dict(zip(coco_keys, map(float, e.stats))),dict(zip(names.values(), aps))
+    return dict(zip(coco_keys, map(float, e.stats))),_class_numbers(e, names)
 
 # %% ../../nbs/learners/50_metrics.ipynb #90919d44
 def coco_eval(
@@ -126,7 +141,8 @@ def coco_eval(
     class_map=None, # the classes and their names; None: the labels that occur
     # 'bbox'; 'segm' for masks; 'both': also masks, under names such as 'mask_AP'
     iou_type:str='bbox',
-    per_class:bool=False, # also `per_class`: {name: AP}
+    # also `per_class`: {name: AP}; 'all': also `class_numbers`: {name: {'images': ..., 'AP': ...}}
+    per_class:bool|str=False,
 ) -> dict: # the twelve numbers by name; -1 if there are no objects, as in pycocotools
     "Returns COCO's twelve numbers (https://cocodataset.org/#detection-eval) by faster-coco-eval."
     if iou_type=='both':
@@ -140,9 +156,12 @@ def coco_eval(
     gt,dt = _coco_anns(targets, 'target', segm, ids),_coco_anns(preds, 'prediction', segm, ids)
     names = _names(preds, targets, class_map)
     res = dict.fromkeys(coco_keys, -1.)
-    aps = dict.fromkeys(names.values(), -1.)
-    if gt: res,aps = _evaluate(gt, dt, len(targets), names, iou_type)
-    return res | (dict(per_class=aps) if per_class else {})
+    by_class = {n:dict.fromkeys(coco_keys[:6], -1.) for n in names.values()}
+    if gt: res,by_class = _evaluate(gt, dt, len(targets), names, iou_type)
+    if per_class: res['per_class'] = {n:o['AP'] for n,o in by_class.items()}
+    if per_class=='all':
+        res['class_numbers'] = {n:o | by_class[n] for n,o in _count(gt, names).items()}
+    return res
 
 # %% ../../nbs/learners/50_metrics.ipynb #78f2df07
 def coco_table(

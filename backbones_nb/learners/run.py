@@ -106,8 +106,7 @@ class _DataOptions(_Options):
     # toy pets, Oxford-IIIT Pets, or a file or folder: COCO, VOC, YOLO, LabelMe, VIA, CVAT, CSV, ...
     data:Annotated[str, dict(metavar='toy|pets|PATH')]='toy'
     valid:Annotated[str, dict(metavar='PATH')]=None # separate validation data, in any format
-    # folder of the images, if they are not next to the annotations
-    images:Annotated[str, dict(metavar='DIR')]=None
+    images:Annotated[str, dict(metavar='DIR')]=None # folder of the images, if elsewhere
     boxes:Annotated[str, dict(choices=('body','head'))]='body' # Pets only: what to box
     classes:Annotated[str, dict(choices=('species','breed'))]='species' # Pets only: the classes
     # fraction of the images held out for validation, if the data come without a split
@@ -194,6 +193,7 @@ class RunConfig(_TrainOptions):
     out:Annotated[str, dict(metavar='DIR')]='runs/finetune' # output folder
     # file name of the picture in the output folder: .png, .jpg, .svg or .pdf
     picture:Annotated[str, dict(metavar='NAME'), _picture]='predictions.png'
+    report:bool=False # also write report.html, a page on the detector's errors
     # where losses and metrics are logged, beside history.csv
     log:Annotated[str, dict(choices=log_names)]='csv'
     # batches between checkpoints, besides the one after each epoch

@@ -21,8 +21,8 @@ def root(tmp_path_factory):
     "A run on drawn images, with a part to measure on."
     root = tmp_path_factory.mktemp('run')
     write_drawn(root, train=12, valid=4, test=2)
-    line = ['finetune', '--data', str(root / 'data'), '--out', str(root / 'run'), '--lr', '5e-3', *tiny.split()]
-    assert main([*line, '--set', 'score_thresh=0.0', '--detector', 'retinanet']) == 0
+    line = ['finetune', '--report', '--data', str(root / 'data'), '--out', str(root / 'run'), '--lr', '5e-3']
+    assert main([*line, *tiny.split(), '--set', 'score_thresh=0.0', '--detector', 'retinanet']) == 0
     return root
 
 
@@ -39,9 +39,12 @@ def test_the_numbers_of_the_run_come_again(root, capsys):
     assert main(['evaluate', str(root / 'run')]) == 0
     got = json.loads((root / 'run' / 'evaluation.json').read_text(encoding='utf-8'))
     assert want['AR100'] > 0 and got['images'] == 4 and got['per_class'] == pytest.approx(want.pop('per_class'))
+    numbers = got['class_numbers']
+    assert numbers.keys() == want['class_numbers'].keys() == {'red', 'blue'}
+    assert all(numbers[k] == pytest.approx(v, abs=1e-6) for k, v in want.pop('class_numbers').items())
     assert {k: got[k] for k in want} == pytest.approx(want, abs=1e-6)
     out = capsys.readouterr().out
-    assert 'AR100' in out and 'class  images  objects     AP' in out and 'red ' in out and 'warning' not in out
+    assert 'AR100' in out and 'class  images  objects     AP   AP50' in out and 'red ' in out and 'warning' not in out
     assert measured(root, root / 'data')['AP'] == got['AP']  # its part to measure on
 
 
@@ -68,8 +71,17 @@ def test_other_data_of_any_format(root, tmp_path, name, capsys):
     assert got['per_class'].keys() == want['per_class'].keys() == {'red', 'blue'}
 
 
+def test_a_report_comes_with_the_run_and_with_a_measurement(root, tmp_path, capsys):
+    page = (root / 'run' / 'report.html').read_text(encoding='utf-8')
+    assert 'retinanet' in page and page.count('<section') == 8 and '<th scope="row">' in page
+    assert main(['evaluate', str(root / 'run'), '--report', str(tmp_path / 'data')]) == 1
+    assert 'ends in .html' in capsys.readouterr().err
+
+
 def test_which_images_are_measured(root, tmp_path, capsys):
-    assert measured(root, root / 'data', '--split', 'test')['images'] == 2
+    args = '--split', 'test', '--report', tmp_path / 'new' / 'a.html'
+    assert measured(root, root / 'data', *args)['images'] == 2
+    assert 'images</dt><dd>2<' in args[-1].read_text(encoding='utf-8')
     assert 'warning' not in capsys.readouterr().out
     assert measured(root, root / 'data', '--split', 'train')['images'] == 12
     assert 'warning: 12 of 12 images were learned from' in capsys.readouterr().out

@@ -224,7 +224,7 @@ def test_folders_and_patterns(tmp_path):
 # --- encodings
 
 
-@pytest.mark.parametrize('encoding', ['ascii', 'cp1252'])
+@pytest.mark.parametrize('encoding', ['ascii', pytest.param('cp1252', marks=pytest.mark.slow)])
 def test_names_that_the_terminal_cannot_show(run, tmp_path, encoding):
     root = voc(tmp_path / 'данные', {}, 0)
     for i in range(6):

@@ -426,6 +426,8 @@ def test_every_detector_in_the_same_table(records, tmp_path, family):
         torch.equal(v, state[k]) for k, v in learn.model.named_buffers()
     )
     res = learn.evaluate(per_class=True)
+    numbers = learn.report(tmp_path / 'report.html', worst=1, labels=1).coco
+    assert {k: numbers[k] for k in res} == res and (tmp_path / 'report.html').stat().st_size > 10_000
     assert (
         len(res) == 13 * (1 + masks)
         and [res[o.name] for o in learn.metrics if isinstance(o, COCOMetric)] == learn.validate()[1 + len(names) :]

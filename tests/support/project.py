@@ -1,5 +1,6 @@
 "The repository as tests see it: its notebooks, a copy to try commands in, notebooks run in a process of their own."
 
+import gc
 import json
 import multiprocessing
 import os
@@ -76,6 +77,7 @@ def run_notebook(f, home, flags, cwd=root, timeout=600):
 servers = multiprocessing.get_context('forkserver')
 servers.set_forkserver_preload(
     ['nbdev.test', 'fastai.vision.all', 'torchvision', 'timm', 'matplotlib.pyplot', 'effdet']
+    + ['albumentations', 'networkx', 'pytorch_lightning', 'scipy.ndimage', 'torch._export', 'torch._inductor.config']
 )
 
 
@@ -84,12 +86,21 @@ def _notebook_process(f, flags, log):
     with open(log, 'wb') as o:
         os.dup2(o.fileno(), 1)
         os.dup2(o.fileno(), 2)
-    from nbdev.test import test_nb
+    import nbdev.test
+    from execnb.shell import CaptureShell
+    from matplotlib_inline.backend_inline import set_matplotlib_formats
 
+    def shell(*args, **kwargs):
+        res = CaptureShell(*args, **kwargs)
+        set_matplotlib_formats('png', dpi=40, bbox_inches=None)  # each figure is drawn once, in few pixels
+        return res
+
+    nbdev.test.CaptureShell = shell
+    gc.freeze()  # no collection looks at the objects of the libraries
     multiprocessing.set_start_method(
         'fork', force=True
     )  # the default, as in Jupyter; the server's children have its own
-    sys.exit(not test_nb(f, skip_flags=flags)[0])
+    sys.exit(not nbdev.test.test_nb(f, skip_flags=flags)[0])
 
 
 def run_notebook_quickly(f, flags, log, timeout=600):

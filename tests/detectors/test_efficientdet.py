@@ -124,7 +124,7 @@ MODULES = {
     'module': (plain, {}, (16, 32, 64, 128)),
     'built': (lambda: create_backbone('vovnet19_slim_dw'), {}, (8, 16, 32, 64, 128)),
     'last map': (lambda: create_backbone('vovnet19_slim_dw', strides=32), {}, (32, 64, 128)),
-    'five maps': (lambda: create_backbone('vovnet19_slim_dw', strides=(2, 4, 8, 16, 32)), {}, (8, 16, 32, 64, 128)),
+    'five maps': (lambda: create_backbone('resnet18', strides=(2, 4, 8, 16, 32)), {}, (8, 16, 32, 64, 128)),
     'from stride 4': (lambda: create_backbone('vovnet19_slim_dw'), dict(min_level=2), (4, 8, 16, 32, 64, 128)),
     'neck bifpn': (lambda: 'vovnet19_slim_dw', dict(neck='bifpn'), (8, 16, 32, 64, 128)),
     'neck fpn': (lambda: 'vovnet19_slim_dw', dict(neck='fpn'), (8, 16, 32, 64, 128)),

@@ -309,7 +309,7 @@ def test_pasting_is_the_naive_loop():
 
 @pytest.mark.parametrize('img_size', [None, 64, (32, 48)])
 def test_masks_are_in_pixels_of_the_input(img_size):
-    m = detector(img_size=img_size).eval()
+    m = detector('vovnet19_slim', img_size=img_size).eval()
     with torch.no_grad():
         dets = m([torch.rand(3, 70, 50), torch.rand(3, 33, 91)])
     for d, s in zip(dets, ((70, 50), (33, 91))):
@@ -357,7 +357,7 @@ def test_boxes_equal_those_without_masks():
 
 def test_learns_a_mask():
     torch.manual_seed(0)
-    m, x = detector(neck_norm='gn', anchor_scale=4, mask_channels=32), torch.zeros(1, 3, 64, 64)
+    m, x = detector('vovnet19_slim', neck_norm='gn', anchor_scale=4, mask_channels=32), torch.zeros(1, 3, 64, 64)
     yy, xx = torch.meshgrid(torch.arange(64), torch.arange(64), indexing='ij')
     mask = (yy - 32) ** 2 + (xx - 32) ** 2 < 20**2
     x[:, :, mask] = 1.0

@@ -2,8 +2,6 @@
 
 import os
 import sys
-from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 
@@ -44,10 +42,21 @@ ours = dict(faster_rcnn=faster_rcnn, mask_rcnn=mask_rcnn, efficientdet=efficient
 body = 'vovnet19_slim_dw'
 
 
+def some(toy, n_train, n_valid, bs):
+    train, valid, class_map, _ = pets_splits(toy, masks=True)
+    kw = dict(size=96, bs=bs, augment=None, seed=0, device='cpu')
+    return detection_dls(train[:n_train], valid[:n_valid], class_map, **kw)
+
+
+@pytest.fixture(scope='module')
+def few(toy):
+    return some(toy, 6, 4, 2)
+
+
 @pytest.fixture(scope='module')
 def dls(toy):
-    train, valid, class_map, _ = pets_splits(toy, masks=True)
-    return detection_dls(train[:6], valid[:4], class_map, size=96, bs=2, augment=None, seed=0, device='cpu')
+    "Enough to train models that find something."
+    return some(toy, 12, 6, 3)
 
 
 def quiet_fit(learn, *args, **kwargs):
@@ -56,10 +65,10 @@ def quiet_fit(learn, *args, **kwargs):
 
 
 @pytest.mark.parametrize('family', families)
-def test_contract(family, dls):
+def test_contract(family, few):
     torch.manual_seed(0)
-    model = icevision_model(family, len(dls.class_map), body, **families[family])
-    x, y = dls.valid.one_batch()
+    model = icevision_model(family, len(few.class_map), body, **families[family])
+    x, y = few.valid.one_batch()
     parts = model.train()(x, list(y))
     assert set(parts) == set(model.loss_names) and all(v.isfinite() for v in parts.values())
     sum(parts.values()).backward()
@@ -73,7 +82,7 @@ def test_contract(family, dls):
         assert (
             d['boxes'].shape == (len(d['labels']), 4)
             and (d['labels'] >= 1).all()
-            and (d['labels'] < len(dls.class_map)).all()
+            and (d['labels'] < len(few.class_map)).all()
         )
     assert all(torch.equal(v, before[k]) for k, v in model.named_buffers())
     alone = model.eval()(x)
@@ -83,46 +92,39 @@ def test_contract(family, dls):
     assert all(v.isfinite() for v in model.train()(x, none).values())
 
 
-@pytest.fixture(scope='module', params=families)
-def trained(request, dls, tmp_path_factory):
-    "IceVision's model after an epoch of either learner, its weights before and after them, and what was seen."
+@pytest.mark.parametrize('family', families)
+def test_trains_by_either(family, few, tmp_path):
     torch.manual_seed(0)
-    model = icevision_model(request.param, len(dls.class_map), body, **families[request.param])
-    weights, learning = [{k: v.clone() for k, v in model.state_dict().items()}], []
+    model = icevision_model(family, len(few.class_map), body, **families[family])
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
     for make in (icevision_learner, detection_learner):
-        learn = make(dls, model, path=tmp_path_factory.mktemp('trained'))
-        learning.append(all(p.requires_grad for p in model.parameters()))
+        learn = make(few, model, path=tmp_path)
+        assert all(p.requires_grad for p in model.parameters())
         quiet_fit(learn, 1, 1e-3, cbs=NoValidation())
-        weights.append({k: v.clone() for k, v in model.state_dict().items()})
+        now = model.state_dict()
+        assert not all(torch.equal(v, now[k]) for k, v in weights.items())
+        weights = {k: v.clone() for k, v in now.items()}
     learn.freeze()
-    return SimpleNamespace(family=request.param, model=model, weights=weights, learning=learning)
-
-
-def test_trains_by_either(trained):
-    assert trained.learning == [True, True]
-    for a, b in pairwise(trained.weights):
-        assert not all(torch.equal(v, b[k]) for k, v in a.items())
-    model = trained.model
     convs = lambda m: [o.weight for o in m.modules() if isinstance(o, torch.nn.Conv2d)]  # norms continue to learn
-    backbone = model.backbone if trained.family == 'efficientdet' else model.backbone.body.body
-    assert not any(p.requires_grad for p in convs(backbone))
-    if trained.family != 'efficientdet':
+    assert not any(
+        p.requires_grad for p in convs(model.backbone if family == 'efficientdet' else model.backbone.body.body)
+    )
+    if family != 'efficientdet':
         assert all(p.requires_grad for p in convs(model.neck))
 
 
-@pytest.fixture(scope='module')
-def pair(trained, dls):
+@pytest.fixture(scope='module', params=ours)
+def pair(request, dls):
     "IceVision's model, a little trained, and ours with its weights."
-    family, model = trained.family, trained.model
-    net = ours[family].model(num_classes=len(dls.class_map), backbone=create_backbone(body), **families[family])
+    family, n = request.param, len(dls.class_map)
+    torch.manual_seed(0)
+    model = icevision_model(family, n, body, **families[family])
+    quiet_fit(icevision_learner(dls, model), 2, 1e-3, cbs=NoValidation())
+    net = ours[family].model(num_classes=n, backbone=create_backbone(body), **families[family])
     map_weights(model.net.model.state_dict() if family == 'efficientdet' else model.net, net)
     return model, net
 
 
-of_ours = pytest.mark.parametrize('trained', ours, indirect=True, scope='module')
-
-
-@of_ours
 def test_equal_losses(pair, dls):
     model, net = pair
     x, y = dls.valid.one_batch()
@@ -157,7 +159,6 @@ def moved(pred, target, n=2):
     return res | ({'masks': pred['masks'][:n].tensor().roll(1, 2)} if 'masks' in pred else {})
 
 
-@of_ours
 def test_side_by_side(pair, dls):
     model, net = pair
     preds, targets = detection_learner(dls, net).get_preds()
@@ -186,9 +187,9 @@ def test_side_by_side(pair, dls):
     assert list(numbers.values()) == pytest.approx([float(v) for v in metric.finalize().values()], abs=1e-6)
 
 
-def test_detections_alone_cost_no_losses(dls):
-    model = icevision_model('efficientdet', len(dls.class_map), body, **families['efficientdet']).eval()
-    x, y = dls.valid.one_batch()
+def test_detections_alone_cost_no_losses(few):
+    model = icevision_model('efficientdet', len(few.class_map), body, **families['efficientdet']).eval()
+    x, y = few.valid.one_batch()
     calls = []
     model.net.loss_fn.register_forward_pre_hook(lambda *a: calls.append(1))
     with torch.no_grad():
@@ -238,17 +239,17 @@ def test_bad_model(bad, error, match):
 
 
 @pytest.mark.parametrize('family', ['faster_rcnn', 'retinanet', 'efficientdet'])
-def test_stock_models(family, dls, tmp_path):
+def test_stock_models(family, few, tmp_path):
     mt = icevision_module(f"models.{'ross' if family == 'efficientdet' else 'torchvision'}.{family}")
     name, size = ('tf_lite0', dict(img_size=96)) if family == 'efficientdet' else ('resnet18_fpn', {})
     config = getattr(mt.backbones, name)(pretrained=False)
-    net = mt.model(backbone=config, num_classes=len(dls.class_map), **families[family])
+    net = mt.model(backbone=config, num_classes=len(few.class_map), **families[family])
     learn = detection_learner(
-        dls, IceVisionDetector(net, mt, len(dls.class_map), img_size=96 if size else None), path=tmp_path
+        few, IceVisionDetector(net, mt, len(few.class_map), img_size=96 if size else None), path=tmp_path
     )
     quiet_fit(learn, 1, 1e-4, cbs=NoValidation())
     learn.export('learner.pkl')
-    a, b = [o.predict(dls.valid_ds.items[0], score_thr=0.0) for o in (learn, load_learner(tmp_path / 'learner.pkl'))]
+    a, b = [o.predict(few.valid_ds.items[0], score_thr=0.0) for o in (learn, load_learner(tmp_path / 'learner.pkl'))]
     assert torch.equal(a['scores'], b['scores'])
 
 
@@ -280,10 +281,10 @@ print(a, b, c, 'patched' in again, len(PATCHES), len(PATCHES.replaced), state()=
 
 
 @pytest.fixture(scope='module')
-def elsewhere(dls, tmp_path_factory):
+def elsewhere(few, tmp_path_factory):
     "What a process prints that imports the package, loads a learner with IceVision's model, and undoes the patches."
     path = tmp_path_factory.mktemp('elsewhere')
-    learn = detection_learner(dls, icevision_model('efficientdet', len(dls.class_map), body, img_size=96), path=path)
+    learn = detection_learner(few, icevision_model('efficientdet', len(few.class_map), body, img_size=96), path=path)
     learn.export('learner.pkl')
     env = os.environ | dict(HOME=str(path / 'home'), HF_HUB_OFFLINE='1')
     done = run(sys.executable, '-W', 'ignore', '-c', fresh, path / 'learner.pkl', env=env)
@@ -304,17 +305,17 @@ def test_undo_and_clear(elsewhere):
     assert elsewhere[-1] == f'{yes} {no} {yes} True 0 0 True'
 
 
-def test_both_leaves_the_mode(dls):
-    x, y = dls.valid.one_batch()
+def test_both_leaves_the_mode(few):
+    x, y = few.valid.one_batch()
     for family in ('faster_rcnn', 'efficientdet'):
-        model = icevision_model(family, len(dls.class_map), body, **families[family]).train()
+        model = icevision_model(family, len(few.class_map), body, **families[family]).train()
         model(x, list(y), both=True)
         assert model.net.training and set(model(x, list(y))) == set(model.loss_names)
 
 
-def test_bad_learner(dls):
+def test_bad_learner(few):
     with pytest.raises(ValueError, match='num_classes=9'):
-        icevision_learner(dls, icevision_model('faster_rcnn', 9, body))
+        icevision_learner(few, icevision_model('faster_rcnn', 9, body))
     net = icevision_model('faster_rcnn', 3, body).net
     with pytest.raises(ValueError, match='keypoint'):
         IceVisionDetector(net, 'keypoint_rcnn', 3)
@@ -323,7 +324,7 @@ def test_bad_learner(dls):
     with pytest.raises(ValueError, match='the model has 3 with background'):
         IceVisionDetector(net, 'faster_rcnn', 5)
     with pytest.raises(TypeError, match='wrap an IceVision model'):
-        icevision_learner(dls, net)
-    small_net = icevision_model('efficientdet', len(dls.class_map), body, img_size=128).eval()
+        icevision_learner(few, net)
+    small_net = icevision_model('efficientdet', len(few.class_map), body, img_size=128).eval()
     with pytest.raises(ValueError, match='an image of 96x96, but this efficientdet was built for 128x128'):
-        small_net(dls.valid.one_batch()[0])
+        small_net(few.valid.one_batch()[0])

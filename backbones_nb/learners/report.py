@@ -1,4 +1,4 @@
-"""One HTML page, readable offline, on an evaluation: `learn.report(path)` for detection learners, and `--report` on the command line. The numbers are those of `ErrorAnalysis`.
+"""An evaluation as one HTML page that works offline: `learn.report(path)` for detection learners, and `--report` on the command line. The numbers come from `ErrorAnalysis`.
 
 Docs: https://backbones-nb.github.io/backbones-nb/learners/report.html.md"""
 

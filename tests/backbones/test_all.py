@@ -15,6 +15,7 @@ from backbones_nb.analysis.parity import randomize_, rel_error
 from backbones_nb.core.registry import list_backbones
 from tools.proc import run
 
+pytestmark = pytest.mark.usefixtures('quick_meta')
 backbones = A.backbones
 channels = dict(mobilenet=1280, resnet18=512, resnet34=512) | {o: 512 for o in icevision['vgg']}
 vt = dict(darknet19=5, darknet53=5, cspdarknet19=5, cspdarknet53=5, vovnet19_slim=5, vovnet39=5, vovnet57=5, vovnet99=5)
@@ -81,9 +82,25 @@ def test_names():
         backbones._repr_html_
 
 
-def test_star_import():
-    code = "from backbones_nb.all import *; print(*sorted(o for o in dir() if not o.startswith('_')))"
-    got = run(sys.executable, '-W', 'ignore', '-c', code, check=True).stdout.split()
+@pytest.fixture(scope='module')
+def fresh():
+    "What a new process prints: which modules the list of our names has loaded, then the names of a star import."
+    code = """import sys
+from backbones_nb import list_backbones
+list_backbones('*vovnet*')
+print('backbones_nb.backbones.timm_models' in sys.modules, 'timm' in sys.modules)
+have = set(dir())
+from backbones_nb.all import *
+print(*sorted(o for o in dir() if o not in have and not o.startswith('_')))"""
+    return [o.split() for o in run(sys.executable, '-W', 'ignore', '-c', code, check=True).stdout.splitlines()]
+
+
+def test_listing_ours_does_not_import_timm(fresh):
+    assert fresh[0] == ['False', 'False']
+
+
+def test_star_import(fresh):
+    got = fresh[-1]
     assert {
         'backbones',
         'create_backbone',

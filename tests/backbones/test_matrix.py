@@ -2,21 +2,23 @@
 
 import copy
 import io
+import json
 import pickle
 import shutil
 
 import pytest
 import torch
-from torchvision import models
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import StochasticDepth
 
 from backbones_nb.backbones import torchvision as T
+from backbones_nb.core import hub
 from backbones_nb.core.features import Backbone, check_contract
 from backbones_nb.analysis.parity import randomize_, rel_error
 from backbones_nb.core.create import create_backbone
 from backbones_nb.core.registry import list_backbones
 
+pytestmark = pytest.mark.usefixtures('quick_meta')
 names = list_backbones()
 body = dict(  # parameters of the nets that torchvision lacks, in millions, without classifier
     darknet19=19.817,
@@ -54,12 +56,18 @@ def count(m):
     return sum(p.numel() for p in m.parameters())
 
 
-# with real tensors in every run: one or two sizes of a family, since others repeat its modules; the rest is slow
-quick = """convnext_tiny cspdarknet19 cspdarknet53 darknet19 efficientnet_b0 efficientnet_v2_s mobilenet_v2
-    mobilenet_v3_large mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18 resnet18_fpn resnet50 resnet50_fpn
-    vgg11 vgg16_bn vovnet19 vovnet19_dw vovnet19_slim vovnet19_slim_dw vovnet27_slim vovnet39""".split()
-assert set(quick) <= set(names)
-every = [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
+# with real tensors in every run: a small net of each family, and one that differs from it, share the properties between
+# them; the other pairs of a net and a property are slow
+quick = """convnext_tiny cspdarknet19 darknet19 efficientnet_b0 mobilenet_v2 mobilenet_v3_small regnet_y_400mf resnet18
+    resnet18_fpn vgg11 vovnet19_slim_dw vovnet27_slim""".split()
+others = """convnext_tiny cspdarknet53 darknet19 efficientnet_v2_s mobilenet_v3_large regnet_x_400mf resnet50
+    resnet50_fpn vgg16_bn vovnet19 vovnet19_dw vovnet19_slim vovnet39""".split()
+assert {*quick, *others} <= set(names)
+
+
+def each(kept):
+    marked = [n if n in kept else pytest.param(n, marks=pytest.mark.slow) for n in names]
+    return pytest.mark.parametrize('net', marked, indirect=True)
 
 
 def noise(*hw, n=1):
@@ -70,7 +78,13 @@ def all_strides(m):
     return tuple(r['reduction'] for r in m.rows)
 
 
-@pytest.fixture(scope='module', params=every)
+@pytest.fixture(scope='module', params=names)
+def on_meta(request, quick_meta):
+    "One build a name for all tests without values, which select and freeze again."
+    return meta(request.param)
+
+
+@pytest.fixture(scope='module')
 def net(request):
     "One build a name for all tests with real tensors; every map is selected."
     m = create_backbone(request.param)
@@ -99,24 +113,53 @@ def same(a, b):
 # --- shapes and parameters, on the meta device
 
 
-@pytest.mark.parametrize('name', names)
-def test_shapes_and_strides(name):
-    m = meta(name).eval()
-    assert isinstance(m, Backbone) and m.name == name and m.pretrained is None
-    if not name.endswith('_fpn'):
-        m.select(all_strides(m))
+def even_size(name):
+    "224 or 256 pixels: every other row takes the other one."
+    return (224, 256)[names.index(name) % 2]
+
+
+def parts_of(maps, params):
+    "For each map the numbers of those lists of parameters that it was computed from."
+    place, res = {id(p): i for i, o in enumerate(params) for p in o}, []
+    for o in maps:
+        todo, seen, used = [o.grad_fn], set(), set()
+        while todo:
+            f = todo.pop()
+            if f is None or f in seen:
+                continue
+            seen.add(f)
+            if hasattr(f, 'variable'):
+                used.add(place[id(f.variable)])
+            todo += [n for n, _ in f.next_functions]
+        res.append([i in used for i in range(len(params))])
+    return res
+
+
+def test_shapes_strides_and_order_of_groups(on_meta):
+    "The k-th map needs groups up to one of them, and deeper maps need more; all together need every parameter."
+    m, name = on_meta.eval(), on_meta.name
+    assert isinstance(m, Backbone) and name in names and m.pretrained is None
+    pyramid = name.endswith('_fpn')
+    m.select() if pyramid else m.select(all_strides(m))
+    m.freeze_to(0)
     assert list(m.strides) == sorted(set(m.strides)) and m.strides[-1] >= 32
-    for hw in ((224, 224), (256, 256), (231, 310)):
+    for hw in ((even_size(name),) * 2, (231, 310)):
         maps = m(torch.empty(2, 3, *hw, device='meta'))
         assert [o.shape[:2] for o in maps] == [(2, c) for c in m.channels], hw
         for o, s in zip(maps, m.strides):  # pools without ceil_mode round down
             for k, n in zip(hw, o.shape[2:]):
                 assert k // s <= n <= -(-k // s), (hw, s, o.shape)
+    groups = m.param_groups()
+    need = parts_of(maps, groups)
+    reach = [sum(o) for o in need]
+    assert reach == sorted(reach) and all(map(any, zip(*need))), need
+    if not pyramid:
+        assert all(o == sorted(o, reverse=True) for o in need) and reach[-1] == len(groups), need
 
 
-@pytest.mark.parametrize('name', names)
-def test_default_and_selection(name):
-    m = meta(name)
+def test_default_and_selection(on_meta):
+    m, name = on_meta, on_meta.name
+    m.select()
     if not name.endswith('_fpn'):
         assert m.strides == tuple(s for s in all_strides(m) if s in (4, 8, 16, 32))
         for s in all_strides(m):
@@ -130,9 +173,9 @@ def test_default_and_selection(name):
         m.select(3)
 
 
-@pytest.mark.parametrize('name', names)
-def test_parameters(name):
-    size = count(meta(name))
+def test_parameters(on_meta):
+    "Of torchvision's classifiers: test_rows in test_torchvision.py, from the published count."
+    name, size = on_meta.name, count(on_meta)
     if name in body:
         assert round(size / 1e6, 3) == body[name]
     elif name.endswith('_fpn'):
@@ -142,13 +185,16 @@ def test_parameters(name):
             b.numel() for n, b in ref.named_buffers() if n.endswith(('weight', 'bias'))
         )  # its batch norms have buffers
         assert size == count(ref) + frozen or size == count(ref)
-    else:  # of torchvision's published count, what its classifier has: linear layers, and a 1x1 convolution before them
-        with T.SizesOnCPU(), torch.device('meta'):
-            ref = models.get_model(name, weights=None)
-        head = [getattr(ref, k) for k in ('fc', 'classifier') if hasattr(ref, k)]
-        if 'expansion' in T.torchvision_taps[name]:
-            head.append(ref.features[-1])
-        assert size == models.get_model_weights(name).DEFAULT.meta['num_params'] - sum(map(count, head))
+    else:
+        assert name in T.torchvision_taps
+
+
+def test_described_and_built_again(on_meta):
+    on_meta.select()
+    with torch.device('meta'):
+        n = hub.from_config(Backbone, json.loads(json.dumps(hub.hub_config(on_meta))))
+    assert type(n) is type(on_meta) and n.rows == on_meta.rows
+    assert {k: v.shape for k, v in n.state_dict().items()} == {k: v.shape for k, v in on_meta.state_dict().items()}
 
 
 @pytest.mark.parametrize('name,variant', variants, ids='-'.join)
@@ -159,9 +205,8 @@ def test_parameters_of_variants(name, variant):
 # --- groups
 
 
-@pytest.mark.parametrize('name', names)
-def test_groups(name):
-    m = meta(name)
+def test_groups(on_meta):
+    m = on_meta
     groups = m.param_groups()
     ids = [id(p) for g in groups for p in g]
     assert (
@@ -179,29 +224,14 @@ def test_groups(name):
         m.freeze_to(len(groups) + 1)
 
 
-def test_order_of_groups(net):
-    "The k-th map needs groups up to one of them, and deeper maps need more; all together need every parameter."
-    groups, reach = net.param_groups(), []
-    for o in net(noise(64, 64, n=2)):
-        got = torch.autograd.grad(
-            o.square().mean(), [p for g in groups for p in g], retain_graph=True, allow_unused=True
-        )
-        got, used = iter(got), []
-        for g in groups:
-            used.append(any(next(got) is not None for p in g))
-        reach.append(sum(used))
-        if not net.name.endswith('_fpn'):
-            assert used == sorted(used, reverse=True), f'{net.name}: {used}'
-    assert reach == sorted(reach) and (net.name.endswith('_fpn') or reach[-1] == len(groups))
-
-
 # --- gradients, copies, files
 
 
+@each(others)
 def test_gradients(net):
     state = copy.deepcopy(net.state_dict())
     try:
-        sum(o.square().mean() for o in training(net)(noise(96, 64, n=2))).backward()
+        sum(o.square().mean() for o in training(net)(noise(64, 32, n=2))).backward()
     finally:
         net.eval().load_state_dict(state)
     lost = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
@@ -210,10 +240,12 @@ def test_gradients(net):
     assert not lost and not dead
 
 
+@each(others)
 def test_contract(net):
     assert check_contract(net) is net
 
 
+@each(quick)
 def test_copies(net):
     x = noise(64, 96)
     want = out(net, x)
@@ -223,6 +255,7 @@ def test_copies(net):
         assert {id(p) for g in twin.param_groups() for p in g} == {id(p) for p in twin.parameters()}
 
 
+@each(quick)
 def test_state_dict(net):
     f = io.BytesIO()
     torch.save(net.state_dict(), f)
@@ -234,6 +267,7 @@ def test_state_dict(net):
     assert same(out(twin.eval(), noise(64, 64)), out(net, noise(64, 64)))
 
 
+@each(quick)
 def test_export(net):
     x = noise(64, 96)
     graph = torch.export.export(net, (x,)).module()

@@ -218,7 +218,8 @@ def test_batches_without_boxes(kind, empty):
 @both_kinds
 @pytest.mark.parametrize('img_size', [None, 64, (32, 48)])
 def test_odd_sizes_in_pixels_of_the_input(kind, img_size):
-    m, sizes = detector(kind, img_size=img_size, score_thresh=0.0), ((70, 51), (33, 91))
+    m = detector(kind, 'vovnet19_slim', img_size=img_size, score_thresh=0.0)
+    sizes = (70, 51), (33, 91)
     x = [torch.rand(3, *s) for s in sizes]
     losses, dets = m(x, [dict(boxes=torch.tensor([[1.0, 2, 40, 30]]), labels=torch.tensor([2])), NONE], both=True)
     assert all(o.isfinite() for o in losses.values())
@@ -245,7 +246,7 @@ def test_one_tiny_image(kind):
 @both_kinds
 def test_settings(kind):
     torch.manual_seed(0)
-    m, (x, _) = detector(kind, detections_per_img=5, nms_thresh=0.95).eval(), data()
+    m, (x, _) = detector(kind, 'vovnet19_slim', detections_per_img=5, nms_thresh=0.95).eval(), data()
     with torch.no_grad():
         some = m(x)
         assert all(len(d['boxes']) == 5 for d in some)
@@ -349,7 +350,8 @@ def test_parts_may_be_replaced(kind):
 @both_kinds
 def test_learns_two_images(kind):
     torch.manual_seed(0)
-    m, x = detector(kind, neck_norm='gn', head_norm='gn', score_thresh=0.05), torch.zeros(2, 3, 64, 64)
+    m = detector(kind, 'vovnet19_slim', neck_norm='gn', head_norm='gn', score_thresh=0.05)
+    x = torch.zeros(2, 3, 64, 64)
     x[0, :, 12:44, 8:40], x[1, 0, 20:60, 24:60] = 1.0, 1.0
     t = [
         dict(boxes=torch.tensor([b]), labels=torch.tensor([k]))

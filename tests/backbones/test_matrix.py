@@ -81,7 +81,9 @@ def all_strides(m):
 @pytest.fixture(scope='module', params=names)
 def on_meta(request, quick_meta):
     "One build a name for all tests without values, which select and freeze again."
-    return meta(request.param)
+    m = meta(request.param)
+    assert m.name == request.param
+    return m
 
 
 @pytest.fixture(scope='module')

@@ -261,7 +261,13 @@ sizes = [(224,), (200,), (230, 310)]
 
 @pytest.mark.parametrize(
     'name,taps,size',
-    [('resnet18', 'block', s) for s in sizes] + [('mobilenet_v3_small', 'expansion', sizes[2])],
+    [('resnet18', 'block', s) for s in sizes]
+    + [('mobilenet_v3_small', 'expansion', sizes[2])]
+    + [pytest.param('mobilenet_v3_small', 'expansion', s, marks=pytest.mark.slow) for s in sizes[:2]]
+    + [
+        pytest.param(n, 'block', sizes[2], marks=pytest.mark.slow)
+        for n in ('vgg11', 'efficientnet_b0', 'regnet_y_400mf', 'convnext_tiny')
+    ],
 )
 def test_parity_with_torchvision(name, taps, size):
     "At whole, half and odd sizes; test_parity_with_torchvision_and_timm has the other families at an odd one."

@@ -99,10 +99,11 @@ def check(m):
 
 
 @pytest.mark.parametrize('name', TIMM)
-def test_timm_families_train(name):
+def test_timm_families_train(name, pytestconfig):
     m = detector(backbone=f'timm/{name}')
     assert m.strides[-1] == 128 and m.backbone.body.name == f'timm/{name}'
-    if name in ('mobilenetv3_small_050', 'convnext_atto') or name in SLOW:  # with and without batch norms
+    whole = 'mobilenetv3_small_050', 'convnext_atto'  # with and without batch norms
+    if name in whole or pytestconfig.getoption('--slow'):
         check(m)
     else:
         check_step(m)

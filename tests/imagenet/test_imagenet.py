@@ -112,10 +112,10 @@ stops = dict(fp16=[5], bf16=[13], accumulate=[13], repeated=[5, 13])  # inside t
 
 
 @pytest.mark.parametrize('name', options)
-def test_interrupted_and_resumed(data, tmp_path, name):
+def test_interrupted_and_resumed(data, tmp_path, name, pytestconfig):
     kw = small | dict(epochs=2) | options[name]
     train_imagenet(data, tmp_path / 'whole', **kw)
-    for at in stops[name]:
+    for at in (5, 13) if pytestconfig.getoption('--slow') else stops[name]:
         with pytest.raises(KeyboardInterrupt):
             train_imagenet(data, tmp_path / 'parts', cbs=[Stop(at)], **kw)
         epoch, batch = position(tmp_path / 'parts')
@@ -145,12 +145,13 @@ def test_every_batch_but_the_last_has_a_checkpoint_of_its_own(data, tmp_path):
         assert position(tmp_path / str(at)) == found
 
 
-def test_killed_at_any_moment(data, tmp_path):
-    kw, rng, found = small | dict(epochs=2, workers=1, every=1), random.Random(0), []
+@pytest.mark.parametrize('epochs,kills', [(2, 3), pytest.param(3, 5, marks=pytest.mark.slow)])
+def test_killed_at_any_moment(data, tmp_path, epochs, kills):
+    kw, rng, found = small | dict(epochs=epochs, workers=1, every=1), random.Random(0), []
     train_imagenet(data, tmp_path / 'whole', **kw)
     train = partial(train_imagenet, data, tmp_path / 'parts', **kw)
-    for i in range(3):
-        code = train_and_kill(train, tmp_path / 'parts' / 'checkpoint.pt', 2, i == 1, rng.uniform(0, 0.2))
+    for i in range(kills):
+        code = train_and_kill(train, tmp_path / 'parts' / 'checkpoint.pt', 2, i == kills // 2, rng.uniform(0, 0.2))
         assert code == -signal.SIGKILL
         found.append(position(tmp_path / 'parts'))
     assert found == sorted(set(found)) and any(batch for _, batch in found)

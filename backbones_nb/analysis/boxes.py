@@ -131,8 +131,9 @@ def _write_label(ax, box, i, target, class_map, color):
     text = [_class_name(int(target['labels'][i]), class_map)] if target.get('labels') is not None else []
     if target.get('scores') is not None: text.append(f"{float(target['scores'][i]):.2f}")
     ink = 'white' if np.dot(color, (.3,.59,.11))<.62 else palette['ink']
-    if text: ax.add_artist(_InsideText(*box[:2], ' '.join(text), size=8.5, va='bottom', transform=ax.transData,
-                                      clip_on=True, color=ink, bbox=dict(fc=color, ec='none', pad=1.6)))
+    if text: ax.add_artist(_InsideText(*box[:2], ' '.join(text), parse_math=False, size=8.5, va='bottom',
+                                      transform=ax.transData, clip_on=True, color=ink,
+                                      bbox=dict(fc=color, ec='none', pad=1.6)))
 
 # %% ../../nbs/analysis/26_boxes.ipynb #0077d60b
 def _panel_grid(ims, k, ncols, figsize, text):

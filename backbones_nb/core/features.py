@@ -44,7 +44,7 @@ def _select_strides(
     if out_indices is not None:
         if strides is not None: raise ValueError(
             f'got both strides={strides} and out_indices={out_indices}, '
-            'which mean the same thing: pass one of them')
+            'which mean the same thing: pass only one of them')
         if isinstance(out_indices, int): out_indices = (out_indices,)
         if any(i<0 for i in out_indices): raise ValueError(
             f'got out_indices={tuple(out_indices)}, expected indices from 0 on '

@@ -139,15 +139,15 @@ def _save_picture(
     preds, # detections, in pixels of the originals
     targets, # their ground truth
     path, # file to write
-    n:int=8, # images
 ):
-    "Draws ground truth beside predictions of some validation images, spread over the data."
-    n = min(n, len(valid))
+    "Draws ground truth beside predictions of up to 8 validation images, or prints why there is no picture."
+    n = min(8, len(valid))
     at = [round(i*(len(valid)-1)/max(1, n-1)) for i in range(n)] # spread over the classes
-    def pick(o): return [o[i] for i in at]
-    fig = show_side_by_side([valid[i].image() for i in at], pick(targets), pick(preds), class_map)
-    fig.savefig(path, dpi=110, bbox_inches='tight')
-    plt.close(fig)
+    try:
+        fig = show_side_by_side([valid[i].image() for i in at], [targets[i] for i in at], [preds[i] for i in at], class_map)
+        with write_whole(path) as part: fig.savefig(part, dpi=110, bbox_inches='tight')
+        plt.close(fig)
+    except Exception as e: print(f'warning: there is no picture ({reason(e)}); the run is complete')
 
 # %% ../../nbs/learners/103_finetune.ipynb #040aaf76
 def _save_results(learn, out, train, valid, **facts):
@@ -200,11 +200,11 @@ def finetune(
         if not rank_distrib(): _open_run(out, options, train, valid, classes_by_id=names, **facts)
         times = train_run(trainer(learn), config, out, run_facts(options, names, train, valid))
         if rank_distrib(): return {}
-        steps = config.epochs*len(learn.dls.train)
-        res,drawn = _save_results(learn, out, train, valid, steps=steps, **times, **facts)
+        facts['steps'] = config.epochs*len(learn.dls.train)
+        res,drawn = _save_results(learn, out, train, valid, **times, **facts)
         res |= dict(seconds=round(time.time()-start, 1), config=options)
         save_json(out/'metrics.json', res)
-        with write_whole(out/config.picture) as part: _save_picture(*drawn, part)
+        _save_picture(*drawn, out/config.picture)
         (out/'checkpoint.pt').unlink(missing_ok=True)
         if config.report: try_report(out/'report.html', *drawn, res, config)
     _report(res, out)

@@ -8,6 +8,7 @@ Docs: https://backbones-nb.github.io/backbones-nb/learners/report.html.md"""
 __all__ = ['check_report_path', 'write_report', 'try_report', 'ReportMixin']
 
 # %% ../../nbs/learners/163_report.ipynb #42700ff2
+import os
 import re
 from base64 import b64encode
 from functools import partial
@@ -43,9 +44,10 @@ def check_report_path(
         f'got {str(path)!r} as the file of a report, expected a name that ends in .html')
     if path.is_dir(): raise FileExistsError(
         f'got {str(path)!r} as the file of a report, which is a folder: give a file in it')
-    if odd := next((o for o in path.parents if o.exists() and not o.is_dir()), None):
-        raise FileExistsError(f'got {str(path)!r} as the file of a report, but {str(odd)!r} is a '
-                              'file: give another folder')
+    near = next(o for o in path.absolute().parents if o.exists())
+    if not (near.is_dir() and os.access(near, os.W_OK)): raise FileExistsError(
+        f'got {str(path)!r} as the file of a report, but {str(near)!r} '
+        f"{'cannot be written to' if near.is_dir() else 'is a file'}: give another folder")
     return path
 
 # %% ../../nbs/learners/163_report.ipynb #c76e5549
@@ -165,8 +167,8 @@ _curves = '''<figure role="img" aria-label="Precision over recall, a curve per c
 {{ pr | safe }}<figcaption>Precision over recall at an IoU of 0.5; colors as in the table, a dot at the best F1.
 </figcaption></figure>'''
 
-_errors = '''<p class="note">The error types of TIDE (Bolya et al., 2020): how many errors of each type there are, and
-the AP50 that would be gained if they were repaired. Gains do not add up.</p>
+_errors = '''<p class="note">The error types of TIDE (Bolya et al., 2020): how many errors of each type there are among
+detections of all scores, and the AP50 gained by fixing them. Gains do not add up.</p>
 <div class="scroll"><table><thead><tr><th scope="col">error</th><th scope="col">count</th>
 <th scope="col" colspan="2">gain</th></tr></thead><tbody>{% for r in errors %}
 <tr><th scope="row">{{ r.name }}</th><td>{{ r.count }}</td><td>{{ r.gain }}</td>
@@ -197,7 +199,7 @@ _scenes = '''{% macro scenes(o, id, alts) %}<div class="scenes">{% for boxes in 
 {% else %}<use href="#{{ id }}"/>{% endif %}{% for b in boxes %}<rect x="{{ b.x }}" y="{{ b.y }}" width="{{ b.w }}"
 height="{{ b.h }}" stroke="{{ b.color }}"{% if b.dash %} stroke-dasharray="7 4"{% endif %}/>{% endfor %}
 {% for b in boxes %}<text x="{{ [b.x, 0] | max + 3 * o.unit }}"
-y="{{ [b.y, 0] | max + 14 * o.unit }}">{{ b.text }}</text>{% endfor %}
+y="{{ b.y + b.h - 4 * o.unit if b.dash else [b.y, 0] | max + 14 * o.unit }}">{{ b.text }}</text>{% endfor %}
 </svg>{% endfor %}</div>{% endmacro %}'''
 
 _worst = '''{% from 'scenes' import scenes %}<p class="note">Most errors at the thresholds. Left the ground truth, dashed;

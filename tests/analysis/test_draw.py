@@ -167,6 +167,13 @@ def test_masks_and_threshold(soft):
     assert np.allclose([x0, y0, x1, y1], t['boxes'][1].tolist(), atol=0.5)
 
 
+def test_class_names_are_no_formulas():
+    target = dict(boxes=torch.tensor([[5.0, 30.0, 50.0, 60.0]]), labels=[1], scores=[0.5])
+    ax = draw_boxes(np.zeros((64, 64, 3)), target, ['background', '$5_$10'])
+    ax.figure.canvas.draw()
+    assert [o.get_text() for o in ax.findobj(_InsideText)] == ['$5_$10 0.50']
+
+
 def test_colors_follow_classes():
     ax = draw_boxes(np.zeros((9, 9, 3)), dict(boxes=[[0, 0, 4, 4], [1, 1, 5, 5], [2, 2, 6, 6]], labels=[2, 1, 2]))
     assert [p.get_edgecolor()[:3] for p in rects(ax)] == [class_color(i) for i in (2, 1, 2)]

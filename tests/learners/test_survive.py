@@ -219,8 +219,9 @@ def test_an_error_after_training_costs_no_weights(coco, tmp_path, monkeypatch, c
     assert main(command(kw)) == 1 and 'no ink' in capsys.readouterr().err
     assert load_run(tmp_path / 'run') and (tmp_path / 'run' / 'detector.safetensors').exists()
     monkeypatch.undo()
-    monkeypatch.setattr(module, '_save_picture', broken)
-    assert main([*command(kw), '--resume']) == 1 and (tmp_path / 'run' / 'metrics.json').exists()
+    monkeypatch.setattr(module, 'show_side_by_side', broken)
+    assert main([*command(kw), '--resume']) == 0 and (tmp_path / 'run' / 'metrics.json').exists()
+    assert 'warning: there is no picture (no ink); the run is complete' in capsys.readouterr().out
     monkeypatch.undo()
     assert main([*command(kw), '--resume']) == 0
 

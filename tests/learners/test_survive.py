@@ -221,7 +221,7 @@ def test_an_error_after_training_costs_no_weights(coco, tmp_path, monkeypatch, c
     monkeypatch.undo()
     monkeypatch.setattr(module, 'show_side_by_side', broken)
     assert main([*command(kw), '--resume']) == 0 and (tmp_path / 'run' / 'metrics.json').exists()
-    assert 'warning: there is no picture (no ink); the run is complete' in capsys.readouterr().out
+    assert 'warning: there is no picture (RuntimeError: no ink); the run is complete' in capsys.readouterr().out
     monkeypatch.undo()
     assert main([*command(kw), '--resume']) == 0
 

@@ -153,7 +153,7 @@ def test_a_file_that_was_cut_off(tmp_path, kind, cut):
         usable_images(recs, SkipReport())
     report = SkipReport(2)
     assert usable_images(recs, report, 'skip') == [good]
-    assert str(report) == f'skipped 1 of 2: 1 that cannot be decoded to the end (a.{kind})'
+    assert str(report) == f'skipped 1 of 2: 1 with an image that cannot be fully decoded (a.{kind})'
     report = SkipReport(2)
     got = usable_images(recs, report, 'read')
     assert str(report) == f'nothing skipped of 2; note: 1 cut off, read as far as it goes (a.{kind})'

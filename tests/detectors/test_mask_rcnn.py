@@ -348,7 +348,7 @@ def test_bfloat16_autocast():
 
 def test_boxes_equal_those_without_masks():
     a = detector().eval()
-    b = faster_rcnn.model(3, 'vovnet19_slim', **{k: v for k, v in LEAN.items() if k != 'mask_channels'}).eval()
+    b = faster_rcnn.model(3, 'vovnet19_slim_dw', **{k: v for k, v in LEAN.items() if k != 'mask_channels'}).eval()
     b.load_state_dict({k: v for k, v in a.state_dict().items() if 'mask_' not in k}, strict=True)
     x, _ = data()
     for p, q in zip(a(x), b(x)):

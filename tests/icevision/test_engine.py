@@ -78,7 +78,7 @@ def command(line, capsys):
 
 @pytest.fixture(scope='module')
 def few(tmp_path_factory):
-    return toy_pets(tmp_path_factory.mktemp('few') / 'pets', n=12, seed=3)
+    return toy_pets(tmp_path_factory.mktemp('few') / 'pets', n=16, seed=3)
 
 
 @pytest.mark.parametrize('family', [pytest.param('faster_rcnn', marks=pytest.mark.slow), 'mask_rcnn', 'efficientdet'])

@@ -19,6 +19,7 @@ def pytest_addoption(parser):
     parser.addoption('--cuda', action='store_true', help='run the tests marked cuda, and fail where there is no device')
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config, items):
     marked = lambda name: [o for o in items if name in o.keywords]
     skip = lambda name, reason: [o.add_marker(pytest.mark.skip(reason=reason)) for o in marked(name)]
@@ -33,6 +34,13 @@ def pytest_collection_modifyitems(config, items):
     for o in items:
         if 'spread' not in o.keywords:
             o.add_marker(pytest.mark.xdist_group(o.location[0]))
+
+
+def pytest_collection_finish(session):
+    "In a process of `-n`: the tests of a file have their group in their ids, or every fixture of a file is made twice."
+    one_process = [o for o in session.items if 'spread' not in o.keywords]
+    if getattr(session.config.option, 'loadgroup', False) and not all('@' in o.nodeid for o in one_process):
+        raise pytest.UsageError('pytest-xdist does not group the tests of a file: install a pytest below 9.2')
 
 
 def pytest_runtest_logreport(report):

@@ -40,7 +40,7 @@ def pytest_collection_finish(session):
     "In a process of `-n`: the tests of a file have their group in their ids, or every fixture of a file is made twice."
     one_process = [o for o in session.items if 'spread' not in o.keywords]
     if getattr(session.config.option, 'loadgroup', False) and not all('@' in o.nodeid for o in one_process):
-        raise pytest.UsageError('pytest-xdist does not group the tests of a file: install a pytest below 9.2')
+        raise RuntimeError('pytest-xdist does not group the tests of a file: install a pytest below 9.2')
 
 
 def pytest_runtest_logreport(report):

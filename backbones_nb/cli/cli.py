@@ -78,7 +78,8 @@ def _pairs(option, xs):
     res = {}
     for o in xs or ():
         k,eq,v = o.partition('=')
-        if not eq: raise ValueError(f'got {option} {o!r}, expected NAME=VALUE, such as anchor_scale=4')
+        if not eq: raise ValueError(
+            f'got {option} {o!r}, expected NAME=VALUE, such as anchor_scale=4')
         try: res[k] = json.loads(v)
         except ValueError: res[k] = v
     return res
@@ -91,17 +92,20 @@ def _saved_options(given):
 
 @run_options(but=('model_args','backbone_args','loss_weights'))
 def finetune_command(
-    preset:Annotated[str, dict(choices=[*presets])]=None, # start from a named set of options; other options override it
+    # start from a named set of options; other options override it
+    preset:Annotated[str, dict(choices=[*presets])]=None,
     set:Annotated[str, _pair]=None, # more arguments for the detector, such as anchor_scale=4
-    backbone_set:Annotated[str, _pair]=None, # more arguments for the backbone, such as ese=false 'mids=[32,40,48,56]'
+    # more arguments for the backbone, such as ese=false 'mids=[32,40,48,56]'
+    backbone_set:Annotated[str, _pair]=None,
     loss_weights:Annotated[str, _pair]=None, # weights of the losses, such as loss_classifier=2
     **kwargs,
 ):
     """Train a detector and evaluate it.
 
-    Computes COCO mAP on held-out images and writes the configuration, the lists of images, the training history, the
-    metrics, a picture and the exported learner to one folder."""
-    pairs = dict(model_args=_pairs('--set', set), backbone_args=_pairs('--backbone-set', backbone_set),
+    Computes COCO mAP on held-out images and writes the configuration, the lists of images, the
+    training history, the metrics, a picture and the exported learner to one folder."""
+    pairs = dict(model_args=_pairs('--set', set),
+                 backbone_args=_pairs('--backbone-set', backbone_set),
                  loss_weights=_pairs('--loss-weights', loss_weights))
     if kwargs.get('backbone')=='own': kwargs['backbone'] = None
     given = kwargs | {k:v for k,v in pairs.items() if v}
@@ -112,19 +116,22 @@ def finetune_command(
 
 # %% ../../nbs/cli/60_cli.ipynb #af8c462a
 def list_command(
-    pattern:Annotated[str, dict(opt=False, nargs='?', metavar='PATTERN')]='*', # shell wildcards, as in '*vovnet*'
+    # shell wildcards, as in '*vovnet*'
+    pattern:Annotated[str, dict(opt=False, nargs='?', metavar='PATTERN')]='*',
 ):
     "List the names of all backbones."
     from backbones_nb.core.registry import list_backbones
     names = list_backbones(pattern)
-    if not names: raise ValueError(f"no backbone matches {pattern!r}: 'backbones-nb list' gives all names")
+    if not names: raise ValueError(
+        f"no backbone matches {pattern!r}: 'backbones-nb list' gives all names")
     print('\n'.join(names))
 
 def predict_command(
     run:Annotated[str, dict(metavar='RUN')], # folder of a finished run
     # image files, folders of them, and patterns such as 'photos/*.jpg'
     images:Annotated[str, dict(nargs='+', metavar='IMAGE')],
-    out:Annotated[str, dict(metavar='DIR')]=None, # folder for copies of the images with the boxes drawn on them
+    # folder for copies of the images with the boxes drawn on them
+    out:Annotated[str, dict(metavar='DIR')]=None,
     score_thr:float=0.5, # score threshold: drop detections below it
     json:Annotated[str, dict(metavar='FILE')]=None, # write the detections to this JSON file
     # run on tiles of this side, px, besides the whole image; default: as in training; 0: no tiles
@@ -135,17 +142,20 @@ def predict_command(
     from backbones_nb.learners.finetune import predict
     predict(run, images, out, score_thr, json, tiles, overlap)
 
+# %% ../../nbs/cli/60_cli.ipynb #e054659c
 def evaluate_command(
     run:Annotated[str, dict(metavar='RUN')], # folder of a finished run
     # toy, pets, or a file or folder of any format; without it: what the run held out
     data:Annotated[str, dict(opt=False, nargs='?', metavar='DATA')]=None,
-    images:Annotated[str, dict(metavar='DIR')]=None, # folder of the images, where they are not beside the annotations
-    split:Annotated[str, dict(choices=('train','valid','test'))]=None, # of the data; default: valid, else test, else all
+    # folder of the images, where they are not beside the annotations
+    images:Annotated[str, dict(metavar='DIR')]=None,
+    # of the data; default: valid, else test, else all
+    split:Annotated[str, dict(choices=('train','valid','test'))]=None,
     boxes:bool=False, # measure boxes alone, where the data have no masks
     bs:int=None, # images at once; the results do not depend on it
     workers:int=0, # processes that load images
     json:Annotated[str, dict(metavar='FILE')]=None, # file to write; default: evaluation.json in RUN
-    # also write a page on the detector's errors, an .html file; without a name: evaluation.html in RUN
+    # also write a page on the detector's errors, an .html file; default name: evaluation.html in RUN
     report:Annotated[str, dict(metavar='FILE', nargs='?', const=True)]=None,
 ):
     "Measure a trained detector: COCO's numbers, and the AP of each class."
@@ -154,22 +164,28 @@ def evaluate_command(
 
 # %% ../../nbs/cli/60_cli.ipynb #ce5b022b
 def convert_command(
-    data:Annotated[str, dict(metavar='DATA')], # file or folder: COCO, VOC, YOLO, LabelMe, VIA, CVAT, CSV, ...
+    # file or folder: COCO, VOC, YOLO, LabelMe, VIA, CVAT, CSV, ...
+    data:Annotated[str, dict(metavar='DATA')],
     out:Annotated[str, dict(metavar='OUT')], # folder to write, new or empty
-    to:Annotated[str, dict(metavar='FORMAT')]='coco', # coco, voc, yolo, labelme, via, cvat, csv, jsonl, ...
-    images:Annotated[str, dict(metavar='DIR')]=None, # folder of the images, where they are not beside the annotations
+    # coco, voc, yolo, labelme, via, cvat, csv, jsonl, ...
+    to:Annotated[str, dict(metavar='FORMAT')]='coco',
+    # folder of the images, where they are not beside the annotations
+    images:Annotated[str, dict(metavar='DIR')]=None,
 ):
     """Write a data set in another format.
 
     Splits and images come along; what the other format cannot hold is left out and named."""
     from backbones_nb.data.convert import convert
     path,parts,lost = convert(data, out, to, images)
-    for k,rs in parts.items(): print(f'{k}: {len(rs)} images, {sum(len(r.labels) for r in rs)} objects')
+    for k,rs in parts.items():
+        print(f'{k}: {len(rs)} images, {sum(len(r.labels) for r in rs)} objects')
     print(f'written as {to} to {path}; {lost}')
 
 def check_command(
-    data:Annotated[str, dict(metavar='PATH')], # file or folder: COCO, VOC, YOLO, LabelMe, VIA, CVAT, CSV, ...
-    images:Annotated[str, dict(metavar='DIR')]=None, # folder of a COCO file's images, if they are not next to it
+    # file or folder: COCO, VOC, YOLO, LabelMe, VIA, CVAT, CSV, ...
+    data:Annotated[str, dict(metavar='PATH')],
+    # folder of a COCO file's images, if they are not next to it
+    images:Annotated[str, dict(metavar='DIR')]=None,
     format:str='auto', # format of the annotations, such as voc; auto detects it
     small:float=4, # report boxes with a side shorter than this, px
     size:int=256, # image size in training, px: report objects that would be smaller than a pixel
@@ -179,7 +195,8 @@ def check_command(
 
     Opens every image and reads every annotation. The exit code is 1 if there is an error."""
     from backbones_nb.data.check import check_data
-    report = check_data(data, images=images, format=format, small=small, size=size, progress=sys.stderr.isatty())
+    report = check_data(data, images=images, format=format, small=small, size=size,
+                        progress=sys.stderr.isatty())
     print(report)
     if all: print(f'\n{report.listing()}')
     return int(not report.ok)

@@ -72,29 +72,34 @@ def from_config(
     cls, # the expected class: `HubMixin` or a subclass
     spec:dict, # the output of `hub_config`
 ): # with random weights
-    "Returns the model that a config.json describes; raises ValueError with the reason if it cannot be built."
+    "Returns the model of a config.json; raises ValueError with the reason if it cannot be built."
     _check_library(spec)
     build = _builder(cls, spec)
     config = decode(spec['arguments'])
     try: model = build(**config)
-    except TypeError as e: raise ValueError(f"could not build {spec['name'] or spec['kind']} as version "
+    except TypeError as e: raise ValueError(
+        f"could not build {spec['name'] or spec['kind']} as version "
         f"{spec['version']} saved it ({e}): use that version") from e
-    if not isinstance(model, cls): raise ValueError(f'got a {type(model).__name__}, expected a {cls.__name__}: call '
-        f'{type(model).__name__}.from_pretrained or backbones_nb.from_pretrained')
+    kind = type(model).__name__
+    if not isinstance(model, cls): raise ValueError(
+        f'got a {kind}, expected a {cls.__name__}: '
+        f'call {kind}.from_pretrained or backbones_nb.from_pretrained')
     model.name,model.config = spec['name'],config
     return model
 
 # %% ../../nbs/core/09_hub.ipynb #75311143
-_dtypes = dict(F64='float64', F32='float32', F16='float16', BF16='bfloat16', I64='int64', I32='int32', I16='int16',
-               I8='int8', U8='uint8', BOOL='bool') # safetensors' names -> torch's
+_dtypes = dict( # safetensors' names -> torch's
+    F64='float64', F32='float32', F16='float16', BF16='bfloat16',
+    I64='int64', I32='int32', I16='int16', I8='int8', U8='uint8', BOOL='bool')
 
 def load_tensors(
     model, # changed in place
     path, # safetensors file
 ):
-    "Loads the tensors of a file strictly, keeping their dtypes; raises RuntimeError if they do not fit."
+    "Loads a file's tensors strictly, keeping their dtypes; raises RuntimeError if they do not fit."
     try:
-        with safe_open(path, 'pt') as f: types = {k:_dtypes[f.get_slice(k).get_dtype()] for k in f.keys()}
+        with safe_open(path, 'pt') as f:
+            types = {k:_dtypes[f.get_slice(k).get_dtype()] for k in f.keys()}
         for k,t in model.state_dict(keep_vars=True).items():
             if k in types: t.data = t.data.to(getattr(torch, types[k]))
         load_model(model, path, strict=True)
@@ -116,12 +121,14 @@ def load_saved(
     strides=None, # of the maps; None: as saved
     **hub, # revision, cache_dir, force_download, local_files_only, token
 ): # in eval mode
-    "Returns the model of config.json with the tensors of model.safetensors; raises ValueError or RuntimeError."
+    "Returns the saved model with its tensors; raises ValueError or RuntimeError."
     odd = set(hub) - {'revision','cache_dir','force_download','local_files_only','token'}
-    if odd: raise TypeError(f"from_pretrained takes no argument {', '.join(sorted(odd))}, only strides and the "
-        "hub's: the model is built as it was saved")
-    if config is None: raise ValueError(f'got {model_id} without a config.json, expected a model written by '
-        'save_pretrained: build the model and load its state dict')
+    if odd: raise TypeError(
+        f"from_pretrained takes no argument {', '.join(sorted(odd))}, only strides and the hub's: "
+        'the model is built as it was saved')
+    if config is None: raise ValueError(
+        f'got {model_id} without a config.json, expected a model written by save_pretrained: '
+        'build the model and load its state dict')
     model = from_config(cls, config)
     file = constants.SAFETENSORS_SINGLE_FILE
     if Path(model_id).is_dir(): load_tensors(model, Path(model_id)/file)
@@ -131,8 +138,9 @@ def load_saved(
         if isinstance(m, HubMixin): m.pretrained,m.record = config['pretrained'],record
     if config['strides']: model.select(decode(config['strides']))
     have = encode(getattr(model, 'channels', None))
-    if have!=config['channels']: raise ValueError(f"got {model_id} with channels {config['channels']}, but this "
-        f"version builds {config['name'] or config['kind']} with {have}: use version {config['version']}")
+    if have!=config['channels']: raise ValueError(
+        f"got {model_id} with channels {config['channels']}, but this version builds "
+        f"{config['name'] or config['kind']} with {have}: use version {config['version']}")
     return (model if strides is None else model.select(strides)).eval()
 
 # %% ../../nbs/core/09_hub.ipynb #7f2e84d2

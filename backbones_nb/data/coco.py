@@ -65,7 +65,7 @@ def entry_size(
 ) -> tuple: # (height, width), pixels
     "Returns the size listed for an image; None if it is missing or invalid, such as zero."
     size = [image.get(k) for k in ('height','width')]
-    return tuple(map(int, size)) if all(isinstance(o, (int,float)) and 0<o<1e9 for o in size) else None
+    return (*map(int, size),) if all(isinstance(o, int|float) and 0<o<1e9 for o in size) else None
 
 # %% ../../nbs/data/44_coco.ipynb #ccfcde09
 def coco_path(

@@ -126,7 +126,7 @@ def check_labels(
     "Raises ValueError for labels that are not in the class map, or that come from another one."
     for r in records:
         name,own = getattr(r, 'image_id', '?'),getattr(r, 'class_map', None)
-        if own is not None and own is not class_map and own.names!=class_map.names[:len(own)]: raise ValueError(
+        if own is not None and own.names!=class_map.names[:len(own)]: raise ValueError(
             f"record {name!r} was read with the classes {', '.join(own.names[1:])}, expected "
             f"{', '.join(class_map.names[1:])}, in this order: pass class_map= to the reader")
         bad = [int(l) for l in getattr(r, 'labels', ()) if not 1<=int(l)<len(class_map)]

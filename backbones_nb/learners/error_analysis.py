@@ -177,6 +177,7 @@ def plot_pr_curves(
     ax.set(xlim=(0,1.02), ylim=(0,1.05), xlabel='recall', ylabel='precision')
     return ax
 
+# %% ../../nbs/learners/162_error_analysis.ipynb #ecf15601
 def plot_calibration(
     analysis:ErrorAnalysis,
     ax=None, # axes to draw on; None creates a figure

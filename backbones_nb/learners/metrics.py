@@ -110,6 +110,7 @@ def _check_pairs(preds, targets, masks):
             raise ValueError(f'image {i} has predicted masks of {a[0]}x{a[1]} pixels and '
                              f'true masks of {b[0]}x{b[1]}: resize both to the same size')
 
+# %% ../../nbs/learners/50_metrics.ipynb #b68ebcbf
 def _class_numbers(e, names):
     "Returns {name: {'AP': ..., 'AP50': ..., ...}} of an evaluation."
     prec = e.eval['precision'][...,-1] # IoU threshold, recall, class, area

@@ -91,6 +91,12 @@ def quick_meta():
 
 
 @pytest.fixture(scope='session')
+def slow_run(request):
+    "Whether a test may take all the sizes and positions that it has, and not only those of the quick run."
+    return request.config.getoption('--slow')
+
+
+@pytest.fixture(scope='session')
 def skip_flags(request):
     "The flags of cells that this run leaves out."
     import torch

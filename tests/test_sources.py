@@ -81,13 +81,13 @@ def test_faster_rcnn_on_its_default(typed):
         ),
     ],
 )
-def test_rcnns_on_published_weights(typed, line, name, pytestconfig):
+def test_rcnns_on_published_weights(typed, line, name, slow_run):
     o = typed(line, name)
     m, ref = o.result, {k: v for k, v in o.served[name].items() if not k.startswith('fc.')}
     have = m.backbone.body.state_dict()
     assert have.keys() == ref.keys() and all(torch.equal(have[k], v) for k, v in ref.items()) and m.backbone.pretrained
     assert ('loss_mask' in m.loss_names) == line.startswith('mask')
-    if 'loss_mask' in m.loss_names or pytestconfig.getoption('--slow'):
+    if 'loss_mask' in m.loss_names or slow_run:
         # in the quick run the other one trains in test_faster_rcnn_on_its_default
         trains(m)
 

@@ -26,7 +26,13 @@ names = list(C.cspdarknet_configs)
 built = [(n, v) for n in names for v in C.cspdarknet_variants[n]]
 splits = ('convs', 'slice')
 five, every = (2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 32)
-sizes = (96, (70, 110))
+
+
+@pytest.fixture
+def sizes(slow_run):
+    return (224, 200, (230, 310)) if slow_run else (96, (70, 110))
+
+
 leaky = partial(nn.LeakyReLU, 0.1, inplace=True)
 small = dict(blocks=(0, 1, 2), outs=(32, 48, 64), stem=16)
 thin = dict(outs=(16, 24, 32, 40, 48), stem=16)  # every block of a net, with few channels
@@ -114,7 +120,7 @@ def from_timm(ref, split, cs3=False, name='cspdarknet53', **kw):
 
 
 @pytest.mark.parametrize('split', splits)
-def test_parity_with_timm(theirs, split):
+def test_parity_with_timm(theirs, split, sizes):
     m = from_timm(theirs, split, variant='timm')
     assert len(assert_parity(m, theirs, sizes=sizes, batch=1, tol=1e-5)) == 5 * len(sizes)
     assert (

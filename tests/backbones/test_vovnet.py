@@ -19,7 +19,11 @@ names = list(V.vovnet_configs)
 built = [(n, v) for n in names for v in V.vovnet_variants(n)]
 v1 = dict(residual=False, ese=False)
 every = (2, 4, 8, 16, 32)
-sizes = (64, (75, 110))
+
+
+@pytest.fixture
+def sizes(slow_run):
+    return (64, 75, (70, 110)) if slow_run else (64, (75, 110))
 
 
 def make(name, **kw):
@@ -111,7 +115,7 @@ def reference(name, **kw):
     [pytest.param(*o, marks=pytest.mark.slow) if o[2] in ('vovnet57', 'vovnet99') else o for o in pairs],
     ids=[f"{r}{'+' if k else ''}-{n}{'+res' if o == {'ese': False} else ''}" for r, k, n, o in pairs],
 )
-def test_parity_with_timm(ref, ref_kw, name, kw):
+def test_parity_with_timm(ref, ref_kw, name, kw, sizes):
     ref = reference(ref, **ref_kw)
     ours = map_weights(ref, make(name, strides=every, **kw), V.vovnet_timm_renames)
     assert len(assert_parity(ours, ref, sizes=sizes, batch=1, tol=1e-5)) == 5 * len(sizes)
@@ -265,9 +269,10 @@ def expected(size, vt):
 
 
 @pytest.mark.parametrize('name,variant', built)
-def test_shapes(name, variant):
+def test_shapes(name, variant, slow_run):
     m = meta(name, variant=variant, strides=every)
-    for hw in ((224, 200), (230, 310), (33, 95)):
+    more = ((224, 224), (200, 200), (64, 96)) if slow_run else ()
+    for hw in ((224, 200), (230, 310), (33, 95), *more):
         h, w = (expected(n, variant == 'vt') for n in hw)
         assert [tuple(o.shape) for o in m(torch.empty(2, 3, *hw, device='meta'))] == [
             (2, *o) for o in zip(m.channels, h, w)

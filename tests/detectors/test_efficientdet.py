@@ -99,11 +99,11 @@ def check(m):
 
 
 @pytest.mark.parametrize('name', TIMM)
-def test_timm_families_train(name, pytestconfig):
+def test_timm_families_train(name, slow_run):
     m = detector(backbone=f'timm/{name}')
     assert m.strides[-1] == 128 and m.backbone.body.name == f'timm/{name}'
     whole = 'mobilenetv3_small_050', 'convnext_atto'  # with and without batch norms
-    if name in whole or pytestconfig.getoption('--slow'):
+    if name in whole or slow_run:
         check(m)
     else:
         check_step(m)

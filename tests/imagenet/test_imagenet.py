@@ -112,10 +112,10 @@ stops = dict(fp16=[5], bf16=[13], accumulate=[13], repeated=[5, 13])  # inside t
 
 
 @pytest.mark.parametrize('name', options)
-def test_interrupted_and_resumed(data, tmp_path, name, pytestconfig):
+def test_interrupted_and_resumed(data, tmp_path, name, slow_run):
     kw = small | dict(epochs=2) | options[name]
     train_imagenet(data, tmp_path / 'whole', **kw)
-    for at in (5, 13) if pytestconfig.getoption('--slow') else stops[name]:
+    for at in (5, 13) if slow_run else stops[name]:
         with pytest.raises(KeyboardInterrupt):
             train_imagenet(data, tmp_path / 'parts', cbs=[Stop(at)], **kw)
         epoch, batch = position(tmp_path / 'parts')

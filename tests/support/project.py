@@ -90,6 +90,12 @@ servers.set_forkserver_preload(
 )
 
 
+def _no_pixels(fig, *args, **kwargs):
+    "Lays a figure out and draws it, all but the pixels."
+    fig.draw_without_rendering()
+    return ''
+
+
 def _notebook_process(f, flags, log):
     os.setsid()
     with open(log, 'wb') as o:
@@ -97,21 +103,26 @@ def _notebook_process(f, flags, log):
         os.dup2(o.fileno(), 2)
     import nbdev.test
     from execnb.shell import CaptureShell
+    from IPython.core import pylabtools
     from matplotlib_inline.backend_inline import set_matplotlib_formats
 
     from meta import quick_meta
+
+    quick = 'slow' in flags
 
     def shell(*args, **kwargs):
         res = CaptureShell(*args, **kwargs)
         set_matplotlib_formats('png', dpi=40, bbox_inches=None)  # each figure is drawn once, in few pixels
         return res
 
+    if quick:
+        pylabtools.print_figure = _no_pixels
     nbdev.test.CaptureShell = shell
     gc.freeze()  # no collection looks at the objects of the libraries
     multiprocessing.set_start_method(
         'fork', force=True
     )  # the default, as in Jupyter; the server's children have its own
-    with quick_meta() if 'slow' in flags else nullcontext():
+    with quick_meta() if quick else nullcontext():
         sys.exit(not nbdev.test.test_nb(f, skip_flags=flags)[0])
 
 

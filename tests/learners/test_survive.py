@@ -226,6 +226,22 @@ def test_an_error_after_training_costs_no_weights(coco, tmp_path, monkeypatch, c
     assert main([*command(kw), '--resume']) == 0
 
 
+class Numbered:
+    def __init__(self, i):
+        self.i = i
+
+    def image(self):
+        return self.i
+
+
+@pytest.mark.parametrize('n', [1, 2, 6, 8, 9, 348])
+def test_the_picture_shows_each_image_once_from_the_first_to_the_last(n, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(module, 'show_side_by_side', lambda images, *rest: drawn.extend(images))
+    module._save_picture(cm, [Numbered(i) for i in range(n)], [None] * n, [None] * n, tmp_path / 'p.png')
+    assert len(drawn) == len(set(drawn)) == min(8, n) and (drawn[0], drawn[-1]) == (0, n - 1)
+
+
 def test_early_stopping_and_the_best_epoch(coco, tmp_path):
     kw = options(coco, tmp_path / 'run', epochs=6, patience=2, lr=1e-9)  # nothing gets better
     res = finetune(**kw)

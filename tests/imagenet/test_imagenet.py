@@ -1,11 +1,9 @@
 import inspect
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import time
 from dataclasses import replace
@@ -18,7 +16,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from common import noise, train_and_kill
+from common import in_two_processes, noise, train_and_kill
 from fastai.callback.core import Callback
 from fastcore.docments import docments
 from safetensors.torch import load_file
@@ -195,30 +193,6 @@ def test_results(data, tmp_path):
 
 
 # --- many processes
-
-
-def in_two_processes(f, *args):
-    "Calls `f` in two forks that the environment makes one training run, as torchrun does."
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-
-    def lead(rank):
-        os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2')
-        os.environ |= dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-        f(rank, *args)
-        torch.distributed.destroy_process_group()
-
-    ps = [multiprocessing.get_context('fork').Process(target=lead, args=(i,)) for i in range(2)]
-    for p in ps:
-        p.start()
-    until = time.monotonic() + 400
-    while any(p.is_alive() for p in ps) and not any(p.exitcode for p in ps) and time.monotonic() < until:
-        time.sleep(0.05)  # where one fails, the other waits for it
-    codes = [p.exitcode for p in ps]
-    for p in ps:
-        p.kill()
-    assert codes == [0, 0]
 
 
 two = dict(backbone='timm/test_convnext', epochs=2, size=32, workers=0, device='cpu', amp='off', warmup=0.5)

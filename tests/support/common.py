@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import socket
+import sys
 import time
 import warnings
 from contextlib import contextmanager
@@ -282,3 +283,25 @@ def in_two_processes(f, *args):
     for p in ps:
         p.kill()
     assert codes == [0, 0]
+
+
+def in_a_fork(f, *forgotten):
+    """What `f` returns in a fork of this process, where the modules of these packages are forgotten: there it sees
+    what a new process would import, and the large libraries are loaded."""
+    receive, send = multiprocessing.Pipe(False)
+
+    def lead():
+        for o in [o for o in sys.modules if o.partition('.')[0] in forgotten]:
+            del sys.modules[o]
+        gc.freeze()
+        send.send(f())
+
+    p = multiprocessing.get_context('fork').Process(target=lead)
+    p.start()
+    send.close()
+    try:
+        return receive.recv()
+    except EOFError:
+        raise AssertionError('the process failed, see its output') from None
+    finally:
+        p.join(60)

@@ -99,21 +99,21 @@ class Stop(Callback):
 # --- resume
 
 options = dict(
-    fp16=dict(amp='fp16', erase=1.0, workers=1, every=1),
+    fp16=dict(amp='fp16', erase=1.0, workers=1, every=1, epochs=1),
     bf16=dict(amp='bf16', ema=0),
     accumulate=dict(accum_steps=2, bs=3, clip=1.0, channels_last=True, every=1, ema_steps=2),
     repeated=dict(reps=3),
 )
 
 
-stops = dict(fp16=[5], bf16=[13], accumulate=[13], repeated=[5, 13])  # inside the first epoch and inside the second
+stops = dict(fp16=[5], bf16=[13], accumulate=[13], repeated=[13])  # inside the first epoch and inside the second
 
 
 @pytest.mark.parametrize('name', options)
 def test_interrupted_and_resumed(data, tmp_path, name, slow_run):
     kw = small | dict(epochs=2) | options[name]
     train_imagenet(data, tmp_path / 'whole', **kw)
-    for at in (5, 13) if slow_run else stops[name]:
+    for at in (5, 13)[: kw['epochs']] if slow_run else stops[name]:
         with pytest.raises(KeyboardInterrupt):
             train_imagenet(data, tmp_path / 'parts', cbs=[Stop(at)], **kw)
         epoch, batch = position(tmp_path / 'parts')
@@ -143,7 +143,7 @@ def test_every_batch_but_the_last_has_a_checkpoint_of_its_own(data, tmp_path):
         assert position(tmp_path / str(at)) == found
 
 
-@pytest.mark.parametrize('epochs,kills', [(2, 3), pytest.param(3, 5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('epochs,kills', [(2, 2), pytest.param(3, 5, marks=pytest.mark.slow)])
 def test_killed_at_any_moment(data, tmp_path, epochs, kills):
     kw, rng, found = small | dict(epochs=epochs, workers=1, every=1), random.Random(0), []
     train_imagenet(data, tmp_path / 'whole', **kw)

@@ -133,6 +133,7 @@ def _class_rows(coco, detections, objects, class_map):
         o = objects[objects['label']==i]
         curves[i] = pr_curve(d['hit'].to_numpy(), d['score'].to_numpy(), len(o))
         rows.append(best_threshold(*curves[i]))
+        if not len(o): rows[-1] |= dict(precision=np.nan, recall=np.nan, F1=np.nan)
     table = pd.DataFrame(list(class_table(coco)), index=curves)
     return table.join(pd.DataFrame(rows, index=curves)),curves
 

@@ -17,6 +17,7 @@ from fastai.callback.core import Callback
 from fastai.torch_core import rank_distrib
 
 from ..core.contexts import write_whole
+from ..core.errors import reason
 from .run import log_names
 
 # %% ../../nbs/learners/158_logs.ipynb #93f8ac59
@@ -96,8 +97,13 @@ class TrackerLog(_AllFits):
     def before_fit(self):
         if self.started or hasattr(self.learn, 'lr_finder'): return
         self.started = True
-        self.tracker.start()
-        self.tracker.store_init_configuration({k:str(v) for k,v in self.config.items()})
+        from accelerate import PartialState
+        PartialState() # the trackers ask it which process they are in
+        try:
+            self.tracker.start()
+            self.tracker.store_init_configuration({k:str(v) for k,v in self.config.items()})
+        except Exception as e: raise RuntimeError(f'{type(self.tracker).__name__} cannot start '
+            f'({reason(e)}): check the settings of its service, or use log=\'csv\'') from e
 
     def after_epoch(self):
         rows = self.rows

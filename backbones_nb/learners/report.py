@@ -87,7 +87,7 @@ def _picture(item, sides, class_map, around=None, side=480):
     im.save(file, format='jpeg', quality=80)
     def box(b, label, score=None):
         x1,y1,x2,y2 = ((v-at[i%2])*scale for i,v in enumerate(b))
-        text = class_map.get_name(label) + ('' if score is None else f' {score:.2f}')
+        text = f'\u2068{class_map.get_name(label)}\u2069' + ('' if score is None else f' {score:.2f}') # any direction
         return dict(x=round(x1, 1), y=round(y1, 1), w=round(x2-x1, 1), h=round(y2-y1, 1), text=text,
                     color=to_hex(class_color(label)), dash=score is None)
     def boxes(o): return [box(*r) for r in zip(*(o[k].tolist() for k in ('boxes','labels','scores') if k in o))]
@@ -131,7 +131,7 @@ nav a { display: inline-block; margin-right: 1rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5rem 0; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 8rem; }
 dl { display: flex; flex-wrap: wrap; gap: .5rem; }
 dl div { background: var(--tint); border-radius: .5rem; padding: .5rem .9rem; }
 dt { font-size: .85rem; } dd { margin: 0; font-size: 1.3rem; font-variant-numeric: tabular-nums; }
@@ -160,15 +160,15 @@ _top = '''<!doctype html>
 _classes = '''<p class="note">The threshold of a class is the score with the largest F1 at an IoU of 0.5; precision and
 recall are those at and above it. Sizes are COCO's: small below 32², large from 96² pixels on.</p>
 <div class="scroll"><table><thead><tr>{% for h in heads %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead><tbody>
-{% for r in rows %}<tr><th scope="row"><span class="swatch" style="background:{{ r.color }}"></span>{{ r.name }}</th>
+{% for r in rows %}<tr><th scope="row"><span class="swatch" style="background:{{ r.color }}"></span><bdi>{{ r.name }}</bdi></th>
 {% for o in r.cells %}<td>{{ o }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>'''
 
 _curves = '''<figure role="img" aria-label="Precision over recall, a curve per class, with a dot at the best F1.">
 {{ pr | safe }}<figcaption>Precision over recall at an IoU of 0.5; colors as in the table, a dot at the best F1.
 </figcaption></figure>'''
 
-_errors = '''<p class="note">The error types of TIDE (Bolya et al., 2020): how many errors of each type there are among
-detections of all scores, and the AP50 gained by fixing them. Gains do not add up.</p>
+_errors = '''<p class="note">TIDE's error types (Bolya et al., 2020) among detections of all scores, and the AP50 gained by
+fixing them. Gains do not add up; missed objects are left out, which gains nothing for a class without detections.</p>
 <div class="scroll"><table><thead><tr><th scope="col">error</th><th scope="col">count</th>
 <th scope="col" colspan="2">gain</th></tr></thead><tbody>{% for r in errors %}
 <tr><th scope="row">{{ r.name }}</th><td>{{ r.count }}</td><td>{{ r.gain }}</td>
@@ -177,10 +177,10 @@ detections of all scores, and the AP50 gained by fixing them. Gains do not add u
 # %% ../../nbs/learners/163_report.ipynb #2a5e887e
 _confusion = '''<p class="note">Detections at or above the thresholds. Rows: ground truth; columns: what was detected.
 {% if left %}The {{ names | length - 1 }} classes with the most objects; {{ left }} are left out.{% endif %}
-</p><div class="scroll"><table class="matrix"><thead><tr><th></th>{% for n in names %}<th scope="col">{{ n }}</th>
-{% endfor %}</tr></thead><tbody>{% for r in matrix %}<tr><th scope="row">{{ r.name }}</th>{% for o in r.cells %}
+</p><div class="scroll"><table class="matrix"><thead><tr><th></th>{% for n in names %}<th scope="col"><bdi>{{ n }}</bdi></th>{% endfor %}
+</tr></thead><tbody>{% for r in matrix %}<tr><th scope="row"><bdi>{{ r.name }}</bdi></th>{% for o in r.cells %}
 <td style="background:rgb(0 114 178 / {{ o.share }}%)">{{ o.text }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>
-{% if pairs %}<p>Most often confused: {% for a, b, n in pairs %}{{ a }} as {{ b }} ({{ n }}){{ ', ' if not loop.last }}
+{% if pairs %}<p>Most often confused: {% for a, b, n in pairs %}<bdi>{{ a }}</bdi> as <bdi>{{ b }}</bdi> ({{ n }}){{ ', ' if not loop.last }}
 {% endfor %}</p>{% endif %}'''
 
 _calibration = '''{% if calibrated %}<figure role="img" aria-label="Share of right detections over their score.">
@@ -204,13 +204,13 @@ y="{{ b.y + b.h - 4 * o.unit if b.dash else [b.y, 0] | max + 14 * o.unit }}">{{ 
 
 _worst = '''{% from 'scenes' import scenes %}<p class="note">Most errors at the thresholds. Left the ground truth, dashed;
 right the detections.</p><div class="cards">{% for o in worst %}<figure>
-{{ scenes(o, 'worst%d' % loop.index, ['ground truth', 'detections']) }}<figcaption>{{ o.name }}: {{ o.wrong }} wrong,
+{{ scenes(o, 'worst%d' % loop.index, ['ground truth', 'detections']) }}<figcaption><bdi>{{ o.name }}</bdi>: {{ o.wrong }} wrong,
 {{ o.overlooked }} not found</figcaption></figure>{% else %}<p>No image has an error at the thresholds.</p>{% endfor %}
 </div>'''
 
 _labels = '''{% from 'scenes' import scenes %}<p class="note">Where detections contradict the labels, most confident first.
 Labels are dashed. Look before you change anything: the detector may be wrong.</p><div class="cards">{% for o in labels %}
-<figure>{{ scenes(o, 'label%d' % loop.index, [o.reason]) }}<figcaption>{{ o.name }}: {{ o.reason }}
+<figure>{{ scenes(o, 'label%d' % loop.index, [o.reason]) }}<figcaption><bdi>{{ o.name }}</bdi>: {{ o.reason }}
 ({{ '%.2f' | format(o.doubt) }})</figcaption></figure>{% else %}<p>No label is contradicted.</p>{% endfor %}</div>'''
 
 # %% ../../nbs/learners/163_report.ipynb #b7ebd213

@@ -92,6 +92,8 @@ def test_the_numbers_of_classes_are_those_of_coco():
     for k in ('AP', 'AP50', 'AP75'):
         assert present[k].mean() == pytest.approx(want[k])
     assert '<b>cat</b>' in str(class_table(want))
+    absent = a.classes[a.classes['objects'] == 0]
+    assert len(absent) and absent[['precision', 'recall', 'F1']].isna().all(axis=None)
 
 
 # --- images and labels

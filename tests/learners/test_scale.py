@@ -128,6 +128,9 @@ class Fake:
         self.made, self.seen = (a, kw), []
 
     def start(self):
+        from accelerate.logging import get_logger
+
+        get_logger('fake').debug('as all trackers of accelerate do, which fails without its state')
         self.seen.append('start')
 
     def store_init_configuration(self, values):
@@ -139,7 +142,9 @@ class Fake:
 
 @pytest.mark.parametrize('name', ['mlflow', 'trackio'])
 def test_trackers_of_accelerate(drawn, tmp_path, monkeypatch, name):
-    from accelerate import tracking
+    from accelerate import PartialState, tracking
+
+    PartialState._reset_state()
 
     monkeypatch.setitem(sys.modules, name, SimpleNamespace())
     for o in ('MLflowTracker', 'TrackioTracker'):
@@ -153,6 +158,14 @@ def test_trackers_of_accelerate(drawn, tmp_path, monkeypatch, name):
     assert start == 'start' and options == dict(bs='4') and step == 0
     table = pd.read_csv(tmp_path / 'history.csv')
     assert list(table)[1:] == list(row) and table.iloc[0, 1:].to_numpy() == pytest.approx(list(row.values()))
+
+
+def test_a_tracker_that_cannot_start_is_one_sentence(records, tmp_path):
+    tracker = Fake()
+    tracker.store_init_configuration = lambda values: 1 / 0
+    learn = make_learner(records, tmp_path, Colors())
+    with pytest.raises(RuntimeError, match="Fake cannot start .ZeroDivisionError.* or use log='csv'"):
+        learn.fit(1, cbs=TrackerLog(tracker))
 
 
 class Interrupt(Callback):

@@ -11,47 +11,6 @@ import backbones_nb
 from project import copy_tree, root, run_notebook
 from tools.proc import run
 
-heavy = ('torch', 'torchvision', 'timm', 'fastai', 'effdet', 'matplotlib', 'faster_coco_eval', 'pandas', 'scipy')
-
-
-def loaded(code, tmp_path):
-    "Which of the heavy libraries `code` loads in a fresh Python, in an empty folder."
-    code += f"\nimport sys; print('loaded', *[o for o in {heavy} if o in sys.modules])"
-    r = run(sys.executable, '-c', code, cwd=tmp_path)
-    assert r.returncode == 0, r.stderr
-    return set(r.stdout.splitlines()[-1].split()[1:])
-
-
-def test_bare_import_loads_nothing(tmp_path):
-    assert loaded('import backbones_nb', tmp_path) == set()
-
-
-def test_probe_sees_what_is_loaded(tmp_path):
-    assert 'fastai' in loaded('import fastai', tmp_path)
-
-
-def test_backbones_necks_and_detectors_load_no_fastai_and_no_effdet(tmp_path):
-    code = """import torch
-from backbones_nb import create_backbone, list_backbones
-assert 'vovnet39' in list_backbones('*vovnet*')
-create_backbone('resnet18')
-create_backbone('vovnet19_slim', strides=(8,16))(torch.zeros(1, 3, 32, 32))
-from backbones_nb.necks.build import attach_neck
-attach_neck(create_backbone('vovnet19_slim'), 'fpn')
-from backbones_nb.detectors import faster_rcnn
-faster_rcnn.model(num_classes=3, backbone='vovnet19_slim', neck_channels=16, head_channels=16)"""
-    assert not loaded(code, tmp_path) & {'fastai', 'effdet', 'matplotlib', 'faster_coco_eval'}
-
-
-def test_command_help_loads_nothing(tmp_path):
-    assert (
-        loaded(
-            "from backbones_nb.cli.cli import main\ntry: main(['--help'])\nexcept SystemExit as e: assert e.code==0",
-            tmp_path,
-        )
-        == set()
-    )
-
 
 @pytest.mark.parametrize('extra', ['', 'dev', 'onnx', 'icevision', 'imagenet'])
 def test_dependency_lists_have_one_home(extra):

@@ -67,7 +67,7 @@ peers = dict(  # what they have of these families
 backbones = dict(mobilenet_v2='mobilenet_v2', efficientnet_lite0='timm/tf_efficientnet_lite0')
 weights = dict(mobilenet_v2='mobilenet_v2-b0353104.pth', efficientnet_lite0='efficientnet-lite0-57934424.pth')
 times = 2, 4  # how much longer two of them train from random weights
-recipes = dict(ours=2, torchvision=1, effdet=1, icevision=1)
+recipes = dict(ours=3, torchvision=1, effdet=1, icevision=1)
 many = dict(  # as many detections as a crowded image needs, beside the CPU preset
     faster_rcnn=dict(box_detections_per_img=100),
     retinanet=dict(detections_per_img=100),
@@ -87,7 +87,7 @@ class Run:
     peer: str = 'ours'  # or 'torchvision', 'effdet', 'icevision'
     seed: int = 0
     epochs: int = 4  # passes over the training images
-    size: int = 160  # px
+    size: int = 128  # px
     bs: int = 4
     images: int = 122  # measured on at most, spread over the list
 
@@ -156,12 +156,12 @@ def train_ours(run, data, augment=True, cbs=()):
     body = create_backbone(run.backbone_name, data.files[run.backbone] if run.init == 'imagenet' else False)
     args = run.preset | (dict(img_size=run.size) if run.family == 'efficientdet' else {})
     net = get_detector(run.family)(num_classes=len(data.class_map), backbone=body, **args)
-    learn = detection_learner(data.loaders(run, augment), net, parts=False, lr=1e-3, wd=0.01, cbs=[*cbs])
+    learn = detection_learner(data.loaders(run, augment), net, parts=False, cbs=[*cbs])
     with learn.no_bar(), learn.no_logging(), learn.added_cbs(NoValidation()):
         if run.init == 'imagenet':
             learn.fine_tune(run.epochs - 1)
         else:
-            learn.fit_one_cycle(run.epochs, 1e-3)
+            learn.fit_one_cycle(run.epochs)
     return learn
 
 

@@ -110,7 +110,8 @@ def skip_flags(request):
     "The flags of cells that this run leaves out."
     import torch
 
-    left_out = dict(slow=not request.config.getoption('--slow'), cuda=not torch.cuda.is_available())
+    quick = not request.config.getoption('--slow')
+    left_out = dict(slow=quick, long=quick, cuda=not torch.cuda.is_available())
     return [o for o, out in left_out.items() if out]
 
 

@@ -46,7 +46,7 @@ def arguments(folders, tmp_path, monkeypatch):
 
 
 def fake(seed, ap, **kwargs):
-    row = dict.fromkeys(transfer.columns, '') | transfer.asdict(replace(tiny, **dict(size=160, seed=seed) | kwargs))
+    row = dict.fromkeys(transfer.columns, '') | transfer.asdict(replace(tiny, **dict(size=128, seed=seed) | kwargs))
     return row | dict(
         steps=1, recipe=transfer.recipes[row['peer']], AP=ap, AP50=ap, AP75=ap, seconds=1, seconds_in_all=1
     )
@@ -132,7 +132,7 @@ def test_a_peer_above_ours_is_named():
 
 
 def test_the_steps_that_pretraining_saves():
-    one = dict(backbone='efficientnet_lite0', size=160, epochs=4)
+    one = dict(backbone='efficientnet_lite0', size=128, epochs=4)
     rows = [
         fake(0, 0.5, **one),
         *(fake(0, ap, **one | dict(init='random', epochs=n)) for n, ap in ((4, 0.1), (8, 0.2))),
@@ -149,7 +149,7 @@ def test_the_full_table_has_every_row_once_and_the_quick_one_is_a_part():
     quick = quick_table()
     assert {(o.family, o.peer) for o in quick} == {(o.family, o.peer) for o in runs}
     said = transfer.state(
-        [fake(0, 0.5, **dict(backbone='efficientnet_lite0', size=160, epochs=4)) | dict(day='2026-01-01')]
+        [fake(0, 0.5, **dict(backbone='efficientnet_lite0', size=128, epochs=4)) | dict(day='2026-01-01')]
     )
     assert said[0] == f'1 of {len(runs)} runs are measured' and said[1].startswith(
         'missing: 33 of pets seed 0, 30 of bccd'

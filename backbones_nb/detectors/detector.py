@@ -104,6 +104,7 @@ class Detector(_Parts):
     `detections`, which take the output of `encode`."""
     target_keys = 'boxes','labels' # tensors of a target that the losses read
     lr = 1e-3 # peak rate that suits its neck and heads, with Adam
+    norm_eval = None # batch norms of the backbone keep their statistics; None: if it is pretrained
 
     def __init__(self,
         backbone:nn.Module, # a `Backbone`, with or without a neck
@@ -196,6 +197,17 @@ def freeze_to(self:Detector,
     bn = nn.modules.batchnorm._BatchNorm
     norms = {id(p) for m in self.modules() if isinstance(m, bn) for p in m.parameters()}
     for p in heads: p.requires_grad_(n<=len(own) or id(p) in norms) # new heads have new statistics
+    return self
+
+# %% ../../nbs/detectors/30_detector.ipynb #7be2a4d1
+@patch
+def train(self:Detector, mode:bool=True):
+    "Sets the training mode, except for the batch norms that `norm_eval` keeps in eval mode."
+    nn.Module.train(self, mode)
+    body = self.backbone.body if isinstance(self.backbone, WithNeck) else self.backbone
+    keep = body.pretrained if self.norm_eval is None else self.norm_eval
+    for m in body.modules() if keep else ():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
     return self
 
 # %% ../../nbs/detectors/30_detector.ipynb #fe895786

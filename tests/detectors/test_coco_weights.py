@@ -248,7 +248,7 @@ def test_norms_that_were_trained_are_frozen_by_freeze_to(publish):
     norms = [o for o in m.backbone.body.modules() if isinstance(o, nn.BatchNorm2d)]
     assert len(norms) == 46 and not any(o.training or o.weight.requires_grad for o in norms)
     m.freeze_to(0).train()
-    assert all(o.training and o.weight.requires_grad for o in norms)
+    assert all(o.weight.requires_grad and not o.training for o in norms)  # see `norm_eval`
     assert not any(p.requires_grad for p in m.freeze_to(-1).backbone.body.parameters())
 
 

@@ -309,7 +309,20 @@ def test_pretrained_parts_freeze_with_their_norms_and_no_others():
     sum(m(x, t).values()).backward()
     assert all(torch.equal(v, before[k]) for k, v in m.backbone.body.named_buffers())
     m.freeze_to(0).train()
-    assert all(o.training for o in m.modules()) and all(p.requires_grad for p in m.parameters())
+    rest = [o for o in m.modules() if not any(o is p for p in body)]
+    assert not any(o.training for o in body) and all(o.training for o in rest)  # their statistics stay
+    assert all(p.requires_grad for p in m.parameters())
+    m.norm_eval = False
+    assert all(o.training for o in m.train().modules())
+
+
+def test_batch_norms_of_random_backbones_learn_unless_norm_eval():
+    m = detector(neck_norm='bn').train()
+    body = [o for o in m.backbone.body.modules() if isinstance(o, nn.BatchNorm2d)]
+    assert body and all(o.training for o in m.modules())
+    m.norm_eval = True
+    m.train()
+    assert not any(o.training for o in body) and m.backbone.neck.training
 
 
 def torchvision_pair(min_size=128, max_size=192, num_classes=4, **kw):

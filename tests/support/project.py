@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from tools.proc import kill_group, run
@@ -56,6 +57,13 @@ def tool(*cmd, merge=True, **kwargs):
     return run(Path(sys.executable).with_name(cmd[0]), *cmd[1:], merge=merge, **kwargs)
 
 
+def _modules():
+    return [
+        o.relative_to(root / 'backbones_nb').with_suffix('').as_posix().replace('/', '.')
+        for o in sorted((root / 'backbones_nb').rglob('[!_]*.py'))
+    ]
+
+
 def run_notebook(f, home, flags, cwd=root, timeout=600):
     "Runs a notebook through nbdev's test function, with the `backbones_nb` that lies in `home`: (passed, output)."
     code = (
@@ -72,13 +80,20 @@ def run_notebook(f, home, flags, cwd=root, timeout=600):
     return r.returncode == 0, r.stdout[-4000:]
 
 
-# A server that has imported the large libraries and nothing of ours; each notebook runs in a fork of it, which saves
-# the imports.
+# A server that has imported the large libraries and our modules; each notebook runs in a fork of it, which saves the
+# imports.
 servers = multiprocessing.get_context('forkserver')
 servers.set_forkserver_preload(
     ['nbdev.test', 'fastai.vision.all', 'torchvision', 'timm', 'matplotlib.pyplot', 'effdet']
     + ['albumentations', 'networkx', 'pytorch_lightning', 'scipy.ndimage', 'torch._export', 'torch._inductor.config']
+    + [f'backbones_nb.{o}' for o in _modules()]
 )
+
+
+def _no_pixels(fig, *args, **kwargs):
+    "Lays a figure out and draws it, all but the pixels."
+    fig.draw_without_rendering()
+    return ''
 
 
 def _notebook_process(f, flags, log):
@@ -88,19 +103,27 @@ def _notebook_process(f, flags, log):
         os.dup2(o.fileno(), 2)
     import nbdev.test
     from execnb.shell import CaptureShell
+    from IPython.core import pylabtools
     from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+    from meta import quick_meta
+
+    quick = 'slow' in flags
 
     def shell(*args, **kwargs):
         res = CaptureShell(*args, **kwargs)
         set_matplotlib_formats('png', dpi=40, bbox_inches=None)  # each figure is drawn once, in few pixels
         return res
 
+    if quick:
+        pylabtools.print_figure = _no_pixels
     nbdev.test.CaptureShell = shell
     gc.freeze()  # no collection looks at the objects of the libraries
     multiprocessing.set_start_method(
         'fork', force=True
     )  # the default, as in Jupyter; the server's children have its own
-    sys.exit(not nbdev.test.test_nb(f, skip_flags=flags)[0])
+    with quick_meta() if quick else nullcontext():
+        sys.exit(not nbdev.test.test_nb(f, skip_flags=flags)[0])
 
 
 def run_notebook_quickly(f, flags, log, timeout=600):

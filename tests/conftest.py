@@ -90,6 +90,15 @@ def quick_meta():
         yield
 
 
+@pytest.fixture(scope='module')
+def constant_init():
+    "For files whose tests replace the values of every net that they build: see meta.py."
+    from meta import constant_init
+
+    with constant_init():
+        yield
+
+
 @pytest.fixture(scope='session')
 def slow_run(request):
     "Whether a test may take all the sizes and positions that it has, and not only those of the quick run."

@@ -41,7 +41,7 @@ def test_an_orphan_with_the_output_open_does_not_block(tmp_path, lives):
     args = [sys.executable, '-c', orphan, tmp_path / 'beat', str(lives)]
     if lives:
         with pytest.raises(subprocess.TimeoutExpired) as e:
-            run(*args, timeout=8)
+            run(*args, timeout=5)
         out = e.value.output
     else:
         out = run(*args, timeout=60).stdout  # with a pipe this would wait a minute for the child

@@ -8,6 +8,7 @@ import copy
 import re
 import sys
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
@@ -42,8 +43,11 @@ def modules():
     } | {'__init__': package / '__init__.py'}
 
 
+parsed = cache(ast.parse)  # every rule looks at the same files
+
+
 def tree(path):
-    return ast.parse(path.read_text(encoding='utf-8'))
+    return parsed(path.read_text(encoding='utf-8'))
 
 
 def imports(name, path, known):

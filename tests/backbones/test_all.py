@@ -1,7 +1,5 @@
 "The lines of IceVision's and vision-toolbox's documentation, as a reader of theirs types them."
 
-import sys
-
 import pytest
 import torch
 from torchvision import models
@@ -13,7 +11,6 @@ from backbones_nb import all as A
 from backbones_nb.core.features import check_contract
 from backbones_nb.analysis.parity import randomize_, rel_error
 from backbones_nb.core.registry import list_backbones
-from tools.proc import run
 
 pytestmark = pytest.mark.usefixtures('quick_meta')
 backbones = A.backbones
@@ -29,8 +26,9 @@ def noise(h=64, w=64):
 def test_resnet_fpn(name):
     with torch.device('meta'):
         ours, ref = getattr(backbones.resnet_fpn, name)(), resnet_fpn_backbone(backbone_name=name, weights=None)
-    x = torch.empty(2, 3, 96, 64, device='meta')
-    assert [o.shape for o in ours(x)] == [o.shape for o in ref(x).values()] and ours.has_neck
+    x = torch.empty(1, 3, 96, 64, device='meta')
+    with torch.no_grad():
+        assert [o.shape for o in ours(x)] == [o.shape for o in ref(x).values()] and ours.has_neck
 
 
 def test_folders_are_whole():
@@ -80,12 +78,6 @@ def test_names():
         backbones.darknet_53
     with pytest.raises(AttributeError):
         backbones._repr_html_
-
-
-def test_listing_ours_does_not_import_timm():
-    code = """import sys; from backbones_nb import list_backbones; list_backbones('*vovnet*')
-print('backbones_nb.backbones.timm_models' in sys.modules, 'timm' in sys.modules)"""
-    assert run(sys.executable, '-W', 'ignore', '-c', code, check=True).stdout.split() == ['False', 'False']
 
 
 def test_star_import():

@@ -428,7 +428,7 @@ def test_gradients_reach_every_parameter(split, transition):
 
 
 @pytest.mark.parametrize('split', splits)
-@pytest.mark.parametrize('converted', (False, True))
+@pytest.mark.parametrize('converted', (pytest.param(False, marks=pytest.mark.slow), True))
 def test_graphs(split, converted):
     torch._dynamo.reset()
     m = convert_split(make(split=other[split]), split) if converted else make(split=split)

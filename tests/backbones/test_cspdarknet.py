@@ -36,6 +36,7 @@ def sizes(slow_run):
 leaky = partial(nn.LeakyReLU, 0.1, inplace=True)
 small = dict(blocks=(0, 1, 2), outs=(32, 48, 64), stem=16)
 thin = dict(outs=(16, 24, 32, 40, 48), stem=16)  # every block of a net, with few channels
+few = dict(cspdarknet53=dict(blocks=(1, 1, 2, 1, 1)), cspdarknet19={})  # a graph of fewer blocks of each kind
 
 
 def make(name, **kw):
@@ -96,7 +97,17 @@ def test_the_split_changes_no_number(name, variant):
 # --- parity with timm
 
 
+def thin_timm():
+    "timm's net with as few channels as `thin`; cli/test_parity.py compares the parameters of the whole one."
+    conf = timm.models.cspnet.model_cfgs['cspdarknet53']
+    return dict(
+        stem=replace(conf.stem, out_chs=thin['stem']),
+        stages=replace(conf.stages, out_chs=thin['outs']),
+    )
+
+
 def reference(**kw):
+    kw = thin_timm() | kw
     return randomize_(timm.create_model('cspdarknet53', features_only=True, out_indices=(1, 2, 3, 4, 5), **kw))
 
 
@@ -121,7 +132,7 @@ def from_timm(ref, split, cs3=False, name='cspdarknet53', **kw):
 
 @pytest.mark.parametrize('split', splits)
 def test_parity_with_timm(theirs, split, sizes):
-    m = from_timm(theirs, split, variant='timm')
+    m = from_timm(theirs, split, variant='timm', **thin)
     assert len(assert_parity(m, theirs, sizes=sizes, batch=1, tol=1e-5)) == 5 * len(sizes)
     assert (
         m.feature_info.channels() == theirs.feature_info.channels()
@@ -137,16 +148,11 @@ orders = [
 
 @pytest.mark.parametrize('split', splits)
 @pytest.mark.parametrize('order,dtype,tol', orders, ids=('cross', 'blocks'))
-def test_the_cfg_is_timm_with_slope_01_and_the_other_order(split, order, dtype, tol):
-    conf = timm.models.cspnet.model_cfgs['cspdarknet53']
-    ref = reference(
-        act_layer=leaky,
-        stem=replace(conf.stem, out_chs=thin['stem']),
-        stages=replace(conf.stages, out_chs=thin['outs']),
-    )
+def test_the_cfg_is_timm_with_slope_01_and_the_other_order(split, order, dtype, tol, sizes):
+    ref = reference(act_layer=leaky)
     assert all(o.negative_slope == 0.1 for o in ref.modules() if isinstance(o, nn.LeakyReLU))
     m = from_timm(ref, split, variant='cfg', order=order, **thin)
-    assert_parity(m, ref, sizes=(128, (70, 110)), batch=1, tol=tol, dtype=dtype)
+    assert_parity(m, ref, sizes=sizes, batch=1, tol=tol, dtype=dtype)
 
 
 @pytest.mark.parametrize('name', names)
@@ -154,7 +160,7 @@ def test_the_cfg_is_timm_with_slope_01_and_the_other_order(split, order, dtype, 
 @pytest.mark.parametrize(
     'order,dtype,tol', [('blocks', torch.float32, 1e-5), ('cross', torch.float64, 1e-11)], ids=('blocks', 'cross')
 )
-def test_vision_toolbox_is_timm_with_cs3_stages(name, split, order, dtype, tol):
+def test_vision_toolbox_is_timm_with_cs3_stages(name, split, order, dtype, tol, sizes):
     blocks = C.cspdarknet_configs[name]['blocks']
     stages = CspStagesCfg(
         depth=blocks,
@@ -168,23 +174,23 @@ def test_vision_toolbox_is_timm_with_cs3_stages(name, split, order, dtype, tol):
     )
     ref = reference(stem=CspStemCfg(out_chs=thin['stem'], stride=1, pool=''), stages=stages, act_layer='relu')
     m = from_timm(ref, split, cs3=True, name=name, variant='vt', order=order, **thin)
-    assert_parity(m, ref, sizes=(128, (70, 110)), batch=1, tol=tol, dtype=dtype)
+    assert_parity(m, ref, sizes=sizes, batch=1, tol=tol, dtype=dtype)
 
 
 @pytest.mark.parametrize('split', splits)
 def test_logits(split):
-    ref = randomize_(timm.create_model('cspdarknet53')).eval()
+    ref = randomize_(timm.create_model('cspdarknet53', **thin_timm())).eval()
     sd = {k: v for k, v in ref.state_dict().items() if not k.startswith('head.')}
-    m = DarknetClassifier(from_timm(sd, split, variant='timm').select(32)).eval()
+    m = DarknetClassifier(from_timm(sd, split, variant='timm', **thin).select(32)).eval()
     m.head.load_state_dict(ref.head.fc.state_dict())
-    for x in (noise(200), noise(70, 110)):
+    for x in (noise(96), noise(70, 110)):
         close([out(m, x)], [out(ref, x)], 1e-5)
 
 
 def test_parity_tells_order_and_slope_apart(theirs):
-    sd = from_timm(theirs, 'slice', variant='timm').state_dict()
+    sd = from_timm(theirs, 'slice', variant='timm', **thin).state_dict()
     for kw in (dict(order='blocks'), dict(act='leaky_relu')):
-        m = make('cspdarknet53', variant='timm', split='slice', strides=five, **kw)
+        m = make('cspdarknet53', variant='timm', split='slice', strides=five, **thin, **kw)
         m.load_state_dict(sd, strict=True)
         with pytest.raises(AssertionError, match='relative error'):
             assert_parity(m, theirs, 64, batch=1)
@@ -290,10 +296,11 @@ def test_equals_the_cfg(kw):
 @pytest.mark.parametrize(
     'name,variant,split', [(n, v, 'convs') for n, v in built] + [(n, 'vt', 'slice') for n in names]
 )
-def test_shapes(name, variant, split):
+def test_shapes(name, variant, split, slow_run):
     m = meta(name, variant=variant, split=split, strides=every)
     assert m.channels == (32, 64, 128, 256, 512, 1024)
-    for h, w in ((224, 224), (256, 256), (200, 200), (230, 310), (33, 95)):
+    more = ((224, 224), (256, 256), (200, 200)) if slow_run else ()
+    for h, w in ((224, 200), (230, 310), (33, 95), *more):
         want = [(2, c, -(-h // s), -(-w // s)) for c, s in zip(m.channels, every)]
         assert [tuple(o.shape) for o in m(torch.empty(2, 3, h, w, device='meta'))] == want
 
@@ -443,7 +450,7 @@ cases = [(n, s) for n in names for s in splits]
 
 @pytest.fixture(scope='module')
 def nets():
-    return {c: randomize_(make(c[0], split=c[1], strides=every, **thin)).eval() for c in cases}
+    return {c: randomize_(make(c[0], split=c[1], strides=every, **thin | few[c[0]])).eval() for c in cases}
 
 
 @pytest.mark.parametrize('how', copies)
@@ -468,11 +475,14 @@ def test_compiles_into_one_graph(nets, case):
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason='no C++ compiler')
-@pytest.mark.parametrize('split', [pytest.param('convs', marks=pytest.mark.slow), 'slice'])
-def test_compile(split):
+@pytest.mark.parametrize(
+    'split,backend',
+    [('slice', 'aot_eager'), *(pytest.param(o, 'inductor', marks=pytest.mark.slow) for o in splits)],
+)
+def test_compile(split, backend):
     torch._dynamo.reset()
     m, x = randomize_(make('cspdarknet53', split=split, blocks=(0, 1), outs=(32, 48), stem=16)).eval(), noise()
-    close(out(torch.compile(m, fullgraph=True), x), out(m, x), 1e-5)
+    close(out(torch.compile(m, backend=backend, fullgraph=True), x), out(m, x), 1e-5)
 
 
 @pytest.mark.parametrize('case', cases, ids='-'.join)

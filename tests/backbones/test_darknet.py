@@ -2,12 +2,13 @@ import copy
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import timm
 import torch
-from timm.models.cspnet import CspStagesCfg
+from timm.models.cspnet import CspStagesCfg, model_cfgs
 from torch import nn
 from torch.nn import functional as F
 
@@ -24,6 +25,7 @@ built = [(n, v) for n in names for v in D.darknet_variants[n]]
 every = (1, 2, 4, 8, 16, 32)
 narrow = dict(outs=(8, 16, 32, 64, 128), stem=4)  # every block of a net, with an eighth of its channels
 thin = dict(blocks=(0, 1, 1, 1, 1), outs=(16, 24, 32, 40, 48), stem=8)
+few = dict(darknet53=dict(blocks=(1, 1, 2, 1, 1)), darknet19={})  # a graph of fewer blocks of each kind
 
 
 @pytest.fixture
@@ -94,7 +96,13 @@ acts = dict(
     slope01=(leaky, dict(act='leaky_relu')),
     relu=('relu', dict(act='relu')),
 )
-refs = dict(darknet53=('darknet53', {}), darknet19=('darknet21', dict(stages=stages19)))
+stem, stages53 = (getattr(model_cfgs['darknet53'], o) for o in ('stem', 'stages'))
+# as narrow as `narrow`: cli/test_parity.py compares the parameters of the whole nets
+refs = dict(
+    darknet53=('darknet53', dict(stages=replace(stages53, out_chs=narrow['outs']))),
+    darknet19=('darknet21', dict(stages=replace(stages19, out_chs=narrow['outs']))),
+)
+refs = {k: (n, kw | dict(stem=replace(stem, out_chs=narrow['stem']))) for k, (n, kw) in refs.items()}
 rows = [
     ('darknet53', 'slope001', dict(variant='timm')),
     ('darknet53', 'slope01', {}),
@@ -109,7 +117,7 @@ rows = [
 def test_parity_with_timm(name, act, kw, sizes):
     (ref, ref_kw), (theirs, mine) = refs[name], acts[act]
     ref = randomize_(timm.create_model(ref, features_only=True, out_indices=range(6), act_layer=theirs, **ref_kw))
-    ours = map_weights(ref, make(name, strides=every, **(mine if kw is None else kw)), D.darknet_timm_renames)
+    ours = map_weights(ref, make(name, strides=every, **narrow, **(mine if kw is None else kw)), D.darknet_timm_renames)
     assert {m.negative_slope for m in ours.modules() if isinstance(m, nn.LeakyReLU)} == {
         'slope001': {0.01},
         'slope01': {0.1},
@@ -133,7 +141,9 @@ def test_parity_with_timm(name, act, kw, sizes):
 def test_parity_of_the_classifier(name, act, sizes, slow_run):
     (ref, ref_kw), (theirs, mine) = refs[name], acts[act]
     ref = randomize_(timm.create_model(ref, act_layer=theirs, **ref_kw))
-    ours = map_weights(ref, D.DarknetClassifier(make(name, strides=32, **mine)), D._darknet_classifier_renames)
+    ours = map_weights(
+        ref, D.DarknetClassifier(make(name, strides=32, **narrow, **mine)), D._darknet_classifier_renames
+    )
     if act != 'slope01':
         sizes = (200,) if slow_run else (100,)
     for r in assert_parity(ours, ref, sizes=sizes, batch=2, tol=1e-5):
@@ -141,23 +151,25 @@ def test_parity_of_the_classifier(name, act, sizes, slow_run):
 
 
 def test_the_wrong_slope_is_seen():
-    ref = randomize_(timm.create_model('darknet53', features_only=True, out_indices=range(6)))
+    name, kw = refs['darknet53']
+    ref = randomize_(timm.create_model(name, features_only=True, out_indices=range(6), **kw))
     with pytest.raises(AssertionError, match='relative error'):
-        assert_parity(map_weights(ref, make('darknet53', strides=every), D.darknet_timm_renames), ref, 96, batch=1)
+        ours = map_weights(ref, make(name, strides=every, **narrow), D.darknet_timm_renames)
+        assert_parity(ours, ref, 96, batch=1)
 
 
 @pytest.mark.parametrize('norm', ('norm', 'bn'))
 def test_keys_of_vision_toolbox(norm):
-    ours = randomize_(make('darknet19'))
+    ours = randomize_(make('darknet19', **narrow))
     sd = {
         re.sub(r'^stages\.0\.conv\.', 'stages.0.', k).replace('.norm.', f'.{norm}.'): v
         for k, v in ours.state_dict().items()
     }
     assert 'stages.0.conv.weight' in sd and f'stages.0.{norm}.running_mean' in sd
-    twin = map_weights(sd, make('darknet19'), D._vt_renames)
+    twin = map_weights(sd, make('darknet19', **narrow), D._vt_renames)
     close(out(twin.eval(), noise()), out(ours.eval(), noise()))
-    sd53 = {k.replace('.norm.', f'.{norm}.'): v for k, v in make('darknet53').state_dict().items()}
-    map_weights(sd53, make('darknet53', variant='vt'), D._vt_renames)
+    sd53 = {k.replace('.norm.', f'.{norm}.'): v for k, v in make('darknet53', **narrow).state_dict().items()}
+    map_weights(sd53, make('darknet53', variant='vt', **narrow), D._vt_renames)
 
 
 # --- the .cfg files, interpreted line by line in float64
@@ -274,9 +286,10 @@ def up(n):
 
 
 @pytest.mark.parametrize('name,variant', built)
-def test_shapes(name, variant):
+def test_shapes(name, variant, slow_run):
     m = meta(name, variant=variant, strides=every)
-    for hw in ((224, 224), (200, 200), (256, 256), (230, 310), (33, 95), (1, 1)):
+    more = ((224, 224), (200, 200), (256, 256)) if slow_run else ()
+    for hw in ((224, 200), (230, 310), (33, 95), (1, 1), *more):
         want = [hw]
         for _ in range(5):
             want.append(tuple(map(up, want[-1])))
@@ -441,7 +454,7 @@ def test_other_formats(change):
 
 @pytest.fixture(scope='module')
 def nets():
-    return {k: randomize_(make(k[0], variant=k[1], strides=every, **narrow)).eval() for k in kept}
+    return {k: randomize_(make(k[0], variant=k[1], strides=every, **narrow | few[k[0]])).eval() for k in kept}
 
 
 kept = [('darknet19', 'cfg'), ('darknet53', 'cfg')]

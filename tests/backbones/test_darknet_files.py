@@ -8,6 +8,7 @@ from backbones_nb.analysis.parity import randomize_
 from backbones_nb.backbones.darknet_files import _darknet_rows, read_darknet, write_darknet
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures('constant_init')
 
 
 def same(a, b):

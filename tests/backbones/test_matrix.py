@@ -11,6 +11,8 @@ import torch
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import StochasticDepth
 
+from common import leaves_of
+
 from backbones_nb.backbones import torchvision as T
 from backbones_nb.core import hub
 from backbones_nb.core.features import Backbone, check_contract
@@ -18,7 +20,7 @@ from backbones_nb.analysis.parity import randomize_, rel_error
 from backbones_nb.core.create import create_backbone
 from backbones_nb.core.registry import list_backbones
 
-pytestmark = pytest.mark.usefixtures('quick_meta')
+pytestmark = pytest.mark.usefixtures('quick_meta', 'constant_init')
 names = list_backbones()
 body = dict(  # parameters of the nets that torchvision lacks, in millions, without classifier
     darknet19=19.817,
@@ -56,18 +58,18 @@ def count(m):
     return sum(p.numel() for p in m.parameters())
 
 
-# with real tensors in every run: a small net of each family, and one that differs from it, share the properties between
-# them; the other pairs of a net and a property are slow
-quick = """convnext_tiny cspdarknet19 darknet19 efficientnet_b0 mobilenet_v2 mobilenet_v3_small regnet_y_400mf resnet18
-    resnet18_fpn vgg11 vovnet19_slim_dw vovnet27_slim""".split()
-others = """convnext_tiny cspdarknet53 darknet19 efficientnet_v2_s mobilenet_v3_large regnet_x_400mf resnet50
-    resnet50_fpn vgg16_bn vovnet19 vovnet19_dw vovnet19_slim vovnet39""".split()
-assert {*quick, *others} <= set(names)
+# Every net is built by test_shapes_strides_and_order_of_groups. The other properties come from code that a family
+# shares: in every run a small net of each family has them, with real tensors too, and the pairs beyond are slow.
+quick = """convnext_tiny cspdarknet19 darknet19 efficientnet_b0 mobilenet_v3_small regnet_y_400mf resnet18 resnet18_fpn
+    vgg11 vovnet19_slim_dw vovnet27_slim""".split()
+exported = """mobilenet_v3_small regnet_y_400mf resnet18_fpn vgg11 vovnet19_slim_dw""".split()  # others: in their files
+described = [*quick, 'cspdarknet53', 'darknet53', 'mobilenet_v2', 'regnet_x_400mf', 'vgg11_bn', 'vovnet39']
+assert {*quick, *exported, *described} <= set(names)
 
 
-def each(kept):
+def each(kept, fixture='net'):
     marked = [n if n in kept else pytest.param(n, marks=pytest.mark.slow) for n in names]
-    return pytest.mark.parametrize('net', marked, indirect=True)
+    return pytest.mark.parametrize(fixture, marked, indirect=True)
 
 
 def noise(*hw, n=1):
@@ -115,26 +117,15 @@ def same(a, b):
 # --- shapes and parameters, on the meta device
 
 
-def even_size(name):
-    "224 or 256 pixels: every other row takes the other one."
-    return (224, 256)[names.index(name) % 2]
+def mixed_size(name):
+    "224 or 256 pixels on one side, an odd number on the other: every other row takes the other ones."
+    return ((224, 310), (231, 256))[names.index(name) % 2]
 
 
 def parts_of(maps, params):
-    "For each map the numbers of those lists of parameters that it was computed from."
-    place, res = {id(p): i for i, o in enumerate(params) for p in o}, []
-    for o in maps:
-        todo, seen, used = [o.grad_fn], set(), set()
-        while todo:
-            f = todo.pop()
-            if f is None or f in seen:
-                continue
-            seen.add(f)
-            if hasattr(f, 'variable'):
-                used.add(place[id(f.variable)])
-            todo += [n for n, _ in f.next_functions]
-        res.append([i in used for i in range(len(params))])
-    return res
+    "For each map, which of those lists of parameters it was computed from."
+    used = [leaves_of(o) for o in maps]
+    return [[any(id(p) in o for p in group) for group in params] for o in used]
 
 
 def test_shapes_strides_and_order_of_groups(on_meta, slow_run):
@@ -145,8 +136,7 @@ def test_shapes_strides_and_order_of_groups(on_meta, slow_run):
     m.select() if pyramid else m.select(all_strides(m))
     m.freeze_to(0)
     assert list(m.strides) == sorted(set(m.strides)) and m.strides[-1] >= 32
-    even = (224, 256) if slow_run else (even_size(name),)
-    for hw in (*((n, n) for n in even), (231, 310)):
+    for hw in ((224, 224), (256, 256), (231, 310)) if slow_run else (mixed_size(name),):
         maps = m(torch.empty(2, 3, *hw, device='meta'))
         assert [o.shape[:2] for o in maps] == [(2, c) for c in m.channels], hw
         for o, s in zip(maps, m.strides):  # pools without ceil_mode round down
@@ -160,6 +150,7 @@ def test_shapes_strides_and_order_of_groups(on_meta, slow_run):
         assert all(o == sorted(o, reverse=True) for o in need) and reach[-1] == len(groups), need
 
 
+@each(described, 'on_meta')
 def test_default_and_selection(on_meta):
     m, name = on_meta, on_meta.name
     m.select()
@@ -192,6 +183,7 @@ def test_parameters(on_meta):
         assert name in T.torchvision_taps
 
 
+@each(described, 'on_meta')
 def test_described_and_built_again(on_meta):
     on_meta.select()
     with torch.device('meta'):
@@ -208,6 +200,7 @@ def test_parameters_of_variants(name, variant):
 # --- groups
 
 
+@each(described, 'on_meta')
 def test_groups(on_meta):
     m = on_meta
     groups = m.param_groups()
@@ -230,7 +223,7 @@ def test_groups(on_meta):
 # --- gradients, copies, files
 
 
-@each(others)
+@each(quick)
 def test_gradients(net):
     state = copy.deepcopy(net.state_dict())
     try:
@@ -243,7 +236,7 @@ def test_gradients(net):
     assert not lost and not dead
 
 
-@each(others)
+@each(quick)
 def test_contract(net):
     assert check_contract(net) is net
 
@@ -270,7 +263,7 @@ def test_state_dict(net):
     assert same(out(twin.eval(), noise(64, 64)), out(net, noise(64, 64)))
 
 
-@each(quick)
+@each(exported)
 def test_export(net):
     x = noise(64, 96)
     graph = torch.export.export(net, (x,)).module()

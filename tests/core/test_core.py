@@ -2,8 +2,6 @@ import importlib
 import json
 import pickle
 import re
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -122,14 +120,6 @@ def test_a_checkout_without_metadata_says_so():
     with pytest.raises(RuntimeError, match="no entry points in the group 'nobody.here'.*pip install -e .") as e:
         Registry('nobody.here').names()
     assert '\n' not in str(e.value)
-
-
-def test_core_imports_no_family():
-    code = (
-        'import sys, backbones_nb.core.create, backbones_nb.core.hub; print([o for o in sys.modules '
-        "if o.startswith('backbones_nb.') and not o.startswith('backbones_nb.core')])"
-    )
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == '[]\n'
 
 
 class Family(Backbone):

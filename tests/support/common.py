@@ -56,6 +56,20 @@ def through_file(m):
 copies = dict(deepcopy=copy.deepcopy, pickle=lambda m: pickle.loads(pickle.dumps(m)), file=through_file)
 
 
+def leaves_of(tensor):
+    "The ids of the parameters that it was computed from."
+    todo, seen, res = [tensor.grad_fn], set(), set()
+    while todo:
+        f = todo.pop()
+        if f is None or f in seen:
+            continue
+        seen.add(f)
+        if hasattr(f, 'variable'):
+            res.add(id(f.variable))
+        todo += [n for n, _ in f.next_functions]
+    return res
+
+
 def buffers(m):
     return {k: v.clone() for k, v in m.named_buffers()}
 

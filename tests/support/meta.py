@@ -1,8 +1,12 @@
-"The meta device with kernels of its own: PyTorch's in Python take most of the time of a net without values."
+"""Nets that are built quickly.
+
+The meta device with kernels of its own: PyTorch's in Python take most of the time of a net without values. And nets
+without random numbers, for tests that replace the values anyway."""
 
 import warnings
 from contextlib import contextmanager
 
+import pytest
 import torch
 
 
@@ -53,3 +57,16 @@ def quick_meta():
         yield
     finally:
         library._destroy()
+
+
+def _constant(x, *args, **kw):
+    return x.fill_(0.01)
+
+
+@contextmanager
+def constant_init():
+    "Within it a new net has no random weight: most of the time of a net is that of its first values."
+    with pytest.MonkeyPatch.context() as m:
+        for o in ('normal_', 'uniform_'):
+            m.setattr(torch.Tensor, o, _constant)
+        yield

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -64,22 +63,6 @@ def _modules():
     ]
 
 
-def run_notebook(f, home, flags, cwd=root, timeout=600):
-    "Runs a notebook through nbdev's test function, with the `backbones_nb` that lies in `home`: (passed, output)."
-    code = (
-        "import sys, backbones_nb\nfrom nbdev.test import test_nb\n"
-        "home,path,*flags = sys.argv[1:]\n"
-        "assert backbones_nb.__file__.startswith(home), f'{backbones_nb.__file__} is not in {home}'\n"
-        "sys.exit(not test_nb(path, skip_flags=flags)[0])"
-    )
-    env = os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', PYTHONPATH=str(home))
-    try:
-        r = run(sys.executable, '-c', code, home, f, *flags, cwd=cwd, env=env, timeout=timeout, merge=True)
-    except subprocess.TimeoutExpired as e:
-        return False, f'{e.stdout[-4000:]}\nkilled after {timeout} s'
-    return r.returncode == 0, r.stdout[-4000:]
-
-
 # A server that has imported the large libraries and our modules; each notebook runs in a fork of it, which saves the
 # imports.
 servers = multiprocessing.get_context('forkserver')
@@ -96,11 +79,26 @@ def _no_pixels(fig, *args, **kwargs):
     return ''
 
 
-def _notebook_process(f, flags, log):
+def _alone(log):
+    "The process leads a group of its own and writes to a file."
     os.setsid()
     with open(log, 'wb') as o:
         os.dup2(o.fileno(), 1)
         os.dup2(o.fileno(), 2)
+
+
+def _script_process(code, home, cwd, log):
+    _alone(log)
+    for o in [o for o in sys.modules if o.split('.')[0] == 'backbones_nb']:
+        del sys.modules[o]  # of this checkout
+    sys.path.insert(0, str(home))
+    os.chdir(cwd)
+    os.environ['PYTHONPATH'] = str(home)
+    exec(compile(code, 'script', 'exec'), dict(__name__='__main__'))
+
+
+def _notebook_process(f, flags, log):
+    _alone(log)
     import nbdev.test
     from execnb.shell import CaptureShell
     from IPython.core import pylabtools
@@ -126,12 +124,26 @@ def _notebook_process(f, flags, log):
         sys.exit(not nbdev.test.test_nb(f, skip_flags=flags)[0])
 
 
-def run_notebook_quickly(f, flags, log, timeout=600):
-    "Runs a notebook of this checkout as `run_notebook` does, in a fork of a process that imported torch and fastai."
-    p = servers.Process(target=_notebook_process, args=(root / f, flags, log))
+def _forked(target, args, log, timeout):
+    p = servers.Process(target=target, args=(*args, log))
     p.start()
     p.join(timeout)
     kill_group(p.pid)
     p.join(30)
-    output = log.read_text(errors='replace')[-4000:] if log.exists() else ''
+    output = log.read_text(errors='replace') if log.exists() else ''
     return p.exitcode == 0, f'{output}\nexit code {p.exitcode}, or killed after {timeout} s'
+
+
+def run_notebook_quickly(f, flags, log, timeout=600):
+    """Runs a notebook through nbdev's test function, in a fork of a process that has imported what notebooks do.
+
+    Returns whether it passed, and its output."""
+    ok, output = _forked(_notebook_process, (root / f, flags), log, timeout)
+    return ok, output[-4000:]
+
+
+def run_script_quickly(code, log, home=root, cwd=root, timeout=600):
+    """Runs code with the `backbones_nb` that lies in `home`, in a fork of a process that imported torch and fastai.
+
+    Returns whether it passed, and its output."""
+    return _forked(_script_process, (code, home, cwd), log, timeout)

@@ -16,6 +16,7 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from cases import DETECTORS, T, X, at_once, check_detections, icevision, nine, step
+from meta import constant_init
 
 from backbones_nb import all as A
 from backbones_nb.core import published
@@ -45,7 +46,9 @@ def typed(tmp_path, monkeypatch):
     def run(line, *files):
         for f in files:
             known = f in vars(models)
-            served[f] = randomize_(models.get_model(f) if known else timm.create_model(f)).state_dict()
+            with constant_init():
+                net = models.get_model(f) if known else timm.create_model(f)
+            served[f] = randomize_(net, x=X[0][None]).state_dict()
             of_torchvision(f) if known else of_timm(f)
         names = dict(class_map=A.ClassMap(['cat', 'dog']), size=128, x=torch.rand(2, 3, 96, 64))
         exec('from backbones_nb.all import *', names)
@@ -87,8 +90,8 @@ def test_rcnns_on_published_weights(typed, line, name, slow_run):
     have = m.backbone.body.state_dict()
     assert have.keys() == ref.keys() and all(torch.equal(have[k], v) for k, v in ref.items()) and m.backbone.pretrained
     assert ('loss_mask' in m.loss_names) == line.startswith('mask')
-    if 'loss_mask' in m.loss_names or slow_run:
-        # in the quick run the other one trains in test_faster_rcnn_on_its_default
+    if slow_run:
+        # in the quick run a default net trains in test_faster_rcnn_on_its_default, and narrow ones in test_trains
         trains(m)
 
 
@@ -131,9 +134,15 @@ def backbone(folder, name):
     return getattr(getattr(A.backbones, folder), name)()
 
 
-@pytest.mark.parametrize('folder,name', EVERY)
+@pytest.mark.parametrize(
+    'kind,folder,name',  # in every run the backbones take turns between the two
+    [
+        pytest.param(k, *o, marks=[pytest.mark.slow] * ((i + j) % 2))
+        for i, o in enumerate(EVERY)
+        for j, k in enumerate(RCNNS)
+    ],
+)
 @pytest.mark.usefixtures('quick_meta')
-@pytest.mark.parametrize('kind', RCNNS)
 def test_builds(kind, folder, name):
     with torch.device('meta'):
         m = getattr(A, kind).model(num_classes=3, backbone=backbone(folder, name))
@@ -155,7 +164,9 @@ def test_builds(kind, folder, name):
     [pytest.param(k, *o, marks=[] if (k, o[1]) in NOW else pytest.mark.slow) for k in RCNNS for o in EVERY],
 )
 def test_trains(kind, folder, name):
-    m = at_once(DETECTORS[kind](num_classes=3, backbone=backbone(folder, name)))
+    with constant_init():
+        body = backbone(folder, name)
+    m = at_once(DETECTORS[kind](num_classes=3, backbone=randomize_(body, x=X[0][None])))
     assert all(o > 0 for o in step(m, X, T).values()) and all(p.grad is not None for p in m.parameters())
     m.eval()
     with torch.no_grad():

@@ -124,17 +124,22 @@ def test_check(tmp_path, records, capsys):
 
 
 @pytest.mark.parametrize('detector', detectors)
-def test_finetune_and_predict(toy, tmp_path, detector, capsys):
+def test_finetune_and_predict(toy, records, tmp_path, detector, capsys):
     # these say nothing below their threshold
     more = dict(score_thresh=0.0) if detector in ('retinanet', 'fcos') else {}
+    train, valid = (
+        str(write_coco(tmp_path / f'{k}.json', getattr(records, k), records.cm)) for k in ('train', 'valid')
+    )
     config = RunConfig(
-        data=str(toy),
+        data=train,
+        valid=valid,
+        images=str(toy / 'images'),
         out=str(tmp_path / 'run'),
         detector=detector,
         **body,
         size=64,
         epochs=1,
-        bs=12,
+        bs=3,
         cpu_preset=True,
         model_args=more,
     )

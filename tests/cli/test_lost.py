@@ -1,6 +1,8 @@
 "What a user sees of data that would be lost, from the command line."
 
+import io
 import json
+import locale
 import os
 import subprocess
 import sys
@@ -224,8 +226,9 @@ def test_folders_and_patterns(tmp_path):
 # --- encodings
 
 
-@pytest.mark.parametrize('encoding', ['ascii', pytest.param('cp1252', marks=pytest.mark.slow)])
-def test_names_that_the_terminal_cannot_show(run, tmp_path, encoding):
+@pytest.fixture
+def cyrillic(tmp_path):
+    "Data whose every name is in letters that ASCII lacks."
     root = voc(tmp_path / 'данные', {}, 0)
     for i in range(6):
         picture(root / 'JPEGImages' / f'фото {i}.png', i)
@@ -235,6 +238,40 @@ def test_names_that_the_terminal_cannot_show(run, tmp_path, encoding):
             '<ymax>30</ymax></bndbox></object></annotation>',
             encoding='utf-8',
         )
+    return root
+
+
+def assert_whole(folder):
+    assert 'фото' in (folder / 'run' / 'train.txt').read_text(encoding='utf-8')
+    assert json.loads((folder / 'f.json').read_text(encoding='utf-8'))
+
+
+def test_names_that_the_terminal_cannot_show(cyrillic, tmp_path, monkeypatch):
+    "Nor can a file that is opened without an encoding hold them, unless Python is in its UTF-8 mode."
+    monkeypatch.chdir(tmp_path)
+    streams = {o: io.TextIOWrapper(io.BytesIO(), encoding='ascii') for o in ('stdout', 'stderr')}
+    for k, v in streams.items():
+        monkeypatch.setattr(sys, k, v)
+    root, before = str(cyrillic), locale.setlocale(locale.LC_ALL)
+    locale.setlocale(locale.LC_ALL, 'C')
+    try:
+        if not sys.flags.utf8_mode:
+            with pytest.raises(UnicodeEncodeError):
+                (tmp_path / 'probe').write_text('фото')
+        assert finetune(root, 'run') == 0
+        assert main(['check', root, '--all']) == 0
+        assert main(['predict', 'run', f'{root}/JPEGImages', '--json', 'f.json', '--score-thr', '0']) == 0
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
+    streams['stdout'].flush()
+    assert b'\\u0444' in streams['stdout'].buffer.getvalue()
+    assert_whole(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('encoding', ['ascii', 'cp1252'])
+def test_a_terminal_that_cannot_show_the_names(cyrillic, tmp_path, encoding):
+    root = cyrillic
     env = os.environ | dict(PYTHONIOENCODING=encoding, PYTHONUTF8='0', PYTHONCOERCECLOCALE='0', LC_ALL='C')
     code = f"""
 import sys
@@ -249,8 +286,7 @@ assert main(['predict', 'run', root + '/JPEGImages', '--json', 'f.json', '--scor
         [sys.executable, 'run.py', str(root)], env=env, cwd=tmp_path, capture_output=True, text=True, encoding=encoding
     )
     assert p.returncode == 0, p.stderr
-    assert 'фото' in (tmp_path / 'run' / 'train.txt').read_text(encoding='utf-8')
-    assert json.loads((tmp_path / 'f.json').read_text(encoding='utf-8'))
+    assert_whole(tmp_path)
 
 
 def test_options_are_checked_when_they_are_made():

@@ -11,6 +11,7 @@ from torch import nn
 from torchvision.ops import FeaturePyramidNetwork
 
 from common import close, maps_of, noise
+from meta import constant_init
 
 from backbones_nb.core.features import Backbone, check_contract, feature_row
 from backbones_nb.analysis.costs import count_params, summary
@@ -47,11 +48,18 @@ fuses = ['sum', 'concat']
 # --- top-down against torchvision's, the whole against loops
 
 
+@pytest.fixture(scope='module')
+def resnet():
+    with constant_init():
+        body = create_backbone('resnet18')
+    return randomize_(body, x=noise(64))
+
+
 @pytest.mark.parametrize('size', sizes)
 @pytest.mark.parametrize('norm', [None, 'bn'])
-def test_top_down_equals_torchvision(size, norm):
-    body = create_backbone('resnet18')
-    maps = maps_of(randomize_(body), *size)
+def test_top_down_equals_torchvision(resnet, size, norm):
+    body = resnet
+    maps = maps_of(body, *size)
     ref = randomize_(
         FeaturePyramidNetwork(list(body.channels), 16, norm_layer=norm and nn.BatchNorm2d),
         x=OrderedDict((str(i), m.clone()) for i, m in enumerate(maps)),
@@ -325,7 +333,9 @@ def test_export_with_a_free_batch_and_size(fuse):
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason='no C++ compiler')
-@pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    'backend', ['eager', *(pytest.param(o, marks=pytest.mark.slow) for o in ('aot_eager', 'inductor'))]
+)
 @pytest.mark.parametrize(
     'kw', [pytest.param(every['pool'], marks=pytest.mark.slow), every['p6p7']], ids=['sum', 'concat']
 )

@@ -18,7 +18,7 @@ help:
 	@echo "make demo       train a detector on toy pets on the CPU; results in demo/"
 	@echo "make test       run every notebook and every test, check the site's sources, build and check the package"
 	@echo "make test-all   the same with everything that is marked slow (hours)"
-	@echo "make notebooks  execute the notebooks in place and keep their outputs (NB=nbs/core/01_features.ipynb for one)"
+	@echo "make notebooks  execute the notebooks in place and keep their outputs (NB=nbs/core/02_features.ipynb for one)"
 	@echo "make readme     make README.md from nbs/index.ipynb"
 	@echo "make docs       build the site into _docs (needs quarto)"
 	@echo "make clean      remove what these commands made"

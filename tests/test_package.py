@@ -111,7 +111,7 @@ def test_the_command_runs_from_the_wheel(site, tmp_path):
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    'nb', ['nbs/index.ipynb', pytest.param('nbs/tutorials/71_faster_rcnn_pets.ipynb', marks=pytest.mark.slow)]
+    'nb', ['nbs/index.ipynb', pytest.param('nbs/tutorials/58_faster_rcnn_pets.ipynb', marks=pytest.mark.slow)]
 )
 def test_notebooks_run_from_the_wheel_in_an_empty_folder(site, tmp_path, skip_flags, nb):
     (tmp_path / 'notebook.ipynb').write_bytes((root / nb).read_bytes())

@@ -210,10 +210,10 @@ def test_the_code_is_on_the_page(f):
 
 
 def test_a_missing_definition_is_found():
-    nb = copy.deepcopy(stored('nbs/necks/20_fpn.ipynb'))
+    nb = copy.deepcopy(stored('nbs/necks/15_fpn.ipynb'))
     for c in nb['cells']:
         c['source'] = [source(c).replace('#| exports', '#| export')]
-    assert 'FPN' in missing(nb, [c for c in page('nbs/necks/20_fpn.ipynb').cells if 'class FPN' not in source(c)])
+    assert 'FPN' in missing(nb, [c for c in page('nbs/necks/15_fpn.ipynb').cells if 'class FPN' not in source(c)])
 
 
 @pytest.mark.parametrize('f', notebooks)
@@ -319,7 +319,7 @@ def test_names_that_are_not_certain_are_not_linked():
     def nb(*srcs):
         return SimpleNamespace(cells=[SimpleNamespace(cell_type='code', source=s, directives_={}) for s in srcs])
 
-    here = root / 'nbs' / 'necks' / '20_fpn.ipynb'
+    here = root / 'nbs' / 'necks' / '15_fpn.ipynb'
     names = Names(
         nb(
             'from backbones_nb.core.create import create_backbone\nfrom fastai.learner import Learner',
@@ -339,7 +339,7 @@ def test_names_that_are_not_certain_are_not_linked():
         '<a href="`create_backbone`">, ``a `create_backbone` b``.'
     )
     assert link(text, names, here) == text.replace(
-        '`create_backbone` or', '[`create_backbone`](../core/03_create.ipynb#create_backbone) or'
+        '`create_backbone` or', '[`create_backbone`](../core/13_create.ipynb#create_backbone) or'
     )
     for kept in ('# On `create_backbone`', '```python\n`create_backbone`\n```', '$$`create_backbone`$$'):
         assert link(kept, names, here) == kept

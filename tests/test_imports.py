@@ -1,4 +1,4 @@
-"What an import loads: no library that takes long, or that may be missing, before it is needed."
+"What an import loads: each library that a user may be missing, or waits for, only where it is needed."
 
 import json
 import sys

@@ -201,7 +201,7 @@ def missing(nb, shown):
     return bad
 
 
-@pytest.mark.parametrize('f', [o for o in notebooks if o.startswith(taught) and '36_' not in o])
+@pytest.mark.parametrize('f', [o for o in notebooks if o.startswith(taught) and 'coco_weights' not in o])
 def test_the_code_is_on_the_page(f):
     assert not missing(stored(f), page(f).cells)
 

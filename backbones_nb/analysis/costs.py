@@ -71,10 +71,10 @@ def _real(t):
 
 # %% ../../nbs/analysis/05_costs.ipynb #2855e28f
 class _Ledger(TorchDispatchMode):
-    "While active, counts the bytes that operations write and the bytes that are alive at once."
+    "While active, counts the bytes of new tensors and the bytes that are alive at once."
     def __init__(self, given=()):
         super().__init__()
-        self.written = self.live = self.peak = 0
+        self.allocated = self.live = self.peak = 0
         self._known = set()
         self._given = [t.untyped_storage() for t in given] # weights: allocated before, not counted
         self._known.update(id(s) for s in self._given)
@@ -83,10 +83,10 @@ class _Ledger(TorchDispatchMode):
         for i,t in enumerate(tree_leaves(results)):
             if not isinstance(t, Tensor): continue
             s = t.untyped_storage()
-            if id(s) in self._known: continue # a view, or written in place
+            if id(s) in self._known: continue # a view, or a result in place
             self._known.add(id(s))
             self.live += s.nbytes()
-            if i==0: self.written += s.nbytes() # others: by-products for the backward pass
+            if i==0: self.allocated += s.nbytes() # others: by-products for the backward pass
             weakref.finalize(s, self._free, id(s), s.nbytes()).atexit = False
         self.peak = max(self.peak, self.live)
 
@@ -109,7 +109,7 @@ class _Trace:
         self._stack = [id(model)]
         self._last = 0,0
         self.ledger.add(x)
-        self.ledger.written = 0
+        self.ledger.allocated = 0
         for m in model.modules():
             m.register_forward_pre_hook(self._enter)
             m.register_forward_hook(self._leave)
@@ -128,7 +128,7 @@ class _Trace:
 @patch
 def _book(self:_Trace):
     "Adds the counts since the last change of module to the module that was running."
-    now = (self.flops.get_total_flops()//2, self.ledger.written)
+    now = (self.flops.get_total_flops()//2, self.ledger.allocated)
     was = self.own.get(self._stack[-1], (0,0))
     self.own[self._stack[-1]] = tuple(w+n-l for w,n,l in zip(was, now, self._last))
     self._last = now

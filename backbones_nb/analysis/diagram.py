@@ -192,7 +192,7 @@ def _folds_in(n, m, fn):
     if not isinstance(m, _acts+_norms) and fn not in ('relu','relu_'): return False
     return sum(u.op=='output' or bool(u.meta.get('out')) for u in n.all_input_nodes[0].users)==1
 
-def _whole_text(m, whole): return whole.get(type(m).__name__) if isinstance(whole, Mapping) else None
+def _whole_text(m, *names): return next((o[k] for o in names if isinstance(o, Mapping) and (k := type(m).__name__) in o), None)
 
 def _passes(n, m, fn):
     "Returns whether a node returns its input unchanged: identities, and the parts of a split."
@@ -204,11 +204,11 @@ def _fold_in(box, m):
     text = _module_text(m) if m else 'ReLU'
     box['text'] += (' ' if box['text'].split('\n')[-1] in ('BN','GN','LN') else '\n')+text
 
-def _new_box(m, fn, src, whole):
+def _new_box(m, fn, src, whole, gates):
     "Returns text and kind of the box of an operation: a module, or a function of the maps `src`."
-    text = _whole_text(m, whole) or _module_text(m) if m else _functions.get(fn, fn)
+    text = _whole_text(m, whole, gates) or _module_text(m) if m else _functions.get(fn, fn)
     merge = not m and (len(src)>1 or text=='concat')
-    return text,'merge' if merge else 'attention' if type(m).__name__ in whole else 'layer'
+    return text,'merge' if merge else 'attention' if type(m).__name__ in gates else 'layer'
 
 def _add_outputs(o, node_to_box, add):
     "Adds a box for each map that the module returns, under its key."
@@ -221,10 +221,11 @@ def _key(letter, k): return f'{letter}{k}' if isinstance(k, int) else str(k)
 def module_graph(
     module:nn.Module, # a block that torch.fx can trace
     x, # a map (1,C,H,W); a list or dict of maps for one argument; a tuple for several arguments
-    whole=(), # names of classes that are shown as one box, such as ('eSE',), or a dict from names to texts
+    whole=(), # names of classes that are shown as one box, such as ('Bottleneck',), or a dict from names to texts
+    gates=(), # the same for attention modules, such as ('eSE',), which have a color of their own
 ): # nodes: name -> dict(text, kind, shape); edges: list of (source, target, label)
     "Returns the graph of the live module with measured shapes; raises ValueError if torch.fx cannot trace it."
-    root,graph = _run_graph(module, x, whole)
+    root,graph = _run_graph(module, x, {*whole, *gates})
     mods = dict(root.named_modules())
     nodes,edges,node_to_box = {},[],{} # node_to_box: fx node -> (box that stands for it, label)
     def add(n, text, kind, shape, srcs):
@@ -250,7 +251,7 @@ def module_graph(
             node_to_box[n] = src[0]
         else:
             shape = first['shape'] if isinstance(out, list) else out
-            node_to_box[n] = add(n.name, *_new_box(m, fn, src, whole), shape, src)
+            node_to_box[n] = add(n.name, *_new_box(m, fn, src, whole, gates), shape, src)
     return nodes,edges
 
 # %% ../../nbs/analysis/08_diagram.ipynb #aa34fdea
@@ -258,13 +259,14 @@ def draw_module_graph(
     module:nn.Module, # a block that torch.fx can trace
     x, # see `module_graph`
     whole=(), # see `module_graph`
+    gates=(), # see `module_graph`
     kind='layer', # of all boxes but merges, gates and data: 'neck' and 'head' change the color
     title:str=None,
     ax=None, # axes to draw on; None creates a figure of the right size
     **kwargs, # fontsize, width: see `draw_blocks`
 ): # the Axes
     "Draws the graph of the live module with measured shapes; raises ValueError if torch.fx cannot trace it."
-    nodes,edges = module_graph(module, x, whole)
+    nodes,edges = module_graph(module, x, whole, gates)
     if len(nodes)>40: raise ValueError(f'got a {type(module).__name__} of {len(nodes)} boxes, expected at most 40: '
         'draw one block of it, or name classes in whole=(...)')
     place = layered(nodes, edges)

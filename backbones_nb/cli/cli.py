@@ -35,7 +35,11 @@ def call_command(
     params = inspect.signature(func).parameters
     if list(params)==['argv']: return func(argv)
     blank = argparse.Namespace(**dict.fromkeys(params, _not_given)) # instead of defaults
-    res = vars(anno_parser(func, prog=prog).parse_args(argv, blank))
+    parser = anno_parser(func, prog=prog)
+    for a in parser._actions: # a default of True is that of the option, not of its --no- flag
+        if any(o.startswith('--no-') for o in a.option_strings):
+            a.help = a.help.removesuffix(' (default: True)')
+    res = vars(parser.parse_args(argv, blank))
     return func(**{k:v for k,v in res.items() if k in params and v is not _not_given})
 
 # %% ../../nbs/cli/60_cli.ipynb #c1d7e846

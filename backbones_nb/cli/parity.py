@@ -101,6 +101,7 @@ def parity_command(
     Copies random weights of a reference into each model, runs both on the same noise, and prints
     the difference between their feature maps. Patterns match our names and those of the references,
     as in 'timm/*'; without patterns, all rows are compared. The default sizes are 224, 200 and
-    230x310 pixels, and fewer for the largest models. The exit code is 1 if any row differs."""
+    230x310 pixels, and smaller ones for rows that are slow. The exit code is 1 if any row
+    differs."""
     sizes = [_parse_size(o) for o in sizes or ()]
     _run_parity(patterns or (), sizes or None, tol, out, _print_progress)

@@ -32,10 +32,10 @@ def _check_neck(neck, backbone):
     "Returns `neck` if it fits the backbone; raises ValueError or TypeError naming the mismatch."
     kind = type(neck).__name__
     if not isinstance(neck, nn.Module):
-        raise TypeError(f'got a {kind} as neck, expected an nn.Module that takes a list of maps')
+        raise TypeError(f'got {kind} as neck, expected an nn.Module that takes a list of maps')
     lost = [o for o in ('channels', 'strides') if not hasattr(neck, o)]
     if lost:
-        raise ValueError(f"got a {kind} without {' and '.join(lost)}, expected a neck: "
+        raise ValueError(f"got {kind} without {' and '.join(lost)}, expected a neck: "
             'set the channels and strides of the maps that it returns')
     for k in ('channels', 'strides'):
         have = tuple(getattr(backbone, k))

@@ -16,7 +16,7 @@ from tools.proc import run
 
 @pytest.fixture(scope='module')
 def splits(tmp_path_factory):
-    return pets_splits(toy_pets(tmp_path_factory.mktemp('toy') / 'p', n=300, seed=11), masks=True)
+    return pets_splits(toy_pets(tmp_path_factory.mktemp('toy') / 'p', n=150, seed=11), masks=True)
 
 
 def coco_api(ids, records, dets):

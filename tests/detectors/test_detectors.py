@@ -19,6 +19,7 @@ from backbones_nb.detectors.detector import Detector
 from backbones_nb.detectors.targets import check_images, check_targets
 from backbones_nb.necks.build import attach_neck
 
+pytestmark = pytest.mark.usefixtures('quick_meta')
 LEAN = lean_rcnn
 NONE = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
 LOSSES = {'loss_classifier', 'loss_box_reg', 'loss_objectness', 'loss_rpn_box_reg'}
@@ -339,9 +340,17 @@ def torchvision_pair(min_size=128, max_size=192, num_classes=4, **kw):
     return tv, ours
 
 
+@pytest.fixture(scope='module')
+def equal_nets():
+    nets = torchvision_pair(box_score_thresh=0.3, rpn_post_nms_top_n_test=60, rpn_post_nms_top_n_train=100)
+    return [(m, copy.deepcopy(m.state_dict())) for m in nets]
+
+
 @pytest.mark.parametrize('sizes', [[(128, 160), (150, 110)], [(97, 203)]])
-def test_equal_to_torchvision(sizes):
-    tv, ours = torchvision_pair(box_score_thresh=0.3, rpn_post_nms_top_n_test=60, rpn_post_nms_top_n_train=100)
+def test_equal_to_torchvision(equal_nets, sizes):
+    for m, state in equal_nets:
+        m.load_state_dict(state)  # without what another test has trained
+    (tv, _), (ours, _) = equal_nets
     assert sum(p.numel() for p in tv.parameters()) == sum(p.numel() for p in ours.parameters())
     g = torch.Generator().manual_seed(0)
     x = [torch.rand(3, *s, generator=g) for s in sizes]

@@ -17,6 +17,7 @@ from backbones_nb.detectors import faster_rcnn, mask_rcnn
 from backbones_nb.learners.metrics import coco_eval
 from backbones_nb.necks.build import attach_neck
 
+pytestmark = pytest.mark.usefixtures('quick_meta')
 LEAN = lean_rcnn | dict(mask_channels=16, box_detections_per_img=5)
 NONE = dict(
     boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), masks=torch.zeros(0, 64, 80, dtype=torch.uint8)
@@ -236,7 +237,7 @@ def test_equal_to_torchvision():
 def test_default_has_torchvisions_parameters():
     with torch.device('meta'):
         tv = torchvision.models.detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
-    m = mask_rcnn.model(91)
+        m = mask_rcnn.model(91)
     assert sum(p.numel() for p in m.parameters()) == sum(p.numel() for p in tv.parameters())
 
 

@@ -13,6 +13,7 @@ from backbones_nb import create_backbone
 from backbones_nb.necks.build import attach_neck
 
 
+pytestmark = pytest.mark.usefixtures('quick_meta')
 BACKBONES = {  # a name, or what builds a module
     'darknet19': 'darknet19',
     'cspdarknet19 convs': 'cspdarknet19',

@@ -1,7 +1,9 @@
 "IceVision's training on our data, its models wrapped to meet our contract, and both side by side on equal weights."
 
+import inspect
 import os
 import sys
+from functools import partial
 
 import pytest
 
@@ -11,8 +13,9 @@ if not has_icevision():
     pytest.skip('IceVision absent', allow_module_level=True)
 
 import torch
+from common import in_a_fork
 from fastai.learner import load_learner
-from torchvision.ops import box_area
+from torchvision.ops import box_area, MultiScaleRoIAlign
 
 from backbones_nb.analysis.parity import map_weights
 from backbones_nb.core.create import create_backbone
@@ -35,8 +38,12 @@ small = dict(
     box_detections_per_img=10,
     box_score_thresh=1e-3,
 )
+thin = dict(neck_channels=32)
 families = dict(
-    faster_rcnn=small, mask_rcnn=small, efficientdet=dict(img_size=96), retinanet=dict(detections_per_img=10)
+    faster_rcnn=small | thin,
+    mask_rcnn=small | thin,
+    efficientdet=dict(img_size=96),
+    retinanet=dict(detections_per_img=10) | thin,
 )
 ours = dict(faster_rcnn=faster_rcnn, mask_rcnn=mask_rcnn, efficientdet=efficientdet)
 body = 'vovnet19_slim_dw'
@@ -50,7 +57,7 @@ def some(toy, n_train, n_valid, bs):
 
 @pytest.fixture(scope='module')
 def few(toy):
-    return some(toy, 6, 4, 2)
+    return some(toy, 4, 2, 2)
 
 
 @pytest.fixture(scope='module')
@@ -118,9 +125,10 @@ def pair(request, dls):
     "IceVision's model, a little trained, and ours with its weights."
     family, n = request.param, len(dls.class_map)
     torch.manual_seed(0)
-    model = icevision_model(family, n, body, **families[family])
+    kw = {k: v for k, v in families[family].items() if k not in thin}  # a thin neck finds too little
+    model = icevision_model(family, n, body, **kw)
     quiet_fit(icevision_learner(dls, model), 2, 1e-3, cbs=NoValidation())
-    net = ours[family].model(num_classes=n, backbone=create_backbone(body), **families[family])
+    net = ours[family].model(num_classes=n, backbone=create_backbone(body), **kw)
     map_weights(model.net.model.state_dict() if family == 'efficientdet' else model.net, net)
     return model, net
 
@@ -243,7 +251,10 @@ def test_stock_models(family, few, tmp_path):
     mt = icevision_module(f"models.{'ross' if family == 'efficientdet' else 'torchvision'}.{family}")
     name, size = ('tf_lite0', dict(img_size=96)) if family == 'efficientdet' else ('resnet18_fpn', {})
     config = getattr(mt.backbones, name)(pretrained=False)
-    net = mt.model(backbone=config, num_classes=len(few.class_map), **families[family])
+    kw = {k: v for k, v in families[family].items() if k not in thin}
+    if family == 'faster_rcnn':
+        kw |= dict(box_roi_pool=MultiScaleRoIAlign(['0', '1', '2', '3'], 2, 1))  # a head of few weights follows
+    net = mt.model(backbone=config, num_classes=len(few.class_map), **kw)
     learn = detection_learner(
         few, IceVisionDetector(net, mt, len(few.class_map), img_size=96 if size else None), path=tmp_path
     )
@@ -253,59 +264,90 @@ def test_stock_models(family, few, tmp_path):
     assert torch.equal(a['scores'], b['scores'])
 
 
-fresh = """
-import os, requests, sys, warnings
-warnings.simplefilter('ignore')
-def refuse(*a, **k): raise ConnectionError('no network')
-requests.get = refuse
-from fastai.learner import load_learner
-if not (child := os.fork()): # the parent loads a learner before it has imported anything of ours
-    import backbones_nb.icevision.learner
-    print([o for o in ('icevision','albumentations','pytorch_lightning') if o in sys.modules], flush=True)
-    os._exit(0)
-os.waitpid(child, 0)
-print(type(load_learner(sys.argv[1]).model).__name__)
-from backbones_nb.icevision.compat import icevision_compat
-from backbones_nb.icevision.patches import PATCHES, icevision_module
-icevision_compat()
-callback = icevision_module('models.torchvision.fastai.callbacks').RCNNCallback
-dataset = icevision_module('data.dataset').Dataset
-models = icevision_module('models')
-def state(): return (hasattr(callback.before_validate, 'patched_by'), hasattr(dataset, 'new_empty'),
-                     hasattr(models, 'model_from_checkpoint'), hasattr(models.torchvision.mask_rcnn, 'end2end_detect'))
-a = state()
-PATCHES.undo()
-b = state()
-again = {o['done'] for o in icevision_compat()}
-c = state()
-PATCHES.clear()
-print(a, b, c, 'patched' in again, len(PATCHES), len(PATCHES.replaced), state()==b)
-"""
+foreign = 'icevision', 'albumentations', 'pytorch_lightning'
 
 
-@pytest.fixture(scope='module')
-def elsewhere(few, tmp_path_factory):
-    "What a process prints that imports the package, loads a learner with IceVision's model, and undoes the patches."
-    path = tmp_path_factory.mktemp('elsewhere')
-    learn = detection_learner(few, icevision_model('efficientdet', len(few.class_map), body, img_size=96), path=path)
-    learn.export('learner.pkl')
-    env = os.environ | dict(HOME=str(path / 'home'), HF_HUB_OFFLINE='1')
-    done = run(sys.executable, '-W', 'ignore', '-c', fresh, path / 'learner.pkl', env=env)
+def import_ours():
+    import backbones_nb.icevision.learner  # noqa: F401
+
+    return [o for o in foreign if o in sys.modules]
+
+
+def load_and_undo(file):
+    "The class of a loaded learner's model, and what the patches have replaced, before and after they are undone."
+    import requests
+
+    def refuse(*a, **k):
+        raise ConnectionError('no network')
+
+    requests.get = refuse
+    from fastai.learner import load_learner
+
+    kind = type(load_learner(file).model).__name__
+    from backbones_nb.icevision.compat import icevision_compat
+    from backbones_nb.icevision.patches import PATCHES, icevision_module
+
+    icevision_compat()
+    callback = icevision_module('models.torchvision.fastai.callbacks').RCNNCallback
+    dataset = icevision_module('data.dataset').Dataset
+    models = icevision_module('models')
+
+    def state():
+        return (
+            hasattr(callback.before_validate, 'patched_by'),
+            hasattr(dataset, 'new_empty'),
+            hasattr(models, 'model_from_checkpoint'),
+            hasattr(models.torchvision.mask_rcnn, 'end2end_detect'),
+        )
+
+    a = state()
+    PATCHES.undo()
+    b = state()
+    again = {o['done'] for o in icevision_compat()}
+    c = state()
+    PATCHES.clear()
+    return kind, (a, b, c, 'patched' in again, len(PATCHES), len(PATCHES.replaced), state() == b)
+
+
+def in_forks(file):
+    "In forks where neither IceVision nor this package has been imported."
+    imported = in_a_fork(import_ours, 'backbones_nb', 'icedata', *foreign)
+    return imported, in_a_fork(partial(load_and_undo, file), 'backbones_nb', 'icedata', 'icevision', 'loguru')
+
+
+def in_a_new_process(file):
+    "The first fork imports ours alone, before the other has imported anything."
+    code = '\n'.join(
+        [
+            'import os, sys, warnings',
+            "warnings.simplefilter('ignore')",
+            f'foreign = {foreign}',
+            *map(inspect.getsource, (import_ours, load_and_undo)),
+            'if not (child := os.fork()):',
+            '    print(import_ours(), flush=True)',
+            '    os._exit(0)',
+            'os.waitpid(child, 0)',
+            'print(load_and_undo(sys.argv[1]))',
+        ]
+    )
+    env = os.environ | dict(HOME=str(file.parent / 'home'), HF_HUB_OFFLINE='1')
+    done = run(sys.executable, '-W', 'ignore', '-c', code, file, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.strip().splitlines()
+    first, *_, last = done.stdout.strip().splitlines()
+    return eval(first), eval(last)
 
 
-def test_import_changes_nothing(elsewhere):
-    assert elsewhere[0] == '[]'
-
-
-def test_loads_where_icevision_was_never_started(elsewhere):
-    assert 'IceVisionDetector' in elsewhere
-
-
-def test_undo_and_clear(elsewhere):
+@pytest.mark.parametrize('where', [in_forks, pytest.param(in_a_new_process, marks=pytest.mark.slow)])
+def test_where_icevision_was_never_started(few, tmp_path, where):
+    "An import changes nothing, a learner with IceVision's model loads, and patches can be undone."
+    learn = detection_learner(
+        few, icevision_model('efficientdet', len(few.class_map), body, img_size=96), path=tmp_path
+    )
+    learn.export('learner.pkl')
+    imported, (kind, undone) = where(tmp_path / 'learner.pkl')
+    assert imported == [] and kind == 'IceVisionDetector'
     yes, no = (True,) * 4, (False,) * 4
-    assert elsewhere[-1] == f'{yes} {no} {yes} True 0 0 True'
+    assert undone == (yes, no, yes, True, 0, 0, True)
 
 
 def test_both_leaves_the_mode(few):

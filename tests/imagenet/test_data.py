@@ -713,10 +713,10 @@ def test_batches_from_elsewhere_are_those_of_the_folder(server, ready, workers):
         world_size=1,
     )
     near = shard_dls(ready / 'shards', **kw)
+    want = passed(near.train), passed(near.valid)
     for o in addresses(server)[::2] if workers else addresses(server):
         far = shard_dls(o, **kw)
-        near.train.set_epoch(0)
-        assert passed(far.train) == passed(near.train) and passed(far.valid) == passed(near.valid)
+        assert (passed(far.train), passed(far.valid)) == want
         local = o.startswith('file')
         assert far.path == (server.folder if local else Path('.')) and [
             far.valid.dataset.name(i) for i in range(4)
@@ -846,10 +846,11 @@ others = [
 ]
 
 
-@pytest.mark.parametrize('data', others)
-def test_what_is_no_index_is_refused(server, data):
-    (server.folder / 'train' / 'index.json').write_bytes(data)
-    for o in (server.url, server.folder):
+@pytest.mark.parametrize('where', ['url', 'folder'])
+def test_what_is_no_index_is_refused(server, where):
+    o = getattr(server, where)
+    for data in others:
+        (server.folder / 'train' / 'index.json').write_bytes(data)
         with pytest.raises(ValueError) as e:
             shard_dls(o, 16)
         one_sentence(e, f'{o}/train/index.json is not an index of shards')
@@ -972,9 +973,7 @@ def test_ranks_share_the_batches_of_one_process(ready, world_size):
 
 
 @both
-@pytest.mark.parametrize(
-    'workers,start', slow_but([(0, 1), (0, 4), (2, 4), (3, 1)], [(w, s) for w in (0, 2, 3) for s in (1, 4)])
-)
+@pytest.mark.parametrize('workers,start', slow_but([(0, 4), (2, 1)], [(w, s) for w in (0, 2, 3) for s in (1, 4)]))
 def test_an_epoch_goes_on_in_its_middle(ready, kind, workers, start):
     kw = dict(tfms=(v2.RandomResizedCrop(8), v2.Resize((8, 8))), num_workers=workers, rank=1, world_size=2)
     dl = loaders(ready, kind, **kw).train
@@ -1126,7 +1125,7 @@ def test_top_losses_show_the_right_files(ready):
 
 
 def test_classes_can_be_told_apart(tmp_path):
-    path = toy_imagenet(tmp_path / 'toy', n_classes=6, per_class=40, val_per_class=15, size=40)
+    path = toy_imagenet(tmp_path / 'toy', n_classes=6, per_class=24, val_per_class=8, test=1, size=40)
     prepare_val(path / 'LOC_val_solution.csv', path / inner / 'val')
     torch.manual_seed(0)
     conv = lambda i, o: [nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU()]
@@ -1137,7 +1136,7 @@ def test_classes_can_be_told_apart(tmp_path):
         folder_dls(path, 32, bs=16, num_workers=0, device='cpu', tfms=(v2.Resize((32, 32)),) * 2), net, metrics=accuracy
     )
     with learn.no_bar(), learn.no_logging():
-        learn.fit(6, 3e-3)
+        learn.fit(8, 3e-3)
         assert learn.validate()[1] > 0.6
 
 

@@ -1,14 +1,17 @@
+import json
 import os
 import sys
+from contextlib import redirect_stdout
 from copy import deepcopy
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import timm
 import torch
 from project import root
 from cases import DETECTORS
-from common import Colors, draw_record, make_dls, make_learner, noise
+from common import cm, Colors, draw_record, in_two_processes, make_dls, make_learner, noise
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import load_learner
@@ -19,12 +22,15 @@ from torch import nn
 from backbones_nb.core.features import Backbone, feature_row
 from backbones_nb.core.layers import ConvNormAct
 from backbones_nb.core.create import create_backbone
+from backbones_nb.data.coco import to_coco
 from backbones_nb.imagenet.batches import folder_dls
 from backbones_nb.imagenet.folders import prepare_val
 from backbones_nb.imagenet.toy import toy_imagenet
 from backbones_nb.detectors import retinanet
 from backbones_nb.imagenet.classifier import backbone_learner
 from backbones_nb.learners.distributed import Distributed, _plain_batchnorm, _sync_batchnorm
+from backbones_nb.learners import training
+from backbones_nb.learners.finetune import finetune
 from backbones_nb.learners.metrics import TopK
 from tools.proc import run
 
@@ -232,22 +238,17 @@ def one_epoch(folder, family):
     return dict(before=before, net=state(learn), values=values(learn), alone=list(map(float, learn.validate())))
 
 
-def main(folder, data):
-    rank = os.environ['RANK']
-    learn = train_detector(Path(folder))
-    res = dict(detector=state(learn), values=values(learn), measured=measure(Path(folder)))
-    interrupted(Path(folder))
-    too_few(Path(folder))
+def in_one_of_two(rank, folder, data):
+    learn = train_detector(folder)
+    res = dict(detector=state(learn), values=values(learn), measured=measure(folder))
+    interrupted(folder)
+    too_few(folder)
     learn, res['classes'] = classify(data, bs=2)
     res['classifier'] = state(learn)
-    breaks_off(make_learner(records(Path(folder)), Path(folder), Wrong()))
-    res |= dict(later=unfrozen_later(Path(folder)), cut=cut(data))
-    res['families'] = {o: one_epoch(Path(folder), o) for o in DETECTORS}
-    torch.save(res, Path(folder) / f'{rank}.pt')
-
-
-if __name__ == '__main__':
-    main(*sys.argv[1:])
+    breaks_off(make_learner(records(folder), folder, Wrong()))
+    res |= dict(later=unfrozen_later(folder), cut=cut(data))
+    res['families'] = {o: one_epoch(folder, o) for o in DETECTORS}
+    torch.save(res, folder / f'{rank}.pt')
 
 
 # --- the tests
@@ -259,11 +260,7 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp('two')
     data = toy_imagenet(folder / 'imagenet', n_classes=3, per_class=11, val_per_class=3, test=1, size=40)
     prepare_val(data / 'LOC_val_solution.csv', data / 'ILSVRC' / 'Data' / 'CLS-LOC' / 'val')
-    launch = '-W ignore -m torch.distributed.run --standalone --nproc_per_node=2'.split()
-    path = os.pathsep.join(map(str, (root, root / 'tests' / 'support')))
-    env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=path)
-    p = run(sys.executable, *launch, __file__, folder, data, timeout=400, env=env)
-    assert p.returncode == 0, p.stderr[-4000:]
+    in_two_processes(in_one_of_two, folder, data)
     return data, folder, [torch.load(folder / f'{i}.pt', weights_only=False) for i in (0, 1)]
 
 
@@ -405,58 +402,73 @@ def test_one_process_changes_nothing(tmp_path):
 
 # --- a run of `finetune`
 
-run_script = '''
-import sys, torch
-from fastai.callback.core import Callback
-from backbones_nb.learners import training
-from backbones_nb.learners.finetune import finetune
 
-torch.set_num_threads(1)
-data,images,out = sys.argv[1:]
-kw = dict(data=data, images=images, detector='retinanet', backbone='timm/test_convnext', size=64, bs=1, epochs=2,
-          lr=1e-3, device='cpu', checkpoint_every=1,
-          model_args=dict(neck_channels=8, score_thresh=0., topk_candidates=20))
-class Stop(Callback):
+class StopLater(Callback):
     order = -200
+
     def before_batch(self):
-        if self.training and self.epoch==1 and self.iter==2: raise KeyboardInterrupt
-
-finetune(**kw, out=f'{out}/two')
-real = training.run_callbacks
-training.run_callbacks = lambda *a: [*real(*a), Stop()]
-try: finetune(**kw, out=f'{out}/parts')
-except KeyboardInterrupt: pass
-training.run_callbacks = real
-finetune(**kw, out=f'{out}/parts', resume=True)
-'''
+        if self.training and self.epoch == 1 and self.iter == 2:
+            raise KeyboardInterrupt
 
 
-def test_finetune_on_two_processes_as_on_one_and_resumed(tmp_path):
-    import json
+def run_options(folder, **kw):
+    return dict(
+        data=str(folder / 'ann.json'),
+        images=str(folder),
+        detector='retinanet',
+        backbone='timm/test_convnext',
+        size=64,
+        epochs=2,
+        lr=1e-3,
+        device='cpu',
+        model_args=dict(neck_channels=8, score_thresh=0.0, topk_candidates=20),
+        **kw,
+    )
 
-    import pandas as pd
-    from common import cm
 
-    from backbones_nb.data.coco import to_coco
-    from backbones_nb.learners.finetune import finetune
+def whole_and_in_parts(folder):
+    kw, real = run_options(folder, bs=1, checkpoint_every=1), training.run_callbacks
+    finetune(**kw, out=f'{folder}/two')
+    training.run_callbacks = lambda *a: [*real(*a), StopLater()]
+    try:
+        finetune(**kw, out=f'{folder}/parts')
+    except KeyboardInterrupt:
+        pass
+    training.run_callbacks = real
+    finetune(**kw, out=f'{folder}/parts', resume=True)
 
+
+def in_forks(folder):
+    def f(rank):
+        with open(folder / f'said{rank}.txt', 'w') as o, redirect_stdout(o):
+            whole_and_in_parts(folder)
+
+    in_two_processes(f)
+    return ''.join((folder / f'said{o}.txt').read_text() for o in range(2))
+
+
+def by_torchrun(folder):
+    launch = '-W ignore -m torch.distributed.run --standalone --nproc_per_node=2'.split()
+    path = os.pathsep.join(map(str, (root, root / 'tests' / 'support')))
+    env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=path)
+    p = run(sys.executable, *launch, __file__, folder, timeout=600, env=env)
+    assert p.returncode == 0, p.stderr[-4000:]
+    return p.stdout
+
+
+if __name__ == '__main__':
+    whole_and_in_parts(Path(sys.argv[1]))
+
+
+@pytest.mark.parametrize('launch', [in_forks, pytest.param(by_torchrun, marks=pytest.mark.slow)])
+def test_finetune_on_two_processes_as_on_one_and_resumed(tmp_path, launch):
     drawn = [draw_record(i, tmp_path, masks=False) for i in range(12)]
     (tmp_path / 'ann.json').write_text(json.dumps(to_coco(drawn, cm, images=tmp_path)))
-    (tmp_path / 'run.py').write_text(run_script)
-    launch = '-W ignore -m torch.distributed.run --standalone --nproc_per_node=2'.split()
-    env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(root))
-    p = run(
-        sys.executable, *launch, tmp_path / 'run.py', tmp_path / 'ann.json', tmp_path, tmp_path, timeout=600, env=env
-    )
-    assert p.returncode == 0, p.stderr[-4000:]
-    assert p.stdout.count('images to learn from') == 3 and p.stdout.count('finetune --resume --out') == 1
+    said = launch(tmp_path)
+    assert said.count('images to learn from') == 3 and said.count('finetune --resume --out') == 1
     for name in ('detector.safetensors', 'best.safetensors', 'history.csv'):
         assert (tmp_path / 'two' / name).read_bytes() == (tmp_path / 'parts' / name).read_bytes(), name
-    kw = dict(data=str(tmp_path / 'ann.json'), images=str(tmp_path), detector='retinanet', size=64, bs=2, epochs=2)
-    args = dict(neck_channels=8, score_thresh=0.0, topk_candidates=20)
-    one = finetune(
-        **kw, backbone='timm/test_convnext', lr=1e-3, model_args=args, out=str(tmp_path / 'one'), device='cpu'
-    )
+    one = finetune(**run_options(tmp_path, bs=2), out=str(tmp_path / 'one'))
     tables = [pd.read_csv(tmp_path / o / 'history.csv') for o in ('one', 'two')]
     assert tables[0].valid_loss.to_numpy() == pytest.approx(tables[1].valid_loss.to_numpy(), rel=1e-3)
     two = json.loads((tmp_path / 'two' / 'metrics.json').read_text())

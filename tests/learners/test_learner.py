@@ -23,7 +23,7 @@ from common import Colors, buffers, cm, draw_record, make_dls, make_learner
 from backbones_nb.data.batches import detection_dls
 from backbones_nb.data.transforms import open_image
 from backbones_nb.detectors import efficientdet, faster_rcnn, fcos, mask_rcnn, retinanet
-from backbones_nb.learners.detection import detection_learner, DetectionLearner, Targets
+from backbones_nb.learners.detection import detection_learner, DetectionLearner, NoValidation, Targets
 from backbones_nb.learners.prediction import add_class_names, filter_by_score
 from backbones_nb.learners.interpret import DetectionInterpretation
 from backbones_nb.data.run_lengths import RunLengths
@@ -116,16 +116,22 @@ def test_targets_count_images():
     assert find_bs((t,)) == 2 and len(t) == 2 and [len(o['boxes']) for o in t] == [5, 0]
 
 
-def test_it_learns(records, tmp_path):
-    learn = make(records, tmp_path)
+@pytest.fixture(scope='module')
+def trained(records, tmp_path_factory):
+    "A learner that finds something, and what it measured before and after."
+    learn = make(records, tmp_path_factory.mktemp('trained'))
     before = learn.validate()
-    learn.fit_one_cycle(12, 5e-3)
-    after = learn.validate()
+    learn.fit_one_cycle(12, 5e-3, cbs=NoValidation())
+    return learn, before, learn.validate()
+
+
+def test_it_learns(trained):
+    _, before, after = trained
     assert after[0] < before[0] * 0.7 and after[-1] > before[-1] + 0.1
 
 
-def test_metrics_equal_a_separate_evaluation(learn):
-    learn.fit(3, 5e-3)
+def test_metrics_equal_a_separate_evaluation(trained):
+    learn = trained[0]
     preds, targs = learn.get_preds(original=True)
     assert [t['image_id'] for t in targs] == [f'im{i}' for i in range(16, 23)] and len(preds) == 7
     want = coco_eval(preds, targs, cm)
@@ -176,7 +182,7 @@ def test_fine_tune_trains_heads_first(learn):
 
     unfreeze = learn.unfreeze
     learn.unfreeze = lambda: (after_first(), unfreeze())
-    learn.fine_tune(1, 1e-3)
+    learn.fine_tune(1, 1e-3, cbs=NoValidation())
     frozen = {id(p) for g in learn.model.param_groups()[:3] for p in g}
     conv = {k for k, m in learn.model.named_modules() if isinstance(m, nn.Conv2d)}
     changed = {k.rsplit('.', 1)[0] for k in seen[0]} & conv
@@ -220,10 +226,8 @@ def image_kinds(r):
     )
 
 
-def test_predict_is_in_pixels_of_the_original(records, tmp_path):
-    learn = make(records, tmp_path)
-    learn.fit_one_cycle(10, 5e-3)
-    r = records[0]
+def test_predict_is_in_pixels_of_the_original(records, trained):
+    learn, r = trained[0], records[0]
     big = r.image().convert('RGB').resize((r.size[1] * 4, r.size[0] * 4), Image.NEAREST)
     outs = {k: learn.predict(v, score_thr=0.05) for k, v in image_kinds(r).items()}
     one = outs['record']
@@ -483,10 +487,10 @@ def test_groups_of_every_detector(records, tmp_path, family):
     conv = [m.weight for m in learn.model.modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.ConvTranspose2d))]
     assert all(w.requires_grad != (id(w) in body) for w in conv)
     before = {k: p.clone() for k, p in learn.model.named_parameters()}
-    learn.fit(1, 1e-2)
+    learn.fit(1, 1e-2, cbs=NoValidation())
     moved = {id(p) for k, p in learn.model.named_parameters() if not torch.equal(p, before[k])}
     assert all(moved & {id(p) for p in g} for g in groups[n:]) and not moved & body & {id(w) for w in conv}
-    learn.fine_tune(1, 1e-3)
+    learn.fine_tune(1, 1e-3, cbs=NoValidation())
     assert all(p.requires_grad for p in learn.model.parameters()) and [h['lr'] for h in learn.opt.hypers] == sorted(
         h['lr'] for h in learn.opt.hypers
     )

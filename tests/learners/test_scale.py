@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from common import Colors, draw_record, make_dls, make_learner
+from common import cm, Colors, draw_record, make_dls, make_learner
 from fastai.callback.core import Callback
 
 from backbones_nb.core.create import create_backbone
+from backbones_nb.data.batches import detection_dls
 from backbones_nb.data.ranked import draw_repeats
 from backbones_nb.detectors import retinanet
 from backbones_nb.learners import logs
@@ -93,10 +94,13 @@ backbones = ('vovnet19_slim_dw', 'cspdarknet19', 'resnet18', 'timm/test_efficien
 
 @pytest.mark.parametrize('name', backbones)
 def test_recomputed_backbones_train_alike(drawn, tmp_path, name):
+    kw = dict(size=64, bs=2, seed=1, device='cpu', path=tmp_path)
+
     def fit(*cbs):
         torch.manual_seed(0)
+        dls = detection_dls(drawn[:4], drawn[4:5], cm, **kw)
         net = retinanet.model(3, create_backbone(name), neck_channels=8)
-        learn = detection_learner(make_dls(drawn[:4] + drawn[16:17] * 12, tmp_path, bs=2), net, metrics=[], cbs=cbs)
+        learn = detection_learner(dls, net, metrics=[], cbs=cbs)
         learn.remove_cb(learn.progress)
         learn.logger = lambda *a: None
         learn.fit(1)

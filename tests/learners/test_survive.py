@@ -62,14 +62,26 @@ def position(out):
     return s['fit'], s['epoch'], s['batch']
 
 
+@pytest.fixture(scope='module')
+def whole(coco, tmp_path_factory):
+    "The folder of a run of two epochs that nothing stopped, without workers."
+    out = tmp_path_factory.mktemp('whole') / 'run'
+    finetune(**options(coco, out, workers=0))
+    return out
+
+
 # --- kill -9
 
 
-@pytest.mark.parametrize('kills', [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_any_moment(coco, tmp_path, kills):
+@pytest.mark.parametrize('kills,epochs', [(2, 2), pytest.param(20, 5, marks=pytest.mark.slow)])
+def test_killed_at_any_moment(coco, tmp_path, kills, epochs, request):
     "The same command continues, bit by bit, with workers and augmentation."
-    kw = dict(workers=1, resume=True, epochs=2 if kills == 3 else 5)
-    finetune(**options(coco, tmp_path / 'whole', **kw))
+    kw = dict(workers=1, resume=True, epochs=epochs)
+    if epochs == 2:
+        whole = request.getfixturevalue('whole')
+    else:
+        whole = tmp_path / 'whole'
+        finetune(**options(coco, whole, **kw))
     parts, rng, found = options(coco, tmp_path / 'parts', **kw), random.Random(0), []
     train = partial(finetune, **parts)
     for i in range(kills):
@@ -79,9 +91,9 @@ def test_killed_at_any_moment(coco, tmp_path, kills):
         found.append(position(tmp_path / 'parts'))
         assert not (tmp_path / 'parts' / 'metrics.json').exists() or i > 2
     finetune(**parts)
-    assert results(tmp_path / 'parts') == results(tmp_path / 'whole')
+    assert results(tmp_path / 'parts') == results(whole)
     assert found == sorted(found) and len(set(found)) > 1 and any(batch for *_, batch in found)
-    assert {o.name for o in (tmp_path / 'parts').iterdir()} == {o.name for o in (tmp_path / 'whole').iterdir()}
+    assert {o.name for o in (tmp_path / 'parts').iterdir()} == {o.name for o in whole.iterdir()}
 
 
 # --- Ctrl-C, NaN
@@ -121,7 +133,7 @@ def command(kw):
     return ['finetune', *line, '--set', *(f'{k}={v}' for k, v in kw['model_args'].items())]
 
 
-def test_ctrl_c_leaves_a_learner_and_says_how_to_continue(coco, tmp_path, at, capsys):
+def test_ctrl_c_leaves_a_learner_and_says_how_to_continue(coco, whole, tmp_path, at, capsys):
     kw = options(coco, tmp_path / 'run')
     at(8, ctrl_c)
     assert main(command(kw)) == 130
@@ -138,8 +150,7 @@ def test_ctrl_c_leaves_a_learner_and_says_how_to_continue(coco, tmp_path, at, ca
     for change, words in ((['--bs=4'], 'bs=4'), (['--force'], 'got force together with resume')):
         assert main(line.split()[1:] + change) == 1 and words in capsys.readouterr().err
     assert main(line.split()[1:]) == 0
-    finetune(**options(coco, tmp_path / 'whole'))
-    assert results(tmp_path / 'run') == results(tmp_path / 'whole')
+    assert results(tmp_path / 'run') == results(whole)
     before = (tmp_path / 'run' / 'learner.pkl').stat().st_mtime_ns
     assert main(line.split()[1:]) == 0 and 'AP50' in capsys.readouterr().out  # a finished run is only reported
     assert (tmp_path / 'run' / 'learner.pkl').stat().st_mtime_ns == before
@@ -224,6 +235,22 @@ def test_an_error_after_training_costs_no_weights(coco, tmp_path, monkeypatch, c
     assert 'warning: there is no picture (RuntimeError: no ink); the run is complete' in capsys.readouterr().out
     monkeypatch.undo()
     assert main([*command(kw), '--resume']) == 0
+
+
+class Numbered:
+    def __init__(self, i):
+        self.i = i
+
+    def image(self):
+        return self.i
+
+
+@pytest.mark.parametrize('n', [1, 2, 6, 8, 9, 348])
+def test_the_picture_shows_each_image_once_from_the_first_to_the_last(n, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(module, 'show_side_by_side', lambda images, *rest: drawn.extend(images))
+    module._save_picture(cm, [Numbered(i) for i in range(n)], [None] * n, [None] * n, tmp_path / 'p.png')
+    assert len(drawn) == len(set(drawn)) == min(8, n) and (drawn[0], drawn[-1]) == (0, n - 1)
 
 
 def test_early_stopping_and_the_best_epoch(coco, tmp_path):

@@ -418,9 +418,9 @@ class NoStrides(nn.Module):
         ('fpm', {}, ValueError, "there is no neck 'fpm'. Did you mean 'fpn'"),
         ('qqqqq', {}, ValueError, "there is no neck 'qqqqq'. Choose 'auto', None or one of fpn"),
         (3, {}, TypeError, "got neck=3, expected 'auto', None, a name, a module or a callable"),
-        (NoStrides(), {}, ValueError, 'got a NoStrides without strides, expected a neck'),
+        (NoStrides(), {}, ValueError, 'got NoStrides without strides, expected a neck'),
         (nn.Identity(), {}, ValueError, 'without channels and strides'),
-        (lambda c, s: 'x', {}, TypeError, 'got a str as neck'),
+        (lambda c, s: 'x', {}, TypeError, 'got str as neck'),
         (
             FPN((8, 16), (4, 8), 8),
             {},

@@ -1,11 +1,14 @@
 "What several test files need."
 
 import copy
+import gc
 import io
 import multiprocessing
 import os
 import pickle
 import signal
+import socket
+import sys
 import time
 import warnings
 from contextlib import contextmanager
@@ -269,3 +272,50 @@ def train_and_kill(train, file, writes, torn=False, delay=0.0):
         kill_group(p.pid)
     p.join(60)
     return p.exitcode
+
+
+def in_two_processes(f, *args):
+    "Calls `f` in two forks that the environment makes one training run, as torchrun does."
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+
+    def lead(rank):
+        os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2')
+        os.environ |= dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        gc.freeze()  # no collection looks at the objects of the libraries
+        f(rank, *args)
+        torch.distributed.destroy_process_group()
+
+    ps = [multiprocessing.get_context('fork').Process(target=lead, args=(i,)) for i in range(2)]
+    for p in ps:
+        p.start()
+    until = time.monotonic() + 400
+    while any(p.is_alive() for p in ps) and not any(p.exitcode for p in ps) and time.monotonic() < until:
+        time.sleep(0.05)  # where one fails, the other waits for it
+    codes = [p.exitcode for p in ps]
+    for p in ps:
+        p.kill()
+    assert codes == [0, 0]
+
+
+def in_a_fork(f, *forgotten):
+    """What `f` returns in a fork of this process, where the modules of these packages are forgotten: there it sees
+    what a new process would import, and the large libraries are loaded."""
+    receive, send = multiprocessing.Pipe(False)
+
+    def lead():
+        for o in [o for o in sys.modules if o.partition('.')[0] in forgotten]:
+            del sys.modules[o]
+        gc.freeze()
+        send.send(f())
+
+    p = multiprocessing.get_context('fork').Process(target=lead)
+    p.start()
+    send.close()
+    try:
+        return receive.recv()
+    except EOFError:
+        raise AssertionError('the process failed, see its output') from None
+    finally:
+        p.join(60)

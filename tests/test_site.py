@@ -7,9 +7,7 @@ import base64
 import copy
 import importlib
 import json
-import os
 import re
-import sys
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -22,9 +20,8 @@ from nbdev.processors import FilterDefaults
 
 import backbones_nb
 import project
-from project import copy_tree, root
+from project import copy_tree, root, run_script_quickly
 from tools import checks
-from tools.proc import run
 from tools.site import Names, draws, header, key, link, public
 
 notebooks = [o.as_posix() for o in project.notebooks()]
@@ -45,10 +42,9 @@ from functools import cache
 from nbdev import processors, serve
 processors.get_config = cache(processors.get_config) # it parses pyproject.toml twice for every cell
 serve.proc_nbs('nbs', n_workers=0, force=True)"""
-    env = os.environ | dict(PYTHONPATH=str(home))
-    r = run(sys.executable, '-c', code, cwd=home, env=env, merge=True)
+    res = run_script_quickly(code, home.parent / 'log', home, home, timeout=900)
     pages['made'] = home / '_proc'
-    yield r
+    yield res
     pages.clear()
     page.cache_clear()
 
@@ -78,7 +74,8 @@ def default_exp(nb):
 
 
 def test_nbdev_processes_every_notebook(processed):
-    assert processed.returncode == 0 and 'Warning' not in processed.stdout, processed.stdout[-3000:]
+    ok, out = processed
+    assert ok and 'Warning' not in out, out[-3000:]
     assert [f for f in notebooks if not (pages['made'] / Path(f).relative_to('nbs')).exists()] == []
 
 

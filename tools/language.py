@@ -67,13 +67,14 @@ spelling = {
 }
 # What others spell this way, and files written before the spelling changed.
 foreign = re.compile(r'convert_sync_batchnorm|grey_12_bit|[\'"`]licence[\'"`]')
+patterns = [(re.compile(k, re.I | re.M), v) for k, v in (phrases | spelling).items()]
 
 
 def found(text):
     "Yields what a text should not say, each with the words to write instead."
     text = foreign.sub('', text)
-    for pattern, instead in (phrases | spelling).items():
-        for m in re.finditer(pattern, text, re.I | re.M):
+    for pattern, instead in patterns:
+        for m in pattern.finditer(text):
             yield f'{m[0]!r}: write {instead!r}'
 
 

@@ -34,6 +34,12 @@ def measured(root, *args):
     return json.loads(f.read_text(encoding='utf-8'))
 
 
+@pytest.fixture(scope='module')
+def own(root):
+    "What it says of the run's own images."
+    return measured(root)
+
+
 def test_the_numbers_of_the_run_come_again(root, capsys):
     want = json.loads((root / 'run' / 'metrics.json').read_text(encoding='utf-8'))['metrics']
     assert main(['evaluate', str(root / 'run')]) == 0
@@ -54,19 +60,19 @@ def test_the_numbers_do_not_depend_on_the_batch(root, tmp_path):
         write_data(valid, ClassMap(['red', 'blue']), tmp_path / 'data', 'coco')
         want = measured(root, tmp_path / 'data', '--bs', 1)
         assert 0.05 < want['AP'] < 0.95
-        for args in (('--bs', 2), ('--bs', 3, '--workers', 1), ('--bs', 8)):
+        for args in (('--bs', 3, '--workers', 1), ('--bs', 8)):
             got = measured(root, tmp_path / 'data', *args)
             assert {k: got[k] for k in coco_keys} == pytest.approx({k: want[k] for k in coco_keys}, abs=1e-6)
             assert got['per_class'] == pytest.approx(want['per_class'], abs=1e-6)
 
 
 @pytest.mark.parametrize('name', ['yolo', 'csv', 'labelme'])
-def test_other_data_of_any_format(root, tmp_path, name, capsys):
+def test_other_data_of_any_format(root, own, tmp_path, name, capsys):
     parts, classes, _ = read_data(root / 'data')
     turned = ClassMap(['blue', 'red'])
     valid = [replace(r, labels=3 - r.labels, class_map=None) for r in parts['valid']]
     write_data(valid, turned, tmp_path / 'other', name)
-    want, got = measured(root), measured(root, tmp_path / 'other', '--workers', 1)
+    want, got = own, measured(root, tmp_path / 'other', *['--workers', 1] * (name == 'yolo'))
     assert {k: got[k] for k in keys} == pytest.approx({k: want[k] for k in keys}, abs=1e-3)
     assert got['per_class'].keys() == want['per_class'].keys() == {'red', 'blue'}
 

@@ -71,7 +71,10 @@ def assert_begins_with(out, file, prefix=''):
     return net
 
 
-@pytest.mark.parametrize('source', ['path', 'pth', 'file', 'http', 'detector'])
+@pytest.mark.parametrize(
+    'source',  # core/test_weight_files.py reads the other kinds of files in every run
+    ['path', *(pytest.param(o, marks=pytest.mark.slow) for o in ('pth', 'file')), 'http', 'detector'],
+)
 def test_a_backbone_begins_with_the_weights_of_a_file(root, tmp_path, server, source):
     f = root / 'body.safetensors'
     given = dict(

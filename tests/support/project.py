@@ -57,10 +57,9 @@ def tool(*cmd, merge=True, **kwargs):
 
 
 def _modules():
-    return [
-        o.relative_to(root / 'backbones_nb').with_suffix('').as_posix().replace('/', '.')
-        for o in sorted((root / 'backbones_nb').rglob('[!_]*.py'))
-    ]
+    "Our modules, but for those that import IceVision: its chapters show it before and after the patches."
+    found = (o.relative_to(root / 'backbones_nb') for o in sorted((root / 'backbones_nb').rglob('[!_]*.py')))
+    return ['.'.join(o.with_suffix('').parts) for o in found if o.parts[0] not in ('icevision', 'all.py')]
 
 
 # A server that has imported the large libraries and our modules; each notebook runs in a fork of it, which saves the

@@ -192,7 +192,10 @@ def _folds_in(n, m, fn):
     if not isinstance(m, _acts+_norms) and fn not in ('relu','relu_'): return False
     return sum(u.op=='output' or bool(u.meta.get('out')) for u in n.all_input_nodes[0].users)==1
 
-def _whole_text(m, *names): return next((o[k] for o in names if isinstance(o, Mapping) and (k := type(m).__name__) in o), None)
+def _whole_text(m, whole, gates):
+    "Returns the text for a class that is shown as one box; None if none was given."
+    texts = [o.get(type(m).__name__) for o in (whole, gates) if isinstance(o, Mapping)]
+    return next(filter(None, texts), None)
 
 def _passes(n, m, fn):
     "Returns whether a node returns its input unchanged: identities, and the parts of a split."

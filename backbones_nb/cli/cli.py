@@ -94,6 +94,7 @@ def _saved_options(given):
     old = read_run(given.get('out', RunConfig.out)) or {}
     return {k:v for k,v in old.items() if k in RunConfig.__dataclass_fields__} | dict(force=False)
 
+# %% ../../nbs/cli/56_cli.ipynb #72284912
 @run_options(but=('model_args','backbone_args','loss_weights'))
 def finetune_command(
     # start from a named set of options; other options override it
@@ -159,7 +160,7 @@ def evaluate_command(
     bs:int=None, # images at once; the results do not depend on it
     workers:int=0, # processes that load images
     json:Annotated[str, dict(metavar='FILE')]=None, # file to write; default: evaluation.json in RUN
-    # also write a page on the detector's errors, an .html file; default name: evaluation.html in RUN
+    # also write a page on the detector's errors, an .html file; default: evaluation.html in RUN
     report:Annotated[str, dict(metavar='FILE', nargs='?', const=True)]=None,
 ):
     "Measure a trained detector: COCO's numbers, and the AP of each class."

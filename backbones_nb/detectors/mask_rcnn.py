@@ -61,7 +61,7 @@ def _with_masks(
         f'expected masks ({n}, {size[0]}, {size[1]}) of torch.uint8: '
         'read the data with masks, or train faster_rcnn, which needs none')
 
-# %% ../../nbs/detectors/22_mask_rcnn.ipynb #1e93461c
+# %% ../../nbs/detectors/22_mask_rcnn.ipynb #ddc4625b
 class MaskRCNN(FasterRCNN):
     """Faster R-CNN with torchvision's mask branch (He et al. 2017, arXiv:1703.06870).
 
@@ -87,7 +87,6 @@ class MaskRCNN(FasterRCNN):
             targets = checked+list(targets[n:])
         return super()._encode(images, targets)
 
-# %% ../../nbs/detectors/22_mask_rcnn.ipynb #ddc4625b
 @patch
 def replace_heads(self:MaskRCNN,
     num_classes:int, # background counted

@@ -51,7 +51,7 @@ def _detect(old):
         self.learn.converted_preds = self.convert_raw_predictions(batch=batch, raw_preds=self.pred)
     return after_loss
 
-# %% ../../nbs/icevision/174_compat.ipynb #e1db58cb
+# %% ../../nbs/icevision/174_compat.ipynb #4ba87406
 def _top_losses(old):
     def _loop(self, dl, model, losses_stats, device):
         losses_in_eval(model)
@@ -70,7 +70,6 @@ def _lightning_step(old):
         self.log('val_loss', loss)
     return validation_step
 
-# %% ../../nbs/icevision/174_compat.ipynb #4ba87406
 @PATCHES.register('R-CNNs: every validation moves the batch-norm statistics')
 def _patch_validation() -> bool:
     "Computes validation losses in eval mode: in fastai, in Lightning and in `plot_top_losses`."

@@ -11,8 +11,8 @@ also train from random weights for two and four times as long, which says how ma
 
 Each run appends one row to the table as it ends, and rows that are there are not repeated, so the table can be made in
 pieces and a run that is killed costs nothing but itself. `recipes` counts the changes of what a row was trained with:
-rows of an older recipe are measured again. The full table takes at most three hours on two cores. `--quick` is a part
-of it with half the steps, in at most ten minutes; it needs pets alone. `--show` prints the table and runs nothing.
+rows of an older recipe are measured again. `--quick` is a part of it with half the steps and needs pets alone. `--show`
+prints the table and runs nothing.
 
 Data: --pets is the folder of Oxford-IIIT Pets (images/ and annotations/), as published or cut to some breeds; images of
 the three --breeds are taken by the official lists, 245 to learn from and 244 of which every second one is measured on.
